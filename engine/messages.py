@@ -1,0 +1,167 @@
+"""What crosses the engine's process boundary: msgspec structs, msgpack on the wire.
+
+Clients (gateway, worker) hold a DEALER socket, the engine a ROUTER socket on a private ipc path. Every
+message from the engine carries its *epoch*, a random number chosen at start: when a client sees it change,
+every request it had in flight died with the old engine and must be failed, never awaited.
+
+The engine knows neither text nor projects. Prompts arrive as token ids; adapters are named by the digest of
+their manifest; `namespace` and `cache_salt` are opaque strings that isolate tenants.
+"""
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+Priority = Literal["interactive", "batch"]
+SlotState = Literal["loading", "ready", "draining"]
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    """How tokens are chosen. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch those filters off.
+
+    Noise is a hash of (seed, choice, position, token id), so a seed gives the same tokens alone or batched.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int
+    max_tokens: int
+    stop_token_ids: tuple[int, ...] = ()
+
+
+# --- client to engine -------------------------------------------------------------------------------------
+
+
+class Generate(msgspec.Struct, tag="generate", frozen=True, kw_only=True):
+    """Run one prompt. `adapter` is a digest that is loaded, or None for the base model."""
+
+    id: str
+    prompt: list[int]
+    sampling: Sampling
+    adapter: str | None = None
+    namespace: str = ""
+    cache_salt: str = ""
+    priority: Priority = "interactive"
+    choice: int = 0
+
+
+class Cancel(msgspec.Struct, tag="cancel", frozen=True, kw_only=True):
+    """Stop a request whose client is gone or has read enough. Unknown ids are ignored: they finished first."""
+
+    id: str
+
+
+class LoadAdapter(msgspec.Struct, tag="load_adapter", frozen=True, kw_only=True):
+    """Load an adapter beside those that serve. `path` is an artefact directory below the engine's artefact root."""
+
+    id: str
+    digest: str
+    path: str
+
+
+class UnloadAdapter(msgspec.Struct, tag="unload_adapter", frozen=True, kw_only=True):
+    """Stop admitting requests for `digest` and free its slot when the last running one has finished."""
+
+    id: str
+    digest: str
+
+
+class Forget(msgspec.Struct, tag="forget", frozen=True, kw_only=True):
+    """Drop everything kept for a namespace (suffix corpora, cached KV of its salts)."""
+
+    id: str
+    namespace: str
+
+
+class GetStatus(msgspec.Struct, tag="get_status", frozen=True, kw_only=True):
+    """Ask for a `Status`."""
+
+    id: str
+
+
+# --- engine to client -------------------------------------------------------------------------------------
+
+
+class Tokens(msgspec.Struct, tag="tokens", frozen=True, kw_only=True):
+    """Newly accepted tokens of one request, in order; `logprobs[i]` is the natural log of the model's own
+    (temperature 1, unfiltered) probability of `token_ids[i]`."""
+
+    epoch: int
+    id: str
+    token_ids: list[int]
+    logprobs: list[float]
+
+
+class Finished(msgspec.Struct, tag="finished", frozen=True, kw_only=True):
+    """The single ending of a request. `reason` "error" comes with `error` (a sentence) and `code`.
+
+    `adapter` is the digest that really produced the tokens. Times are seconds measured inside the engine.
+    """
+
+    epoch: int
+    id: str
+    reason: FinishReason
+    adapter: str | None = None
+    error: str | None = None
+    code: Literal["", "prompt_too_long", "adapter_not_loaded", "invalid_request", "overloaded", "internal"] = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    queue_seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    total_seconds: float = 0.0
+
+
+class Done(msgspec.Struct, tag="done", frozen=True, kw_only=True):
+    """Answer to LoadAdapter, UnloadAdapter and Forget. `error` empty means it took effect.
+
+    A load is answered when the adapter is ready to serve, an unload when its slot is free.
+    """
+
+    epoch: int
+    id: str
+    error: str = ""
+
+
+class Slot(msgspec.Struct, frozen=True, kw_only=True):
+    """One adapter slot as it stands: how many unfinished requests read it."""
+
+    index: int
+    digest: str
+    state: SlotState
+    references: int
+
+
+class Status(msgspec.Struct, tag="status", frozen=True, kw_only=True):
+    """What the engine is and does now. `base` is the SHA-256 digest of the base model's weights and config."""
+
+    epoch: int
+    id: str
+    base: str
+    model: str
+    dtype: str
+    device: str
+    threads: int
+    max_context: int
+    running: int
+    waiting: int
+    blocks_total: int
+    blocks_free: int
+    slots: list[Slot]
+    slots_total: int
+    steps: int
+    generated_tokens: int
+    uptime_seconds: float
+    pid: int
+
+
+ToEngine = Generate | Cancel | LoadAdapter | UnloadAdapter | Forget | GetStatus
+FromEngine = Tokens | Finished | Done | Status
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode

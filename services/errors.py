@@ -1,0 +1,70 @@
+"""Errors that know their HTTP status; one handler in `services/app.py` renders them in OpenAI's shape."""
+
+
+class WhetError(Exception):
+    """An expected failure with a sentence for the caller. `status` is the HTTP status it answers with."""
+
+    status = 500
+    type = "server_error"
+    code: str | None = None
+
+    def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+
+    def body(self) -> dict[str, object]:
+        """The error as OpenAI's clients expect it."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+class InvalidRequest(WhetError):
+    status = 400
+    type = "invalid_request_error"
+
+
+class Unauthenticated(WhetError):
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class Forbidden(WhetError):
+    status = 403
+    type = "permission_error"
+    code = "insufficient_scope"
+
+
+class NotFound(WhetError):
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+
+
+class Conflict(WhetError):
+    """The state changed under the caller (lost lease, stale generation, job already running)."""
+
+    status = 409
+    type = "conflict_error"
+    code = "conflict"
+
+
+class TooLarge(WhetError):
+    status = 413
+    type = "invalid_request_error"
+    code = "request_too_large"
+
+
+class Unprocessable(WhetError):
+    status = 422
+    type = "invalid_request_error"
+
+
+class Unavailable(WhetError):
+    """A part this request needs is away (engine restarting, spool full); worth retrying."""
+
+    status = 503
+    type = "server_error"
+    code = "unavailable"

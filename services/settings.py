@@ -1,0 +1,108 @@
+"""Settings: read once from the environment, typed, immutable. README lists them; a test keeps the list true."""
+
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PLACEHOLDERS = {"changeme", "change-me", "secret", "password", "placeholder", "default"}
+
+
+def default_home() -> Path:
+    """Root cannot run Postgres from its own home, so it gets the service directory."""
+    return Path("/var/lib/whet/home") if os.geteuid() == 0 else Path.home() / ".whet"
+
+
+class Settings(BaseSettings):
+    """Every setting is `WHET_<NAME>`, except `DATABASE_URL` and `REDIS_URL`, which replace the embedded servers."""
+
+    model_config = SettingsConfigDict(env_prefix="WHET_", frozen=True, extra="forbid")
+
+    home: Path = Field(default_factory=default_home, description="Data directory: database, artefacts, spool, secrets.")
+    run_dir: Path | None = Field(None, description="Private directory for sockets; short, because paths are limited.")
+    database_url: str = Field(
+        "", validation_alias="DATABASE_URL", description="Use this Postgres, not the embedded one."
+    )
+    redis_url: str = Field("", validation_alias="REDIS_URL", description="Use this Redis, not the embedded one.")
+    host: str = Field("127.0.0.1", description="Address the gateway and the console listen on.")
+    gateway_port: int = Field(8000, ge=0, le=65535, description="Port of the OpenAI-compatible API.")
+    console_port: int = Field(8001, ge=0, le=65535, description="Port of the console and the admin API.")
+    public_console_url: str = Field("", description="How browsers reach the console, when behind a proxy.")
+    model: str = Field("starter", description="`starter`, a directory, or a Hugging Face model id.")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="Weights and compute type of the engine.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the engine runs.")
+    engine_threads: int = Field(0, ge=0, description="CPU threads of the engine; 0 chooses by model size.")
+    kv_tokens: int = Field(32768, ge=256, description="Tokens the KV cache holds.")
+    max_context: int = Field(0, ge=0, description="Longest prompt plus completion; 0 takes the model's own.")
+    max_running: int = Field(64, ge=1, description="Sequences in one step.")
+    step_tokens: int = Field(512, ge=16, description="Token budget of one step.")
+    adapter_slots: int = Field(8, ge=2, description="LoRA adapters held at once, one spare for swaps included.")
+    adapter_rank: int = Field(32, ge=1, description="Largest LoRA rank a slot holds.")
+    max_body_bytes: int = Field(4_000_000, ge=1000, description="Largest request body.")
+    durability: Literal["process", "power"] = Field("process", description="What a logged answer survives.")
+    spool_bytes: int = Field(2_000_000_000, ge=1_000_000, description="Disk budget of the log spool; full answers 503.")
+    secret: str = Field(
+        "", description="Pepper for API keys and sessions (32+ characters); empty makes one in the home."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much the processes say.")
+
+    @field_validator("secret")
+    @classmethod
+    def _refuse_weak_secret(cls, value: str) -> str:
+        if value and (value.lower() in PLACEHOLDERS or len(value) < 32):
+            raise ValueError(
+                "WHET_SECRET is a placeholder or shorter than 32 characters; unset it or give a random one"
+            )
+        return value
+
+    @field_validator("home", mode="after")
+    @classmethod
+    def _absolute_home(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, values: dict[str, object]) -> dict[str, object]:
+        known = {f"WHET_{name.upper()}" for name in cls.model_fields} | {"WHET_FAILPOINT", "WHET_URL", "WHET_API_KEY"}
+        unknown = sorted(key for key in os.environ if key.startswith("WHET_") and key not in known)
+        if unknown:
+            raise ValueError(f"unknown setting {', '.join(unknown)}: see the settings table in README.md")
+        return values
+
+    @cached_property
+    def sockets(self) -> Path:
+        """The private run directory. Unix socket paths are limited to about 107 bytes, so it must be short."""
+        return self.run_dir or self.home / "run"
+
+    @property
+    def engine_socket(self) -> str:
+        """ZeroMQ address of the engine."""
+        return f"ipc://{self.sockets / 'engine.sock'}"
+
+    @property
+    def artifacts(self) -> Path:
+        """Artefact directories, one per digest."""
+        return self.home / "artifacts"
+
+    @property
+    def spool(self) -> Path:
+        """Log segments written by gateways, read by the shipper."""
+        return self.home / "spool"
+
+    @property
+    def redis_dsn(self) -> str:
+        """Celery and redis-py both understand this form."""
+        return self.redis_url or f"redis+socket://{self.sockets / 'redis.sock'}?virtual_host=0"
+
+    @property
+    def database_dsn(self) -> str:
+        """SQLAlchemy URL on psycopg 3."""
+        if self.database_url:
+            head, _, rest = self.database_url.partition("://")
+            if head.split("+")[0] not in {"postgres", "postgresql"}:
+                raise ValueError("DATABASE_URL must start with postgresql://")
+            return f"postgresql+psycopg://{rest}"
+        return f"postgresql+psycopg://whet@/whet?host={self.sockets}"

@@ -1,0 +1,510 @@
+"""Every table. No foreign key points at `interaction`: partitions of it are dropped whole, so examples copy bodies."""
+
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import ForeignKey, Index, LargeBinary, UniqueConstraint, text
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import Mapped, mapped_column
+
+from services.store.base import Base, Key, Now, one_of, uuid7
+
+ROLES = ("viewer", "reviewer", "lead", "operator", "admin")
+SCOPES = ("infer", "feedback", "review", "train", "admin")
+ORIGINS = ("live", "pinned", "cached", "shadow", "evaluation")
+VERDICTS = ("accept", "correct", "reject", "skip", "escalate", "undo")
+STRATEGIES = ("negative_feedback", "low_confidence", "schema_failure", "disagreement", "novelty", "uniform")
+JOB_STATES = ("queued", "running", "succeeded", "failed", "cancelled", "dead")
+RUN_STATES = ("queued", "running", "succeeded", "failed", "cancelled")
+ARTIFACT_STATES = (
+    "built", "verified", "staged", "canary", "live", "retired", "rejected", "quarantined", "rolled_back",
+)  # fmt: skip
+
+
+# --- people and keys --------------------------------------------------------------------------------------
+
+
+class Project(Base):
+    """One application or tenant. `slug` is the `model` name apps send; `config` holds tags, guidelines, margins."""
+
+    __tablename__ = "project"
+    id: Mapped[Key]
+    slug: Mapped[str] = mapped_column(unique=True)
+    name: Mapped[str]
+    config: Mapped[dict[str, Any]] = mapped_column(default=dict, server_default=text("'{}'"))
+    created_at: Mapped[Now]
+
+
+class ApiKey(Base):
+    """`prefix` is the public 8-character id in `wh_<id>_<secret>`; only HMAC-SHA256(pepper, key) is kept.
+
+    `project_id` NULL means every project.
+    """
+
+    __tablename__ = "api_key"
+    __table_args__ = (Index(None, "project_id"),)
+    id: Mapped[Key]
+    prefix: Mapped[str] = mapped_column(unique=True)
+    hash: Mapped[bytes] = mapped_column(LargeBinary)
+    name: Mapped[str]
+    project_id: Mapped[UUID | None] = mapped_column(ForeignKey("project.id", ondelete="CASCADE"))
+    scopes: Mapped[list[str]]
+    created_at: Mapped[Now]
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None]
+
+
+class UserAccount(Base):
+    """A person. Never deleted, only disabled: their judgements stay attributed."""
+
+    __tablename__ = "user_account"
+    id: Mapped[Key]
+    email: Mapped[str] = mapped_column(unique=True)
+    name: Mapped[str]
+    disabled_at: Mapped[datetime | None]
+    created_at: Mapped[Now]
+
+
+class Membership(Base):
+    """A person's role. `project_id` NULL means on every project."""
+
+    __tablename__ = "membership"
+    __table_args__ = (
+        one_of("role", *ROLES),
+        UniqueConstraint("user_id", "project_id", postgresql_nulls_not_distinct=True),
+    )
+    id: Mapped[Key]
+    user_id: Mapped[UUID] = mapped_column(ForeignKey("user_account.id", ondelete="CASCADE"))
+    project_id: Mapped[UUID | None] = mapped_column(ForeignKey("project.id", ondelete="CASCADE"))
+    role: Mapped[str]
+
+
+class SignInLink(Base):
+    """A one-time sign-in link; only the hash of its token is kept."""
+
+    __tablename__ = "sign_in_link"
+    token_hash: Mapped[bytes] = mapped_column(LargeBinary, primary_key=True)
+    user_id: Mapped[UUID] = mapped_column(ForeignKey("user_account.id", ondelete="CASCADE"))
+    expires_at: Mapped[datetime]
+    used_at: Mapped[datetime | None]
+
+
+class LoginSession(Base):
+    """A browser session; opaque cookie, hashed here."""
+
+    __tablename__ = "session"
+    token_hash: Mapped[bytes] = mapped_column(LargeBinary, primary_key=True)
+    user_id: Mapped[UUID] = mapped_column(ForeignKey("user_account.id", ondelete="CASCADE"), index=True)
+    created_at: Mapped[Now]
+    expires_at: Mapped[datetime]
+    revoked_at: Mapped[datetime | None]
+
+
+# --- what was served --------------------------------------------------------------------------------------
+
+
+class Interaction(Base):
+    """One logged prompt and response, narrow. `id` is a UUIDv7, the partition key and the idempotency key."""
+
+    __tablename__ = "interaction"
+    __table_args__ = (
+        one_of("origin", *ORIGINS),
+        Index(None, "project_id", text("id DESC")),
+        {"postgresql_partition_by": "RANGE (id)"},
+    )
+    id: Mapped[Key]
+    project_id: Mapped[UUID]
+    api_key_id: Mapped[UUID | None]
+    origin: Mapped[str]
+    arm: Mapped[str] = mapped_column(default="active", server_default="active")
+    adapter_digest: Mapped[str | None]
+    speculator_digest: Mapped[str | None]
+    base_digest: Mapped[str]
+    generation: Mapped[int]
+    namespace: Mapped[str]
+    endpoint: Mapped[str]
+    stream: Mapped[bool]
+    finish_reason: Mapped[str]
+    error: Mapped[str | None]
+    prompt_tokens: Mapped[int]
+    completion_tokens: Mapped[int]
+    cached_tokens: Mapped[int]
+    drafted_tokens: Mapped[int]
+    accepted_tokens: Mapped[int]
+    ttft_ms: Mapped[float | None]
+    latency_ms: Mapped[float | None]
+    longest_gap_ms: Mapped[float | None]
+    mean_logprob: Mapped[float | None]
+    min_logprob: Mapped[float | None]
+    session_key: Mapped[str | None]
+    end_user: Mapped[str | None]
+    group_key: Mapped[str]
+    tags: Mapped[dict[str, Any]] = mapped_column(default=dict, server_default=text("'{}'"))
+    config_hash: Mapped[str]
+    started_at: Mapped[datetime]
+    finished_at: Mapped[datetime | None]
+
+
+class InteractionBody(Base):
+    """The wide half of an interaction, with its own retention."""
+
+    __tablename__ = "interaction_body"
+    __table_args__ = ({"postgresql_partition_by": "RANGE (id)"},)
+    id: Mapped[Key]
+    messages: Mapped[list[Any]]
+    parameters: Mapped[dict[str, Any]]
+    output: Mapped[str]
+    prompt_token_ids: Mapped[list[Any]]
+    token_ids: Mapped[list[Any]]
+    token_logprobs: Mapped[list[Any]]
+    prompt_hash: Mapped[str]
+    template_hash: Mapped[str]
+    tokenizer_hash: Mapped[str]
+    retrieved: Mapped[list[Any]] = mapped_column(default=list, server_default=text("'[]'"))
+    worked_examples: Mapped[list[Any]] = mapped_column(default=list, server_default=text("'[]'"))
+    spool_version: Mapped[int]
+
+
+class Feedback(Base):
+    """What an app or end user says about an interaction. Accepted before the interaction has landed."""
+
+    __tablename__ = "feedback"
+    __table_args__ = (UniqueConstraint("project_id", "idempotency_key"), Index(None, "interaction_id"))
+    id: Mapped[Key]
+    project_id: Mapped[UUID] = mapped_column(ForeignKey("project.id", ondelete="CASCADE"))
+    interaction_id: Mapped[UUID]
+    idempotency_key: Mapped[str]
+    rating: Mapped[int | None]
+    score: Mapped[float | None]
+    comment: Mapped[str | None]
+    correction: Mapped[str | None]
+    author: Mapped[str | None]
+    created_at: Mapped[Now]
+
+
+# --- review -----------------------------------------------------------------------------------------------
+
+
+class ReviewItem(Base):
+    """An interaction waiting for human eyes. One lease at a time; `probability` is π as realised in its stratum.
+
+    `split` is fixed before labelling; held-out items want two distinct reviewers (`overlap_target`).
+    """
+
+    __tablename__ = "review_item"
+    __table_args__ = (
+        one_of("strategy", *STRATEGIES),
+        one_of("split", "train", "held_out"),
+        one_of("state", "open", "done", "escalated", "withdrawn"),
+        UniqueConstraint("interaction_id"),
+        Index("ix_review_item_queue", "project_id", "state", "priority", "order_hash"),
+        Index(None, "project_id", "window"),
+    )
+    id: Mapped[Key]
+    project_id: Mapped[UUID] = mapped_column(ForeignKey("project.id", ondelete="CASCADE"))
+    interaction_id: Mapped[UUID]
+    strategy: Mapped[str]
+    window: Mapped[str]
+    stratum_size: Mapped[int]
+    probability: Mapped[float | None]
+    priority: Mapped[int]
+    order_hash: Mapped[str]
+    split: Mapped[str]
+    group_key: Mapped[str]
+    overlap_target: Mapped[int] = mapped_column(default=1)
+    state: Mapped[str] = mapped_column(default="open")
+    lease_user_id: Mapped[UUID | None] = mapped_column(ForeignKey("user_account.id"))
+    lease_token: Mapped[UUID | None]
+    lease_expires_at: Mapped[datetime | None]
+    created_at: Mapped[Now]
+    done_at: Mapped[datetime | None]
+
+
+class Annotation(Base):
+    """One reviewer's judgement. Appended, never overwritten: an undo is a row that supersedes another."""
+
+    __tablename__ = "annotation"
+    __table_args__ = (
+        one_of("verdict", *VERDICTS),
+        UniqueConstraint("author_id", "idempotency_key"),
+        Index(None, "review_item_id"),
+        Index(None, "project_id", "created_at"),
+    )
+    id: Mapped[Key]
+    project_id: Mapped[UUID] = mapped_column(ForeignKey("project.id"))
+    review_item_id: Mapped[UUID] = mapped_column(ForeignKey("review_item.id"))
+    interaction_id: Mapped[UUID]
+    author_id: Mapped[UUID] = mapped_column(ForeignKey("user_account.id"))
+    idempotency_key: Mapped[str]
+    verdict: Mapped[str]
+    correction: Mapped[str | None]
+    tags: Mapped[list[str]]
+    spans: Mapped[list[Any]] = mapped_column(default=list, server_default=text("'[]'"))
+    comment: Mapped[str | None]
+    assisted: Mapped[bool] = mapped_column(default=False)
+    active_ms: Mapped[int | None]
+    supersedes: Mapped[UUID | None] = mapped_column(ForeignKey("annotation.id"))
+    created_at: Mapped[Now]
+
+
+# --- golden data ------------------------------------------------------------------------------------------
+
+
+class Example(Base):
+    """A training or golden row; a copy, so that the log's retention never reaches it."""
+
+    __tablename__ = "example"
+    __table_args__ = (
+        one_of("split", "train", "held_out"),
+        one_of("kind", "completion", "preference", "unpaired"),
+        one_of("source", "accepted", "corrected", "rejected", "imported"),
+        UniqueConstraint("project_id", "content_hash"),
+    )
+    id: Mapped[Key]
+    project_id: Mapped[UUID] = mapped_column(ForeignKey("project.id", ondelete="CASCADE"))
+    content_hash: Mapped[str]
+    kind: Mapped[str]
+    source: Mapped[str]
+    split: Mapped[str]
+    group_key: Mapped[str]
+    slice: Mapped[str] = mapped_column(default="target", server_default="target")
+    messages: Mapped[list[Any]]
+    completion: Mapped[str | None]
+    rejected: Mapped[str | None]
+    interaction_id: Mapped[UUID | None] = mapped_column(index=True)
+    annotation_ids: Mapped[list[Any]]
+    reviewers: Mapped[list[Any]]
+    created_at: Mapped[Now]
+
+
+class Dataset(Base):
+    """A named set of examples of one project."""
+
+    __tablename__ = "dataset"
+    __table_args__ = (UniqueConstraint("project_id", "name"),)
+    id: Mapped[Key]
+    project_id: Mapped[UUID] = mapped_column(ForeignKey("project.id", ondelete="CASCADE"))
+    name: Mapped[str]
+    created_at: Mapped[Now]
+
+
+class Revision(Base):
+    """An immutable state of a dataset. `digest` is the SHA-256 of its canonical manifest; `looks` counts gate looks."""
+
+    __tablename__ = "revision"
+    __table_args__ = (UniqueConstraint("dataset_id", "digest"),)
+    id: Mapped[Key]
+    dataset_id: Mapped[UUID] = mapped_column(ForeignKey("dataset.id", ondelete="CASCADE"))
+    digest: Mapped[str]
+    parent_digest: Mapped[str | None]
+    train_count: Mapped[int]
+    held_out_count: Mapped[int]
+    report: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    looks: Mapped[int] = mapped_column(default=0, server_default="0")
+    created_at: Mapped[Now]
+
+
+class RevisionExample(Base):
+    """Membership of an example in a revision, in manifest order."""
+
+    __tablename__ = "revision_example"
+    revision_id: Mapped[UUID] = mapped_column(ForeignKey("revision.id", ondelete="CASCADE"), primary_key=True)
+    position: Mapped[int] = mapped_column(primary_key=True)
+    example_id: Mapped[UUID] = mapped_column(ForeignKey("example.id"), index=True)
+    content_hash: Mapped[str]
+    split: Mapped[str]
+    weight: Mapped[float] = mapped_column(default=1.0, server_default="1")
+
+
+# --- learning ---------------------------------------------------------------------------------------------
+
+
+class Artifact(Base):
+    """Adapter or speculator; immutable; `digest` is the SHA-256 of its manifest.json and its directory's name."""
+
+    __tablename__ = "artifact"
+    __table_args__ = (one_of("kind", "adapter", "speculator"), one_of("state", *ARTIFACT_STATES))
+    digest: Mapped[str] = mapped_column(primary_key=True)
+    kind: Mapped[str]
+    project_id: Mapped[UUID] = mapped_column(ForeignKey("project.id"), index=True)
+    run_id: Mapped[UUID | None] = mapped_column(ForeignKey("run.id", use_alter=True))
+    base_digest: Mapped[str]
+    manifest: Mapped[dict[str, Any]]
+    state: Mapped[str] = mapped_column(default="built")
+    created_at: Mapped[Now]
+
+
+class Run(Base):
+    """A training run: from revision to a decision. `phase` is what it is doing now, in words for the page."""
+
+    __tablename__ = "run"
+    __table_args__ = (
+        one_of("kind", "sft", "dpo", "kto", "speculator"),
+        one_of("state", *RUN_STATES),
+        # Never two unfinished runs of one project.
+        Index(
+            "uq_run_unfinished", "project_id", unique=True,
+            postgresql_where=text("state IN ('queued', 'running')"),
+        ),
+        Index(None, "project_id", "created_at"),
+    )  # fmt: skip
+    id: Mapped[Key]
+    project_id: Mapped[UUID] = mapped_column(ForeignKey("project.id"))
+    kind: Mapped[str]
+    state: Mapped[str] = mapped_column(default="queued")
+    phase: Mapped[str] = mapped_column(default="queued")
+    params: Mapped[dict[str, Any]]
+    dataset_id: Mapped[UUID | None] = mapped_column(ForeignKey("dataset.id"))
+    revision_id: Mapped[UUID | None] = mapped_column(ForeignKey("revision.id"))
+    artifact_digest: Mapped[str | None] = mapped_column(ForeignKey("artifact.digest"))
+    job_id: Mapped[UUID | None]
+    preflight: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
+    error: Mapped[str | None]
+    created_by: Mapped[str]
+    created_at: Mapped[Now]
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+
+class RunEvent(Base):
+    """What a run reports while it works: `progress` rows (step, loss, lr, tokens/s …), phases, log lines."""
+
+    __tablename__ = "run_event"
+    __table_args__ = (Index(None, "run_id", "id"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    run_id: Mapped[UUID] = mapped_column(ForeignKey("run.id", ondelete="CASCADE"))
+    at: Mapped[Now]
+    kind: Mapped[str]
+    step: Mapped[int | None]
+    payload: Mapped[dict[str, Any]]
+
+
+class Evaluation(Base):
+    """A candidate against a baseline on a revision's held-out rows, and what the gate said."""
+
+    __tablename__ = "evaluation"
+    __table_args__ = (one_of("decision", "promote", "refuse", "undecided"), Index(None, "project_id", "created_at"))
+    id: Mapped[Key]
+    project_id: Mapped[UUID] = mapped_column(ForeignKey("project.id"))
+    run_id: Mapped[UUID | None] = mapped_column(ForeignKey("run.id"), index=True)
+    revision_id: Mapped[UUID] = mapped_column(ForeignKey("revision.id"))
+    candidate_digest: Mapped[str]
+    baseline_digest: Mapped[str | None]
+    decision: Mapped[str] = mapped_column(default="undecided")
+    reasons: Mapped[list[Any]] = mapped_column(default=list)
+    summary: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    created_at: Mapped[Now]
+    finished_at: Mapped[datetime | None]
+
+
+class EvaluationRow(Base):
+    """One held-out example under both: the rows a decision was made from."""
+
+    __tablename__ = "evaluation_row"
+    evaluation_id: Mapped[UUID] = mapped_column(ForeignKey("evaluation.id", ondelete="CASCADE"), primary_key=True)
+    example_id: Mapped[UUID] = mapped_column(ForeignKey("example.id"), primary_key=True)
+    slice: Mapped[str]
+    group_key: Mapped[str]
+    baseline_output: Mapped[str]
+    candidate_output: Mapped[str]
+    baseline_scores: Mapped[dict[str, Any]]
+    candidate_scores: Mapped[dict[str, Any]]
+
+
+class Deployment(Base):
+    """Which digests a project serves now; changed by compare-and-set on `generation`. NULL active is the base."""
+
+    __tablename__ = "deployment"
+    project_id: Mapped[UUID] = mapped_column(ForeignKey("project.id", ondelete="CASCADE"), primary_key=True)
+    generation: Mapped[int] = mapped_column(default=1)
+    active_digest: Mapped[str | None] = mapped_column(ForeignKey("artifact.digest"))
+    canary_digest: Mapped[str | None] = mapped_column(ForeignKey("artifact.digest"))
+    canary_share: Mapped[float] = mapped_column(default=0.0, server_default="0")
+    last_good_digest: Mapped[str | None] = mapped_column(ForeignKey("artifact.digest"))
+    speculator_digest: Mapped[str | None] = mapped_column(ForeignKey("artifact.digest"))
+    frozen: Mapped[bool] = mapped_column(default=False, server_default="false")
+    updated_at: Mapped[Now]
+
+
+class DeploymentEvent(Base):
+    """The deployment's history, one row a transition, with its evidence."""
+
+    __tablename__ = "deployment_event"
+    __table_args__ = (Index(None, "project_id", "id"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    project_id: Mapped[UUID] = mapped_column(ForeignKey("project.id", ondelete="CASCADE"))
+    at: Mapped[Now]
+    kind: Mapped[str]
+    generation: Mapped[int]
+    from_digest: Mapped[str | None]
+    to_digest: Mapped[str | None]
+    actor: Mapped[str]
+    reason: Mapped[str]
+    evidence: Mapped[dict[str, Any]] = mapped_column(default=dict, server_default=text("'{}'"))
+
+
+# --- the ledger -------------------------------------------------------------------------------------------
+
+
+class Job(Base):
+    """The truth about background work. Effects commit only `WHERE fence = mine`; Redis merely rings the bell."""
+
+    __tablename__ = "job"
+    __table_args__ = (
+        one_of("state", *JOB_STATES),
+        Index("ix_job_claim", "queue", "state", "priority", "not_before"),
+        Index(
+            "uq_job_unfinished_dedupe_key", "dedupe_key", unique=True,
+            postgresql_where=text("state IN ('queued', 'running')"),
+        ),
+    )  # fmt: skip
+    id: Mapped[Key]
+    kind: Mapped[str]
+    queue: Mapped[str] = mapped_column(default="cpu")
+    payload: Mapped[dict[str, Any]]
+    state: Mapped[str] = mapped_column(default="queued")
+    priority: Mapped[int] = mapped_column(default=0)
+    attempts: Mapped[int] = mapped_column(default=0)
+    max_attempts: Mapped[int] = mapped_column(default=3)
+    fence: Mapped[int] = mapped_column(default=0)
+    worker: Mapped[str | None]
+    cancel_requested: Mapped[bool] = mapped_column(default=False)
+    dedupe_key: Mapped[str | None]
+    project_id: Mapped[UUID | None] = mapped_column(ForeignKey("project.id", ondelete="CASCADE"))
+    error: Mapped[str | None]
+    log_tail: Mapped[str | None]
+    not_before: Mapped[Now]
+    published_at: Mapped[datetime | None]
+    lease_expires_at: Mapped[datetime | None]
+    created_at: Mapped[Now]
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+
+class AuditEvent(Base):
+    """Append-only; `hash` = SHA-256(previous hash, canonical row), so a removed or edited row shows."""
+
+    __tablename__ = "audit_event"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    at: Mapped[datetime]
+    actor: Mapped[str]
+    action: Mapped[str]
+    subject: Mapped[str]
+    detail: Mapped[dict[str, Any]]
+    previous_hash: Mapped[str]
+    hash: Mapped[str] = mapped_column(unique=True)
+
+
+class ErasureRequest(Base):
+    """A request to erase an end user or session, and its certificate."""
+
+    __tablename__ = "erasure_request"
+    id: Mapped[Key] = mapped_column(default=uuid7)
+    project_id: Mapped[UUID | None] = mapped_column(ForeignKey("project.id"))
+    subject: Mapped[str]
+    state: Mapped[str] = mapped_column(default="queued")
+    certificate: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
+    created_at: Mapped[Now]
+    finished_at: Mapped[datetime | None]
