@@ -1,0 +1,323 @@
+"""How other processes talk to the engine: `EngineClient` under asyncio, `SyncEngineClient` for workers. No torch.
+
+Nothing here waits on a dead engine. A closed connection, a changed epoch or a long silence fails whatever was in
+flight with `EngineGone`; a request made while the engine is away fails after `connect_seconds`.
+"""
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import msgspec
+import zmq
+import zmq.asyncio
+from zmq.utils.monitor import recv_monitor_message
+
+from engine.messages import (
+    Cancel,
+    Done,
+    Finished,
+    Forget,
+    FromEngine,
+    Generate,
+    GetStatus,
+    LoadAdapter,
+    Status,
+    ToEngine,
+    Tokens,
+    UnloadAdapter,
+    decode_from_engine,
+    encode,
+)
+
+HEARTBEAT_SECONDS = 0.5
+STATUS_SECONDS = 30.0
+
+
+class EngineGone(ConnectionError):
+    """The engine died, restarted or cannot be reached: the request was lost and may be tried again."""
+
+
+class EngineRefused(RuntimeError):
+    """The engine answered a LoadAdapter, UnloadAdapter or Forget with an error; what served before still serves."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Everything one request produced. `logprobs[i]` belongs to `token_ids[i]`."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finished: Finished
+
+
+Inbox = asyncio.Queue[FromEngine | EngineGone]
+
+
+class EngineClient:
+    """One connection to one engine, for any number of concurrent requests on one event loop.
+
+    Construct it inside the running loop. `silence_seconds` is how long a living connection may stay mute (the engine
+    answers heartbeats between steps) before its requests are failed; a death is noticed at once by the closed socket.
+    """
+
+    def __init__(self, address: str, *, connect_seconds: float = 2.0, silence_seconds: float = 10.0) -> None:
+        self.address = address
+        self.epoch: int | None = None
+        self._connect_seconds = connect_seconds
+        self._silence_ticks_allowed = max(2, round(silence_seconds / HEARTBEAT_SECONDS))
+        self._silent_ticks = 0
+        self._inboxes: dict[str, Inbox] = {}
+        self._connected = asyncio.Event()
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        # Without IMMEDIATE, requests made while the engine is away would queue up and run after they were given up.
+        self._socket.setsockopt(zmq.IMMEDIATE, 1)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
+        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        self._socket.connect(address)
+        self._tasks = [asyncio.create_task(body()) for body in (self._receive, self._watch, self._heartbeat)]
+
+    @property
+    def connected(self) -> bool:
+        """Whether an engine is at the other end now."""
+        return self._connected.is_set()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Fail what is in flight and release the sockets."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._fail_all("the client was closed")
+        self._socket.disable_monitor()
+        self._socket.close(linger=0)
+        self._context.term()
+
+    async def generate(self, message: Generate) -> AsyncGenerator[Tokens | Finished]:
+        """Tokens as they come, then exactly one Finished. Closing the generator early cancels the request.
+
+        Raises EngineGone when the engine is away or goes away; ValueError when `message.id` is already in flight.
+        """
+        inbox = self._open(message.id)
+        finished = False
+        try:
+            await self._send(message)
+            while not finished:
+                reply = await self._next(inbox)
+                if not isinstance(reply, Tokens | Finished):
+                    raise EngineGone(f"the engine answered {message.id} with a {type(reply).__name__}")
+                finished = isinstance(reply, Finished)
+                yield reply
+        except EngineGone:
+            finished = True
+            raise
+        finally:
+            del self._inboxes[message.id]
+            if not finished:
+                self._cancel(message.id)
+
+    async def complete(self, message: Generate) -> Completion:
+        """Run one request to its end."""
+        token_ids: list[int] = []
+        logprobs: list[float] = []
+        async for reply in self.generate(message):
+            if isinstance(reply, Finished):
+                return Completion(token_ids, logprobs, reply)
+            token_ids += reply.token_ids
+            logprobs += reply.logprobs
+        raise AssertionError("generate ended without Finished")
+
+    async def load_adapter(self, digest: str, path: str) -> None:
+        """Return once `digest` is ready to serve. Raises EngineRefused with the reason, or EngineGone."""
+        await self._command(LoadAdapter(id=_fresh_id(), digest=digest, path=path))
+
+    async def unload_adapter(self, digest: str) -> None:
+        """Return once the slot is free, which waits for the digest's running requests. Raises EngineRefused."""
+        await self._command(UnloadAdapter(id=_fresh_id(), digest=digest))
+
+    async def forget(self, namespace: str) -> None:
+        """Drop everything the engine keeps for a namespace."""
+        await self._command(Forget(id=_fresh_id(), namespace=namespace))
+
+    async def status(self) -> Status:
+        """The engine's state now. Raises EngineGone when it cannot be reached or does not answer."""
+        reply = await self._ask(GetStatus(id=_fresh_id()), STATUS_SECONDS)
+        if not isinstance(reply, Status):
+            raise EngineGone(f"the engine answered a status request with a {type(reply).__name__}")
+        return reply
+
+    async def _command(self, message: LoadAdapter | UnloadAdapter | Forget) -> None:
+        reply = await self._ask(message, None)
+        if not isinstance(reply, Done):
+            raise EngineGone(f"the engine answered a command with a {type(reply).__name__}")
+        if reply.error:
+            raise EngineRefused(reply.error)
+
+    async def _ask(
+        self, message: GetStatus | LoadAdapter | UnloadAdapter | Forget, seconds: float | None
+    ) -> FromEngine:
+        inbox = self._open(message.id)
+        try:
+            await self._send(message)
+            return await asyncio.wait_for(self._next(inbox), seconds)
+        except TimeoutError as error:
+            raise EngineGone(f"the engine at {self.address} did not answer within {seconds:g} s") from error
+        finally:
+            del self._inboxes[message.id]
+
+    def _open(self, request_id: str) -> Inbox:
+        if request_id in self._inboxes:
+            raise ValueError(f"request id {request_id!r} is already in flight")
+        inbox: Inbox = asyncio.Queue()
+        self._inboxes[request_id] = inbox
+        return inbox
+
+    async def _next(self, inbox: Inbox) -> FromEngine:
+        reply = await inbox.get()
+        if isinstance(reply, EngineGone):
+            raise reply
+        return reply
+
+    async def _send(self, message: ToEngine) -> None:
+        try:
+            await asyncio.wait_for(self._connected.wait(), self._connect_seconds)
+            await self._socket.send(encode(message), zmq.DONTWAIT)
+        except (TimeoutError, zmq.Again) as error:
+            raise EngineGone(f"no engine answers at {self.address}") from error
+
+    def _cancel(self, request_id: str) -> None:
+        """Called while unwinding, so it must not await: zmq.asyncio sends at once when it can."""
+        if self.connected and not self._socket.closed:
+            sent = asyncio.ensure_future(self._socket.send(encode(Cancel(id=request_id)), zmq.DONTWAIT))
+            sent.add_done_callback(_read_result)
+
+    async def _receive(self) -> None:
+        while True:
+            for frame in await self._socket.recv_multipart():
+                self._silent_ticks = 0
+                try:
+                    message = decode_from_engine(frame)
+                except msgspec.DecodeError as error:
+                    self._fail_all(f"the engine speaks another protocol: {error}")
+                    continue
+                self._notice_epoch(message.epoch)
+                if message.id in self._inboxes:
+                    self._inboxes[message.id].put_nowait(message)
+
+    def _notice_epoch(self, epoch: int) -> None:
+        if self.epoch is not None and epoch != self.epoch:
+            self._fail_all("the engine restarted")
+        self.epoch = epoch
+
+    async def _watch(self) -> None:
+        while True:
+            event = (await recv_monitor_message(self._monitor))["event"]
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._silent_ticks = 0
+                self._connected.set()
+            elif event == zmq.EVENT_DISCONNECTED:
+                self._connected.clear()
+                self._fail_all("the engine went away")
+
+    async def _heartbeat(self) -> None:
+        """Counts mute ticks, not seconds: a loop that was itself asleep (a worker between calls) is no engine fault."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+            if not self.connected or not self._inboxes:
+                self._silent_ticks = 0
+                continue
+            self._silent_ticks += 1
+            if self._silent_ticks > self._silence_ticks_allowed:
+                self._fail_all("the engine has stopped answering")
+            with suppress(zmq.Again):
+                await self._socket.send(encode(GetStatus(id="heartbeat")), zmq.DONTWAIT)
+
+    def _fail_all(self, reason: str) -> None:
+        for inbox in self._inboxes.values():
+            inbox.put_nowait(EngineGone(f"{reason} ({self.address})"))
+
+
+class SyncEngineClient:
+    """The same client for code without an event loop: a private loop that runs only inside a call. One thread."""
+
+    def __init__(self, address: str, *, connect_seconds: float = 5.0, silence_seconds: float = 30.0) -> None:
+        self._runner = asyncio.Runner()
+
+        async def connect() -> EngineClient:
+            return EngineClient(address, connect_seconds=connect_seconds, silence_seconds=silence_seconds)
+
+        self._client = self._runner.run(connect())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the connection and the loop."""
+        self._runner.run(self._client.close())
+        self._runner.close()
+
+    def generate(self, message: Generate) -> Completion:
+        """Run one request to its end. Raises EngineGone."""
+        return self._runner.run(self._client.complete(message))
+
+    def generate_many(self, messages: Sequence[Generate], *, concurrency: int = 64) -> list[Completion]:
+        """Run all, at most `concurrency` at once, answers in the order asked. The first EngineGone cancels the rest."""
+
+        async def run() -> list[Completion]:
+            gate = asyncio.Semaphore(concurrency)
+
+            async def one(message: Generate) -> Completion:
+                async with gate:
+                    return await self._client.complete(message)
+
+            try:
+                async with asyncio.TaskGroup() as group:
+                    tasks = [group.create_task(one(message)) for message in messages]
+            except* EngineGone as gone:
+                raise gone.exceptions[0] from None
+            return [task.result() for task in tasks]
+
+        return self._runner.run(run())
+
+    def load_adapter(self, digest: str, path: str) -> None:
+        """See EngineClient.load_adapter."""
+        self._runner.run(self._client.load_adapter(digest, path))
+
+    def unload_adapter(self, digest: str) -> None:
+        """See EngineClient.unload_adapter."""
+        self._runner.run(self._client.unload_adapter(digest))
+
+    def forget(self, namespace: str) -> None:
+        """See EngineClient.forget."""
+        self._runner.run(self._client.forget(namespace))
+
+    def status(self) -> Status:
+        """See EngineClient.status."""
+        return self._runner.run(self._client.status())
+
+
+def _fresh_id() -> str:
+    return uuid.uuid4().hex
+
+
+def _read_result(future: asyncio.Future[zmq.MessageTracker | None]) -> None:
+    """A Cancel that cannot be sent went to an engine that is gone, and the request with it."""
+    if not future.cancelled():
+        future.exception()
