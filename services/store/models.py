@@ -200,6 +200,7 @@ class ReviewItem(Base):
         one_of("state", "open", "done", "escalated", "withdrawn"),
         UniqueConstraint("interaction_id"),
         Index("ix_review_item_queue", "project_id", "state", "priority", "order_hash"),
+        Index("ix_review_item_held", "lease_user_id", postgresql_where=text("lease_user_id IS NOT NULL")),
         Index(None, "project_id", "window"),
     )
     id: Mapped[Key]
