@@ -1,0 +1,133 @@
+"""API keys: `wh_<8 character id>_<43 character secret>`, of which only an HMAC-SHA256 under the pepper is kept."""
+
+import hashlib
+import hmac
+import os
+import secrets
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from uuid import UUID
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from services.errors import InvalidRequest, NotFound
+from services.settings import Settings
+from services.store.models import SCOPES, ApiKey
+
+ALPHABET = "abcdefghijkmnpqrstuvwxyz23456789"  # no l, o, 0, 1: people read key ids aloud
+PREFIX_LENGTH = 8
+SECRET_LENGTH = 43
+KEY_LENGTH = len("wh__") + PREFIX_LENGTH + SECRET_LENGTH
+
+
+def load_pepper(settings: Settings) -> bytes:
+    """The key every stored hash depends on: WHET_SECRET, or the 0600 file `<home>/secret`, made at first use."""
+    if settings.secret:
+        return settings.secret.encode()
+    path = settings.home / "secret"
+    if not path.exists():
+        _make_secret(path)
+    if path.stat().st_mode & 0o077:
+        raise PermissionError(f"{path} can be read by others: chmod 600 it, and rotate the keys if it may have leaked")
+    pepper = path.read_bytes().strip()
+    if len(pepper) < 32:
+        raise ValueError(f"{path} is shorter than 32 characters; restore it, or delete it and make new keys")
+    return pepper
+
+
+def _make_secret(path: Path) -> None:
+    """Several processes may start at once: the whole file appears by link, and the first one wins."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        os.write(descriptor, secrets.token_hex(32).encode())
+        os.fsync(descriptor)
+        os.link(draft, path)
+    except FileExistsError:
+        return
+    finally:
+        os.close(descriptor)
+        draft.unlink()
+
+
+def prefix_of(plaintext: str) -> str | None:
+    """The public id inside a key, or None when it does not look like one of ours."""
+    if len(plaintext) != KEY_LENGTH or not plaintext.isascii() or not plaintext.startswith("wh_"):
+        return None
+    prefix, separator = plaintext[3 : 3 + PREFIX_LENGTH], plaintext[3 + PREFIX_LENGTH]
+    return prefix if separator == "_" else None
+
+
+def digest(pepper: bytes, plaintext: str) -> bytes:
+    """What is stored of a key."""
+    return hmac.digest(pepper, plaintext.encode(), hashlib.sha256)
+
+
+def matches(pepper: bytes, plaintext: str, stored: bytes) -> bool:
+    """Whether the key is the one stored; takes the same time either way."""
+    return hmac.compare_digest(digest(pepper, plaintext), stored)
+
+
+def create(
+    session: Session,
+    *,
+    pepper: bytes,
+    name: str,
+    scopes: Sequence[str],
+    project_id: UUID | None = None,
+    expires_at: datetime | None = None,
+) -> tuple[ApiKey, str]:
+    """A new key and its plaintext, which is shown once and never stored. `project_id` None reaches every project."""
+    unknown = sorted(set(scopes) - set(SCOPES))
+    if unknown or not scopes:
+        raise InvalidRequest(f"scopes must be one or more of {', '.join(SCOPES)}, not {unknown or 'none'}")
+    if not name.strip():
+        raise InvalidRequest("a key needs a name, so that people know what to revoke", param="name")
+    prefix = "".join(secrets.choice(ALPHABET) for _ in range(PREFIX_LENGTH))
+    plaintext = f"wh_{prefix}_{secrets.token_urlsafe(32)}"
+    key = ApiKey(
+        prefix=prefix,
+        hash=digest(pepper, plaintext),
+        name=name.strip(),
+        project_id=project_id,
+        scopes=sorted(set(scopes)),
+        expires_at=expires_at,
+    )
+    session.add(key)
+    session.flush()
+    return key, plaintext
+
+
+def revoke(session: Session, key_id: UUID) -> ApiKey:
+    """End a key now. Revoking twice keeps the first time."""
+    key = session.get(ApiKey, key_id, with_for_update=True)
+    if key is None:
+        raise NotFound(f"there is no API key {key_id}")
+    if key.revoked_at is None:
+        key.revoked_at = func.now()
+        session.flush()
+        session.refresh(key)
+    return key
+
+
+def find(session: Session, pepper: bytes, plaintext: str) -> ApiKey | None:
+    """The live key with this plaintext, or None when it is unknown, wrong, expired or revoked."""
+    prefix = prefix_of(plaintext)
+    if prefix is None:
+        return None
+    key = session.scalar(select(ApiKey).where(ApiKey.prefix == prefix))
+    if key is None or not matches(pepper, plaintext, key.hash):
+        return None
+    expired = key.expires_at is not None and key.expires_at <= datetime.now(UTC)
+    return None if expired or key.revoked_at is not None else key
+
+
+def list_all(session: Session, project_id: UUID | None = None) -> list[ApiKey]:
+    """Keys, newest first: those of one project, or with None all of them."""
+    query = select(ApiKey).order_by(ApiKey.id.desc())
+    if project_id is not None:
+        query = query.where(ApiKey.project_id == project_id)
+    return list(session.scalars(query))
