@@ -1,0 +1,209 @@
+"""Which digests a project serves: changed only by compare-and-set on `generation`, each change with its event.
+
+Writers lock the deployment row first, so two of them never interleave; readers of an old generation get Conflict.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import func, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from services.errors import Conflict, NotFound
+from services.store import audit
+from services.store.models import Artifact, Deployment, DeploymentEvent
+
+# The life of an artefact. Training has no row yet; a retired one comes back when a roll-back returns to it.
+TRANSITIONS: Mapping[str, frozenset[str]] = {
+    "built": frozenset({"verified", "rejected", "quarantined"}),
+    "verified": frozenset({"staged", "rejected", "quarantined"}),
+    "staged": frozenset({"canary", "live", "rejected", "quarantined"}),
+    "canary": frozenset({"live", "rejected", "quarantined", "rolled_back"}),
+    "live": frozenset({"retired", "quarantined", "rolled_back"}),
+    "retired": frozenset({"staged", "live", "quarantined"}),
+    "rejected": frozenset(),
+    "quarantined": frozenset(),
+    "rolled_back": frozenset(),
+}
+
+
+def create(session: Session, project_id: UUID) -> Deployment:
+    """The row every project has, serving the base; an existing one is left as it is."""
+    session.execute(insert(Deployment).values(project_id=project_id, generation=1).on_conflict_do_nothing())
+    return get(session, project_id)
+
+
+def get(session: Session, project_id: UUID) -> Deployment:
+    """The deployment as committed. Raises NotFound."""
+    deployment = session.get(Deployment, project_id, populate_existing=True)
+    if deployment is None:
+        raise NotFound(f"no deployment for project {project_id}")
+    return deployment
+
+
+def events(session: Session, project_id: UUID, *, limit: int = 100) -> list[DeploymentEvent]:
+    """The history, newest first."""
+    query = select(DeploymentEvent).where(DeploymentEvent.project_id == project_id)
+    return list(session.scalars(query.order_by(DeploymentEvent.id.desc()).limit(limit)))
+
+
+def advance(session: Session, digest: str, state: str) -> Artifact:
+    """Move an artefact along the table above; staying where it is changes nothing. Raises NotFound, Conflict."""
+    artifact = session.get(Artifact, digest, with_for_update=True, populate_existing=True)
+    if artifact is None:
+        raise NotFound(f"no artefact {digest}")
+    if artifact.state != state:
+        if state not in TRANSITIONS[artifact.state]:
+            raise Conflict(f"artefact {digest[:12]} is {artifact.state} and cannot become {state}")
+        artifact.state = state
+        session.flush()
+    return artifact
+
+
+def flip(
+    session: Session,
+    project_id: UUID,
+    *,
+    expected_generation: int,
+    digest: str | None,
+    actor: str,
+    reason: str,
+    evidence: dict[str, Any] | None = None,
+) -> Deployment:
+    """Serve `digest` (None: the base) from now on; it becomes live, what served before is retired and last good.
+
+    Raises Conflict when the generation moved, promotion is frozen, or the artefact is not a staged one of this project.
+    """
+    deployment = _locked(session, project_id)
+    if deployment.generation != expected_generation:
+        raise Conflict(f"the deployment moved from generation {expected_generation} to {deployment.generation}")
+    if deployment.frozen:
+        raise Conflict("promotion is frozen after automatic roll-backs: a person has to look first")
+    if digest == deployment.active_digest:
+        raise Conflict(f"{_short(digest)} is already live")
+    old = deployment.active_digest
+    if digest is not None:
+        _require_own(session, project_id, digest)
+        advance(session, digest, "live")
+    if old is not None:
+        advance(session, old, "retired")
+    return _commit_change(
+        session, deployment, to=digest, last_good=old, kind="flip", actor=actor, reason=reason, evidence=evidence
+    )
+
+
+def roll_back(
+    session: Session,
+    project_id: UUID,
+    *,
+    actor: str,
+    reason: str,
+    expected_generation: int | None = None,
+    condemned_state: str = "rolled_back",
+) -> Deployment:
+    """Return to the last good digest, or to the base when there is none. Needs only Postgres, never the engine.
+
+    The artefact it leaves is condemned: it never goes live again. Raises Conflict when the base serves already, or
+    when `expected_generation` is given and has moved.
+    """
+    deployment = _locked(session, project_id)
+    if expected_generation not in (None, deployment.generation):
+        raise Conflict(f"the deployment moved from generation {expected_generation} to {deployment.generation}")
+    condemned = deployment.active_digest
+    if condemned is None:
+        raise Conflict("the base model serves already: there is nothing to roll back")
+    target = deployment.last_good_digest
+    advance(session, condemned, condemned_state)
+    if target is not None:
+        advance(session, target, "live")
+    return _commit_change(
+        session,
+        deployment,
+        to=target,
+        last_good=_predecessor(session, project_id, target),
+        kind="roll_back",
+        actor=actor,
+        reason=reason,
+        evidence=None,
+    )
+
+
+def _locked(session: Session, project_id: UUID) -> Deployment:
+    deployment = session.get(Deployment, project_id, with_for_update=True, populate_existing=True)
+    if deployment is None:
+        raise NotFound(f"no deployment for project {project_id}")
+    return deployment
+
+
+def _require_own(session: Session, project_id: UUID, digest: str) -> None:
+    artifact = session.get(Artifact, digest, populate_existing=True)
+    if artifact is None or artifact.project_id != project_id:
+        raise Conflict(f"artefact {_short(digest)} does not belong to this project")
+
+
+def _predecessor(session: Session, project_id: UUID, digest: str | None) -> str | None:
+    """What `digest` replaced when it went live, if that may still serve; the next roll-back goes there."""
+    if digest is None:
+        return None
+    replaced = (
+        select(DeploymentEvent.from_digest)
+        .where(
+            DeploymentEvent.project_id == project_id,
+            DeploymentEvent.to_digest == digest,
+            DeploymentEvent.kind == "flip",
+        )
+        .order_by(DeploymentEvent.id.desc())
+        .limit(1)
+        .scalar_subquery()
+    )
+    return session.scalar(select(Artifact.digest).where(Artifact.digest == replaced, Artifact.state == "retired"))
+
+
+def _commit_change(
+    session: Session,
+    deployment: Deployment,
+    *,
+    to: str | None,
+    last_good: str | None,
+    kind: str,
+    actor: str,
+    reason: str,
+    evidence: dict[str, Any] | None,
+) -> Deployment:
+    old = deployment.active_digest
+    deployment.active_digest = to
+    deployment.last_good_digest = last_good
+    deployment.canary_digest = None
+    deployment.canary_share = 0.0
+    deployment.generation += 1
+    session.flush()
+    session.execute(
+        update(Deployment).where(Deployment.project_id == deployment.project_id).values(updated_at=func.now())
+    )
+    session.add(
+        DeploymentEvent(
+            project_id=deployment.project_id,
+            kind=kind,
+            generation=deployment.generation,
+            from_digest=old,
+            to_digest=to,
+            actor=actor,
+            reason=reason,
+            evidence=evidence or {},
+        )
+    )
+    session.flush()
+    audit.record(
+        session,
+        actor,
+        f"deployment.{kind}",
+        f"project:{deployment.project_id}",
+        {"generation": deployment.generation, "from": old, "to": to, "reason": reason},
+    )
+    return deployment
+
+
+def _short(digest: str | None) -> str:
+    return "the base" if digest is None else digest[:12]
