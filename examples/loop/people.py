@@ -1,0 +1,130 @@
+"""The app that sends traffic and the reviewers that correct it, over the same HTTP that real ones use."""
+
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import httpx
+from openai import OpenAI, OpenAIError
+from openai.types.chat import ChatCompletionMessageParam
+
+from examples.grammars.common import Example, Message, stream
+from examples.grammars.simulate import APPLICATIONS, review
+
+MAX_TOKENS = 200
+
+
+@dataclass
+class Counts:
+    """What one side saw with its own eyes, to be compared with the rows in Postgres."""
+
+    sent: int = 0
+    failed: int = 0
+    reviewed: int = 0
+    corrected: int = 0
+    errors: deque[str] = field(default_factory=lambda: deque(maxlen=20))
+
+
+class App:
+    """Clients of one application, each streaming one distinct prompt after another until told to stop."""
+
+    def __init__(self, gateway_url: str, key: str, application: str, *, clients: int, seed: int = 0) -> None:
+        self.counts = Counts()
+        self._application = application
+        self._prompts = stream(APPLICATIONS[application], "train", seed)
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._openai = OpenAI(base_url=f"{gateway_url}/v1", api_key=key, max_retries=0, timeout=60)
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(clients)]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Let every client finish the request it is in."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(60)
+        self._openai.close()
+
+    def ask(self, messages: list[Message]) -> str:
+        """One streamed request; counted, and raised again when it fails."""
+        typed = cast(list[ChatCompletionMessageParam], messages)
+        try:
+            chunks = self._openai.chat.completions.create(
+                model=self._application, messages=typed, stream=True, temperature=0, max_tokens=MAX_TOKENS
+            )
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        except (OpenAIError, httpx.HTTPError) as error:
+            with self._lock:
+                self.counts.sent += 1
+                self.counts.failed += 1
+                self.counts.errors.append(f"{type(error).__name__}: {error}")
+            raise
+        with self._lock:
+            self.counts.sent += 1
+        return text
+
+    def _work(self) -> None:
+        for example in self._examples():
+            try:
+                self.ask(example.messages)
+            except (OpenAIError, httpx.HTTPError):
+                time.sleep(0.5)
+
+    def _examples(self) -> Iterator[Example]:
+        while not self._stop.is_set():
+            with self._lock:
+                example = next(self._prompts)
+            yield example
+
+
+class Reviewer:
+    """One signed-in reviewer who judges what the queue hands out as the application's oracle would."""
+
+    def __init__(self, console_url: str, sign_in_path: str, project: str, application: str) -> None:
+        self.counts = Counts()
+        self._project = project
+        self._application = application
+        self._http = httpx.Client(base_url=console_url, timeout=30, headers={"Origin": console_url})
+        self._http.post(sign_in_path, follow_redirects=True).raise_for_status()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def work(self, stop: threading.Event) -> None:
+        """Lease, judge, submit until the queue stays empty for three seconds or `stop` is set."""
+        idle_since = time.monotonic()
+        while not stop.is_set() and time.monotonic() - idle_since < 3:
+            items = self.lease()
+            for item in items:
+                self.judge(item)
+            if items:
+                idle_since = time.monotonic()
+            else:
+                time.sleep(0.3)
+
+    def lease(self) -> list[dict[str, Any]]:
+        answer = self._http.post(f"/p/{self._project}/review/lease")
+        answer.raise_for_status()
+        items: list[dict[str, Any]] = answer.json()["items"]
+        return items
+
+    def judge(self, item: dict[str, Any]) -> None:
+        """Submit a judgement; a lease lost to a slow machine is someone else's item now, not an error."""
+        verdict = review(self._application, item["messages"], item["output"])
+        body = {
+            "verdict": verdict.verdict, "correction": verdict.correction, "tags": [],
+            "lease_token": item["lease_token"], "idempotency_key": str(uuid.uuid4()),
+        }  # fmt: skip
+        answer = self._http.post(f"/p/{self._project}/review/items/{item['id']}/annotations", json=body)
+        if answer.status_code == httpx.codes.CONFLICT:
+            return
+        answer.raise_for_status()
+        self.counts.reviewed += 1
+        self.counts.corrected += verdict.verdict == "correct"

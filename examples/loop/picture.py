@@ -1,0 +1,95 @@
+"""The demo's picture: what one run of the loop did to quality and to latency, over time."""
+
+from datetime import datetime
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from examples.loop.report import Report, Served, wilson
+
+INK, FAINT, GOOD, BAD, MARK = "#1c2430", "#8a94a3", "#0f8a6d", "#c2562d", "#3b5bdb"
+BINS = 40
+
+
+def draw(report: Report, path: Path) -> None:
+    """Write the picture; the format follows the file's suffix (.png or .svg)."""
+    mpl.rcParams |= {"font.size": 10, "axes.edgecolor": FAINT, "text.color": INK, "axes.labelcolor": INK,
+                     "xtick.color": FAINT, "ytick.color": FAINT, "svg.hashsalt": "whet"}  # fmt: skip
+    figure, (quality, latency) = plt.subplots(
+        2, 1, figsize=(9, 5.4), sharex=True, height_ratios=(3, 2), layout="constrained"
+    )
+    start = report.served[0].started
+    _quality(quality, report, start)
+    _latency(latency, report, start)
+    for axis in (quality, latency):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.axvspan(
+            _seconds(report.training_started_at, start), _seconds(report.training_finished_at, start),
+            color=MARK, alpha=0.08, linewidth=0,
+        )  # fmt: skip
+        axis.axvline(_seconds(report.last_correction_at, start), color=FAINT, linewidth=1, linestyle=":")
+        if report.swapped_at:
+            axis.axvline(_seconds(report.swapped_at, start), color=MARK, linewidth=1.2)
+    figure.savefig(path, dpi=144, metadata={"Date": None} if path.suffix == ".svg" else None)
+    plt.close(figure)
+
+
+def _quality(axis: Axes, report: Report, start: datetime) -> None:
+    """House-rule score of live traffic in time bins, with its interval."""
+    middles, shares = [], []
+    for middle, rows in _bins(report.served, start):
+        middles.append(middle)
+        shares.append(wilson(sum(row.good for row in rows), len(rows)))
+    axis.fill_between(middles, [s.low * 100 for s in shares], [s.high * 100 for s in shares], color=GOOD, alpha=0.18)
+    axis.plot(middles, [s.share * 100 for s in shares], color=GOOD, linewidth=2)
+    axis.set_ylim(-4, 104)
+    axis.set_ylabel("house rules followed, %")
+    axis.set_title(
+        f"{report.application}: live traffic, each prompt sent once (band: 95 % interval)", loc="left", fontsize=11
+    )
+    marks = [(report.last_correction_at, "last correction"), (report.training_started_at, "training")]
+    if report.swapped_at:
+        marks.append((report.swapped_at, "swap"))
+    for row, (at, label) in enumerate(marks):
+        axis.annotate(
+            label,
+            (_seconds(at, start), 96 - 9 * row),
+            xytext=(4, 0),
+            textcoords="offset points",
+            fontsize=9,
+            color=MARK,
+        )
+
+
+def _latency(axis: Axes, report: Report, start: datetime) -> None:
+    """Longest pause between chunks of each stream; failures are drawn, not left out."""
+    done = [row for row in report.served if row.gap_ms is not None]
+    axis.scatter(
+        [_seconds(row.finished, start) for row in done], [row.gap_ms or 0 for row in done],
+        s=5, color=INK, alpha=0.35, linewidths=0,
+    )  # fmt: skip
+    for row in report.served:
+        if not row.ended_well:
+            axis.axvline(_seconds(row.finished, start), color=BAD, linewidth=1)
+    axis.set_yscale("log")
+    axis.set_ylabel("longest pause\nin a stream, ms")
+    axis.set_xlabel(
+        f"seconds since the first request · {report.rows:,} requests, {report.rows_not_finished_well} failed"
+    )
+
+
+def _bins(served: list[Served], start: datetime) -> list[tuple[float, list[Served]]]:
+    times = np.array([_seconds(row.finished, start) for row in served])
+    edges = np.linspace(0, times.max() + 1e-6, BINS + 1)
+    which = np.digitize(times, edges) - 1
+    filled = [(index, [served[i] for i in np.flatnonzero(which == index)]) for index in range(BINS)]
+    return [(float(edges[index] + edges[index + 1]) / 2, rows) for index, rows in filled if rows]
+
+
+def _seconds(at: datetime, start: datetime) -> float:
+    return (at - start).total_seconds()
