@@ -1,0 +1,63 @@
+"""The migration and the models say the same; it goes both ways; the triggers ring and refuse."""
+
+import psycopg
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import create_engine, text
+from sqlalchemy.exc import IntegrityError
+
+from migrations.run import downgrade, upgrade
+from services.platform.postgres import PostgresServer
+from services.store.base import Base, Sessions, uuid7
+from services.store.models import Job, Project
+
+
+def test_models_and_migration_agree(database_url: str) -> None:
+    engine = create_engine(database_url)
+    with engine.connect() as connection:
+        known = set(Base.metadata.tables)
+        context = MigrationContext.configure(
+            connection,
+            opts={"include_name": lambda name, kind, _: kind != "table" or name in known, "compare_type": True},
+        )
+        differences = compare_metadata(context, Base.metadata)
+    engine.dispose()
+    assert differences == []
+
+
+def test_downgrade_leaves_nothing_and_upgrade_comes_back(postgres: PostgresServer) -> None:
+    url = postgres.create_database("test_both_ways")
+    engine = create_engine(url)
+    leftovers = text(
+        "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p', 'S') "
+        "UNION SELECT proname FROM pg_proc WHERE proname LIKE 'whet%'"
+    )
+    try:
+        upgrade(url)
+        downgrade(url, "base")
+        with engine.connect() as connection:
+            assert set(connection.scalars(leftovers)) == {"alembic_version"}
+        upgrade(url)
+        with engine.connect() as connection:
+            assert set(Base.metadata.tables) <= set(connection.scalars(leftovers))
+    finally:
+        engine.dispose()
+        postgres.drop_database("test_both_ways")
+
+
+def test_new_projects_and_jobs_ring_their_bells(sessions: Sessions, database_url: str) -> None:
+    job = Job(id=uuid7(), kind="train", payload={})
+    with psycopg.connect(database_url.replace("+psycopg", ""), autocommit=True) as listener:
+        listener.execute("LISTEN whet_snapshot; LISTEN whet_job")
+        with sessions.begin() as session:
+            session.add_all([Project(slug="support", name="Support"), job])
+        rung = {(bell.channel, bell.payload) for bell in listener.notifies(timeout=5, stop_after=2)}
+    assert rung == {("whet_snapshot", ""), ("whet_job", str(job.id))}
+
+
+@pytest.mark.parametrize("table", ["annotation", "audit_event"])
+@pytest.mark.parametrize("statement", ["DELETE FROM {}", "UPDATE {} SET id = id"])
+def test_judgements_and_audit_rows_cannot_be_changed(sessions: Sessions, table: str, statement: str) -> None:
+    with pytest.raises(IntegrityError, match=f"{table} is append-only"), sessions.begin() as session:
+        session.execute(text(statement.format(table)))
