@@ -14,11 +14,20 @@ from sqlalchemy.orm import Session
 
 from services.errors import Conflict, NotFound
 from services.store.base import Sessions, uuid7
-from services.store.leases import HEARTBEAT_SECONDS, LEASE_SECONDS, JobFailed, Lease, LostLease, end_job, retry_or_end
+from services.store.leases import (
+    HEARTBEAT_SECONDS,
+    LEASE_SECONDS,
+    JobCancelled,
+    JobFailed,
+    Lease,
+    LostLease,
+    end_job,
+    retry_or_end,
+)
 from services.store.models import Job
 
 __all__ = [
-    "Job", "JobFailed", "Lease", "LostLease", "Publication", "claim", "enqueue", "expire", "get", "overdue",
+    "Job", "JobCancelled", "JobFailed", "Lease", "LostLease", "Publication", "claim", "enqueue", "expire", "get", "overdue",
     "prune", "request_cancel", "take_due", "unpublish",
 ]  # fmt: skip
 

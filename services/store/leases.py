@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from services.store.base import Sessions
-from services.store.models import Job, Run
+from services.store.models import Job
 
 LEASE_SECONDS = 60.0
 HEARTBEAT_SECONDS = 15.0
@@ -31,6 +31,10 @@ class LostLease(RuntimeError):
 
 class JobFailed(RuntimeError):
     """Raised by a handler for a failure that a retry cannot mend; its message is the job's and the run's error."""
+
+
+class JobCancelled(RuntimeError):
+    """Raised by a handler that has seen `Lease.cancelled` and stopped."""
 
 
 class Lease:
@@ -99,9 +103,16 @@ class Lease:
             end_job(own, self._job(own), "succeeded")
 
     def cancel(self) -> None:
-        """End the job as cancelled; its run too."""
+        """End the job as cancelled."""
         with self.transaction() as session:
             end_job(session, self._job(session), "cancelled", error="cancelled on request")
+
+    def release(self) -> None:
+        """Hand the job back unfinished, because this worker stops: the next one may start at once."""
+        with self.transaction() as session:
+            job = self._job(session)
+            job.state, job.lease_expires_at, job.published_at = "queued", None, None
+            job.attempts -= 1
 
     def fail(self, error: str, log_tail: str = "", *, retry: bool = True) -> None:
         """Record a failed attempt: back to the queue after a pause, or the end when attempts or hope ran out."""
@@ -165,21 +176,10 @@ def retry_or_end(session: Session, job: Job, *, error: str, log_tail: str = "") 
 
 
 def end_job(session: Session, job: Job, state: str, *, error: str | None = None, log_tail: str = "") -> None:
-    """Put a job into a final state. A run whose job ended badly ends with it, or it would block its project."""
+    """Put a job into a final state. Its run, if it has one, is ended by `runs.settle`, which locks runs before jobs."""
     job.state = state
     job.error = error
     job.log_tail = log_tail[-LOG_TAIL_CHARACTERS:] or job.log_tail
     job.lease_expires_at = None
     session.flush()
     session.execute(update(Job).where(Job.id == job.id).values(finished_at=func.now()))
-    if state != "succeeded" and "run_id" in job.payload and job.payload["run_id"]:
-        _end_run(session, UUID(str(job.payload["run_id"])), state, error)
-
-
-def _end_run(session: Session, run_id: UUID, job_state: str, error: str | None) -> None:
-    state = "cancelled" if job_state == "cancelled" else "failed"
-    session.execute(
-        update(Run)
-        .where(Run.id == run_id, Run.state.in_(("queued", "running")))
-        .values(state=state, phase=state, error=error, finished_at=func.now())
-    )
