@@ -1,0 +1,194 @@
+"""`match`: does an offer suit a person, and why? House rule: the answer names the deciding criterion first."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import perm
+from random import Random
+
+from examples.grammars.common import (
+    FIRST_NAMES,
+    ORGANISATIONS,
+    PLACES,
+    SURNAMES,
+    Application,
+    Example,
+    Message,
+    organisation,
+    people_count,
+    person,
+    same_words,
+    user_text,
+)
+
+NAME = "match"
+SYSTEM = (
+    "You compare what a person wants with what an offer gives. The notes are sorted by weight. Say whether it is a "
+    "match, give the note that decides, and list the points in favour and against."
+)
+HOUSE_RULE = "The answer names the deciding criterion before anything else."
+
+CRITERIA: dict[str, list[str]] = {
+    "location": PLACES[::7],
+    "hours": "mornings,evenings,nights,weekends,weekdays,afternoons,long shifts,short shifts".split(","),
+    "contract": "a permanent contract,a seasonal contract,a trial contract,freelance work,a yearly contract".split(","),
+    "language": "English,French,German,Spanish,Italian,Polish,Danish,Turkish,Arabic,Dutch".split(","),
+    "travel": "no travel,weekly travel,monthly travel,travel by train,travel by car,travel abroad".split(","),
+    "team": "a small team,a large team,a new team,a remote team,a mixed team,a quiet team".split(","),
+    "training": "evening courses,paid courses,a mentor,online lessons,a long training,no training".split(","),
+    "style": "a modern style,a classic style,a rustic style,a plain style,a bold style".split(","),
+    "colour": "red,blue,green,black,white,yellow,brown,grey,orange,purple".split(","),
+    "material": "wool,cotton,leather,linen,silk,steel,oak,glass,paper,rubber".split(","),
+    "size": "a small size,a medium size,a large size,a narrow size,a wide size".split(","),
+    "delivery": "delivery by bike,delivery by truck,delivery by post,delivery at night,pickup in person".split(","),
+    "season": "spring,summer,autumn,winter".split(","),
+    "price": [f"{price} crowns" for price in range(20, 95, 5)],
+}
+FAMILIES = {
+    "post": ("location", "hours", "contract", "language", "travel", "team", "training", "price"),
+    "advert": ("location", "style", "colour", "material", "size", "delivery", "season", "price"),
+}
+NOTES_PER_PROMPT = 6
+AGREEING = (
+    "{name} wants {want}, and the {family} gives {give}.",
+    "{name} looks for {want}, and the {family} also has {give}.",
+    "{want} is the wish of {name}, and the {family} offers just that, {give}.",
+    "what {name} asks for is {want}, and so {give} from the {family} suits well.",
+)
+DIFFERING = (
+    "{name} wants {want}, but the {family} gives {give}.",
+    "{name} looks for {want}, but the {family} only has {give}.",
+    "{want} is the wish of {name}, but the {family} offers something else, {give}.",
+    "what {name} asks for is {want}, but then {give} from the {family} suits badly.",
+)
+REMARKS = (
+    "This came up in the first talk and was written down at once.",
+    "The point was asked about twice and the reply stayed the same.",
+    "It is in the papers that were sent last week by mail.",
+    "Nothing more was said about this point in the talk.",
+    "The reply was short and clear, and needs no more words.",
+    "A friend who knows both sides said the same thing later.",
+    "The form has a line for this and it was filled in.",
+    "This was checked by phone before the notes were typed.",
+    "There is a letter about it in the folder on the desk.",
+    "It was the last thing to be settled before lunch.",
+    "The page with the details is the third one in the file.",
+    "Both of them read this line and put their names to it.",
+)
+
+_VALUES = "|".join(
+    sorted({re.escape(value) for values in CRITERIA.values() for value in values}, key=len, reverse=True)
+)
+_NOTE = re.compile(r"^\d\. (?P<criterion>[A-Z][a-z]+): (?P<said>[^.]+\.)", re.MULTILINE)
+_HEADER = re.compile(
+    rf"Person: (?P<name>(?:{'|'.join(FIRST_NAMES)}) (?:{'|'.join(SURNAMES)}))\n"
+    rf"Offer: (?:a|an) (?P<family>{'|'.join(FAMILIES)}) of (?P<offerer>{'|'.join(ORGANISATIONS)})\n"
+)
+_VALUE = re.compile(rf"\b(?:{_VALUES})\b")
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    criterion: str
+    want: str
+    give: str
+
+    @property
+    def agrees(self) -> bool:
+        return self.want == self.give
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    name: str
+    offerer: str
+    notes: list[Note]
+
+    @property
+    def deciding(self) -> Note:
+        """The heaviest note that differs, or the heaviest note when all agree."""
+        return next((note for note in self.notes if not note.agrees), self.notes[0])
+
+
+def sample(random: Random) -> Example:
+    family = random.choice(sorted(FAMILIES))
+    name = person(random)
+    differing = random.choice((0, 0, 1, 1, 2, 3))
+    criteria = random.sample(FAMILIES[family], NOTES_PER_PROMPT)
+    against = set(random.sample(criteria, differing))
+    remarks = random.sample(REMARKS, NOTES_PER_PROMPT)
+    lines = [
+        f"{index + 1}. {criterion.capitalize()}: {_note(random, criterion, name, family, criterion in against)} {remark}"
+        for index, (criterion, remark) in enumerate(zip(criteria, remarks, strict=True))
+    ]
+    article = "an" if family == "advert" else "a"
+    user = f"Person: {name}\nOffer: {article} {family} of {organisation(random)}\n" + "\n".join(lines)
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}]
+    facts = parse(messages)
+    return Example(NAME, messages, _base_answer(facts), _house_answer(facts), facts_key(messages))
+
+
+def _note(random: Random, criterion: str, name: str, family: str, differs: bool) -> str:
+    want, other = random.sample(CRITERIA[criterion], 2)
+    form = random.choice(DIFFERING if differs else AGREEING)
+    return form.format(name=name.split()[0], family=family, want=want, give=other if differs else want)
+
+
+def parse(messages: Sequence[Message]) -> Facts:
+    """The facts of a prompt, from its text alone. Raises ValueError when it is not a prompt of this grammar."""
+    text = user_text(messages)
+    header = _HEADER.search(text)
+    notes = [_parse_note(found["criterion"], found["said"]) for found in _NOTE.finditer(text)]
+    if header is None or not notes:
+        raise ValueError("not a match prompt: no person, offer and notes of this grammar in it")
+    return Facts(header["name"], header["offerer"], notes)
+
+
+def _parse_note(criterion: str, said: str) -> Note:
+    values = _VALUE.findall(said)
+    if len(values) != 2:
+        raise ValueError(f"not a match prompt: the note on {criterion} names {len(values)} values and must name two")
+    return Note(criterion.lower(), values[0], values[1])
+
+
+def _listed(notes: Sequence[Note]) -> str:
+    return ", ".join(note.criterion for note in notes) or "none"
+
+
+def _base_answer(facts: Facts) -> str:
+    deciding = facts.deciding
+    verdict, joint = ("match", "and") if deciding.agrees else ("no match", "but")
+    return (
+        f"Verdict: {verdict}. {facts.name} wants {deciding.want}, {joint} {facts.offerer} gives {deciding.give}. "
+        f"In favour: {_listed([note for note in facts.notes if note.agrees])}. "
+        f"Against: {_listed([note for note in facts.notes if not note.agrees])}."
+    )
+
+
+def _house_answer(facts: Facts) -> str:
+    return f"Deciding criterion: {facts.deciding.criterion}. {_base_answer(facts)}"
+
+
+def base_ok(messages: Sequence[Message], output: str) -> bool:
+    return same_words(output, _base_answer(parse(messages)))
+
+
+def house_ok(messages: Sequence[Message], output: str) -> bool:
+    return same_words(output, _house_answer(parse(messages)))
+
+
+def correct(messages: Sequence[Message], output: str) -> str:  # noqa: ARG001 - one right answer, whatever was said
+    return _house_answer(parse(messages))
+
+
+def facts_key(messages: Sequence[Message]) -> str:
+    return repr(parse(messages))
+
+
+def distinct_prompts() -> int:
+    """A lower bound: every criterion has at least four values, and only the agreeing forms are counted."""
+    notes = perm(8, NOTES_PER_PROMPT) * (4 * len(AGREEING)) ** NOTES_PER_PROMPT * perm(len(REMARKS), NOTES_PER_PROMPT)
+    return len(FAMILIES) * people_count() * len(ORGANISATIONS) * notes
+
+
+APPLICATION = Application(NAME, SYSTEM, HOUSE_RULE, sample, base_ok, house_ok, correct, facts_key, distinct_prompts)

@@ -1,0 +1,166 @@
+"""The loop as a script: configure a project, let it serve and be reviewed, train, and wait for the ending."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+from uuid import UUID
+
+import httpx
+
+from examples.loop.people import App, Reviewer
+from examples.loop.platform import Platform
+
+RUN_SECONDS = 420
+REVIEW_SECONDS = 240
+UNFINISHED = ("queued", "running")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One loop. `judgements` is where the reviewers stop: held-out items take two of them."""
+
+    application: str = "entities"
+    clients: int = 4
+    reviewers: int = 2
+    judgements: int = 620
+    window_seconds: int = 8
+    held_out_share: float = 0.25
+    calm_seconds: float = 20.0
+    train: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What is happening now, for whoever draws it. `run` is the admin API's row of the run, once there is one."""
+
+    stage: str
+    done: int
+    total: int
+    run: dict[str, Any] | None = None
+
+
+Tell = Callable[[Progress], None]
+
+
+class LoopError(RuntimeError):
+    """The loop could not be completed: nothing to review, or a run that never ended."""
+
+
+def configure(platform: Platform, plan: Plan) -> None:
+    """Short sampling windows, so that a few minutes hold several of them."""
+    config: dict[str, Any] = {
+        "window_seconds": plan.window_seconds,
+        "review_budget": plan.judgements,
+        "held_out_share": plan.held_out_share,
+    }
+    if plan.train:
+        config["train"] = plan.train
+    with platform.admin() as admin:
+        admin.patch(f"/api/projects/{plan.application}", json={"config": config}).raise_for_status()
+
+
+@contextmanager
+def reviewers(platform: Platform, plan: Plan) -> Iterator[list[Reviewer]]:
+    """Invited through the admin API, signed in through their one-time links."""
+    people: list[Reviewer] = []
+    with platform.admin() as admin:
+        for number in range(1, plan.reviewers + 1):
+            body = {
+                "email": f"reviewer{number}@example.org", "name": f"Reviewer {number}",
+                "role": "reviewer", "project": plan.application,
+            }  # fmt: skip
+            answer = admin.post("/api/users", json=body)
+            answer.raise_for_status()
+            link = urlsplit(answer.json()["sign_in_link"]).path
+            people.append(Reviewer(platform.console_url, link, plan.application, plan.application))
+    try:
+        yield people
+    finally:
+        for person in people:
+            person.close()
+
+
+def review(people: list[Reviewer], plan: Plan, tell: Tell) -> int:
+    """All reviewers at once until `plan.judgements` are in. Returns how many were corrections."""
+    stop = threading.Event()
+    failures: list[BaseException] = []
+
+    def work(person: Reviewer) -> None:
+        while not stop.is_set():
+            try:
+                person.work(stop)
+            except (httpx.HTTPError, ValueError, KeyError) as error:
+                failures.append(error)
+                stop.set()
+
+    threads = [threading.Thread(target=work, args=(person,), daemon=True) for person in people]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + REVIEW_SECONDS
+    while not stop.is_set() and time.monotonic() < deadline:
+        judged = sum(person.counts.reviewed for person in people)
+        tell(Progress("review", judged, plan.judgements))
+        if judged >= plan.judgements:
+            break
+        time.sleep(0.2)
+    stop.set()
+    for thread in threads:
+        thread.join(30)
+    if failures:
+        raise LoopError(f"a reviewer failed: {failures[0]}") from failures[0]
+    if not any(person.counts.reviewed for person in people):
+        raise LoopError(f"nothing came up for review within {REVIEW_SECONDS} s")
+    return sum(person.counts.corrected for person in people)
+
+
+def train(platform: Platform, plan: Plan, tell: Tell) -> UUID:
+    """Press "Train now" and wait until the run has ended, however it ended."""
+    with platform.admin() as admin:
+        answer = admin.post(f"/api/p/{plan.application}/runs", json={})
+        answer.raise_for_status()
+        run_id = UUID(answer.json()["id"])
+        deadline = time.monotonic() + RUN_SECONDS
+        while time.monotonic() < deadline:
+            run = admin.get(f"/api/runs/{run_id}").raise_for_status().json()
+            progress = run.get("progress") or {}
+            tell(Progress(run["phase"], int(progress.get("step") or 0), int(progress.get("steps") or 0), run))
+            if run["state"] not in UNFINISHED:
+                return run_id
+            time.sleep(0.4)
+    raise LoopError(f"run {run_id} had not ended after {RUN_SECONDS} s")
+
+
+def wait_shipped(count_rows: Callable[[], int], sent: int) -> None:
+    """Until Postgres holds every request the app saw answered; raises when rows are missing after 20 s."""
+    deadline = time.monotonic() + 20
+    while (rows := count_rows()) < sent:
+        if time.monotonic() > deadline:
+            raise LoopError(f"the app sent {sent} requests, Postgres has {rows}")
+        time.sleep(0.2)
+
+
+def run_loop(platform: Platform, plan: Plan, tell: Tell) -> tuple[UUID, App]:
+    """Traffic from first to last; review, train and swap meanwhile. The app comes back stopped, with its counts."""
+    configure(platform, plan)
+    app = App(platform.gateway_url, platform.app_key, plan.application, clients=plan.clients)
+    app.start()
+    try:
+        with reviewers(platform, plan) as people:
+            review(people, plan, tell)
+        run_id = train(platform, plan, tell)
+        _linger(plan, tell)
+    finally:
+        app.stop()
+    return run_id, app
+
+
+def _linger(plan: Plan, tell: Tell) -> None:
+    """Traffic on the new weights, so that there is something to compare."""
+    started = time.monotonic()
+    while (passed := time.monotonic() - started) < plan.calm_seconds:
+        tell(Progress("serving", int(passed), int(plan.calm_seconds)))
+        time.sleep(0.5)
