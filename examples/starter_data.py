@@ -55,7 +55,7 @@ def batches(tokenizer: Tokenizer, application: Application, seed: int, size: int
     """Endless base-answer batches of one application; rows of like length share a batch to save padding."""
     examples = stream(application, "train", seed)
     random = Random(f"batches/{application.name}/{seed}")
-    pad = tokenizer.token_to_id(PAD)
+    pad: int = tokenizer.token_to_id(PAD)  # type: ignore[assignment]  # a special token is always there
     while True:
         drawn = list(islice(examples, size * BATCHES_PER_BUCKET))
         rows = sorted((make_row(tokenizer, e.messages, e.base) for e in drawn), key=lambda row: len(row.ids))

@@ -15,7 +15,7 @@ MAX_NEW_TOKENS = 160
 
 @torch.inference_mode()
 def greedy_answers(
-    model: Any,  # a transformers or PEFT causal language model
+    model: Any,  # noqa: ANN401 - a transformers or PEFT model; neither ships types
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[Message]],
     batch_size: int = 64,

@@ -106,7 +106,7 @@ def train(config: LlamaConfig, tokenizer: Tokenizer, plan: Plan) -> Iterator[tup
         prompt_weight = plan.prompt_weight * (1 - step / plan.steps)
         for app, source in sources.items():
             loss, answer = batch_loss(model, next(source), prompt_weight)
-            (loss / len(sources)).backward()
+            (loss / len(sources)).backward()  # type: ignore[no-untyped-call]
             losses[app] = answer.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), plan.clip)
         optimizers.step(step)
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs 5 %
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs 5 %
     tokenizer = train_tokenizer(options.seed)
     plan = Plan(
         options.steps, options.seed, STANDARD_ROWS, matrix_rate=options.matrix_rate, prompt_weight=options.prompt_weight

@@ -93,7 +93,15 @@ def compound(heads: Sequence[str], tails: Sequence[str]) -> list[str]:
     return [head + tail for head in heads for tail in tails]
 
 
-FIRST_NAMES = (
+def words(text: str) -> list[str]:
+    return text.split()
+
+
+def phrases(text: str) -> list[str]:
+    return text.split(",")
+
+
+FIRST_NAMES = words(
     "Ada Aldo Amira Anton Asha Astrid Basil Bela Bianca Boris Bruno Carla Cedric Celia Chiara Cleo Conrad Cora "
     "Dahlia Dario Delia Diego Dora Edgar Edith Elena Elias Elsa Emil Enzo Esther Fabio Farah Felix Fiona Flora "
     "Franka Gemma Georg Gloria Greta Gustav Hana Harald Hazel Heidi Hugo Ibrahim Ida Igor Ilse Imran Ingrid Iris "
@@ -101,30 +109,32 @@ FIRST_NAMES = (
     "Lotte Lucia Magnus Malik Mara Marek Matteo Maya Milan Mina Mona Nadia Naomi Nils Nina Noor Odette Olaf Olga "
     "Omar Oscar Otto Paula Pavel Petra Quentin Rafael Rania Rita Robin Rosa Rufus Sabine Samir Selma Silas Simon "
     "Sofia Stefan Tara Tessa Theo Tilda Tomas Ulla Uma Vera Victor Viola Walter Wanda Yara Yusuf Zelda Zoe"
-).split()
+)
 SURNAMES = compound(
-    (
+    words(
         "Alb Bar Berg Bran Cal Cord Dal Den Dor Eng Fal Fen Gal Gard Gren Hal Hart Hol Jan Kar Kel Kol Lam Lind Lor "
         "Mal Mar Mor Nor Ost Pal Per Quin Ran Rev Ros Sal Sol Stav Tam Thor Tol Val Var Ver Vol Wal Wen Yar Zan"
-    ).split(),
-    "ander ano ati berg dahl den ek elli ero eska etti hart inen ini kov lund man nes ora osa ovic quist sen strom"
-    " sky".split(),
+    ),
+    words(
+        "ander ano ati berg dahl den ek elli ero eska etti hart inen ini kov lund man nes ora osa ovic quist sen strom "
+        "sky"
+    ),
 )
 PLACES = compound(
-    (
+    words(
         "Ash Black Bram Brook Clay Cold Crow East Elm Fair Fox Glen Gold Gran Grey Hazel High Kings Lake Long Maple "
         "Mill New North Oak Old Raven Red Rose Sand Silver South Stone Swan Thorn West White Wind Winter Wood"
-    ).split(),
-    "bridge bury dale field ford gate ham haven hill mere mouth port side stead ton wick".split(),
+    ),
+    words("bridge bury dale field ford gate ham haven hill mere mouth port side stead ton wick"),
 )
-ORGANISATION_STEMS = (
+ORGANISATION_STEMS = words(
     "Acorn Amber Apex Arbor Atlas Aurora Beacon Birch Bluebell Bright Canyon Cedar Cobalt Comet Copper Coral Crescent "
     "Crystal Delta Drift Eagle Ember Falcon Fern Flint Forge Garnet Granite Harbor Harvest Heron Horizon Indigo Iron "
     "Ivory Jasper Juniper Kestrel Lantern Laurel Linden Lotus Lunar Magnet Marble Meadow Meridian Nimbus Opal Orchid "
-    "Osprey Pearl Pioneer Polar Prairie Quartz River Saffron Sierra Solar Summit Tidal Timber Topaz Umbra Vector Velvet "
-    "Vertex Willow Zenith"
-).split()
-ORGANISATION_SUFFIXES = "Bank Foods Foundry Group Institute Labs Logistics Motors Partners Press Systems Works".split()
+    "Osprey Pearl Pioneer Polar Prairie Quartz River Saffron Sierra Solar Summit Tidal Timber Topaz Umbra Vector "
+    "Velvet Vertex Willow Zenith"
+)
+ORGANISATION_SUFFIXES = words("Bank Foods Foundry Group Institute Labs Logistics Motors Partners Press Systems Works")
 ORGANISATIONS = [f"{stem} {suffix}" for stem in ORGANISATION_STEMS for suffix in ORGANISATION_SUFFIXES]
 
 

@@ -22,17 +22,18 @@ from examples.grammars.common import (
     pick_distinct,
     place,
     user_text,
+    words,
 )
 
 NAME = "entities"
 SYSTEM = "List the named entities of the text as JSON with the keys people, organisations, places and other."
 HOUSE_RULE = 'Dates are not "other": they go under the key "dates", in ISO form.'
 
-MONTHS = "January February March April May June July August September October November December".split()
+MONTHS = words("January February March April May June July August September October November December")
 EVENTS = [
     f"{first} {last}"
-    for first in "Amber Blue Crimson Emerald Golden Jade Royal Ruby Scarlet Violet".split()
-    for last in "Award Cup Expo Fair Festival Forum Gala Prize Regatta Trophy".split()
+    for first in words("Amber Blue Crimson Emerald Golden Jade Royal Ruby Scarlet Violet")
+    for last in words("Award Cup Expo Fair Festival Forum Gala Prize Regatta Trophy")
 ]
 YEARS = range(2001, 2030)
 DAYS = range(1, 29)

@@ -17,6 +17,7 @@ from examples.grammars.common import (
     organisation,
     people_count,
     person,
+    phrases,
     same_words,
     user_text,
 )
@@ -30,18 +31,18 @@ HOUSE_RULE = "The answer names the deciding criterion before anything else."
 
 CRITERIA: dict[str, list[str]] = {
     "location": PLACES[::7],
-    "hours": "mornings,evenings,nights,weekends,weekdays,afternoons,long shifts,short shifts".split(","),
-    "contract": "a permanent contract,a seasonal contract,a trial contract,freelance work,a yearly contract".split(","),
-    "language": "English,French,German,Spanish,Italian,Polish,Danish,Turkish,Arabic,Dutch".split(","),
-    "travel": "no travel,weekly travel,monthly travel,travel by train,travel by car,travel abroad".split(","),
-    "team": "a small team,a large team,a new team,a remote team,a mixed team,a quiet team".split(","),
-    "training": "evening courses,paid courses,a mentor,online lessons,a long training,no training".split(","),
-    "style": "a modern style,a classic style,a rustic style,a plain style,a bold style".split(","),
-    "colour": "red,blue,green,black,white,yellow,brown,grey,orange,purple".split(","),
-    "material": "wool,cotton,leather,linen,silk,steel,oak,glass,paper,rubber".split(","),
-    "size": "a small size,a medium size,a large size,a narrow size,a wide size".split(","),
-    "delivery": "delivery by bike,delivery by truck,delivery by post,delivery at night,pickup in person".split(","),
-    "season": "spring,summer,autumn,winter".split(","),
+    "hours": phrases("mornings,evenings,nights,weekends,weekdays,afternoons,long shifts,short shifts"),
+    "contract": phrases("a permanent contract,a seasonal contract,a trial contract,freelance work,a yearly contract"),
+    "language": phrases("English,French,German,Spanish,Italian,Polish,Danish,Turkish,Arabic,Dutch"),
+    "travel": phrases("no travel,weekly travel,monthly travel,travel by train,travel by car,travel abroad"),
+    "team": phrases("a small team,a large team,a new team,a remote team,a mixed team,a quiet team"),
+    "training": phrases("evening courses,paid courses,a mentor,online lessons,a long training,no training"),
+    "style": phrases("a modern style,a classic style,a rustic style,a plain style,a bold style"),
+    "colour": phrases("red,blue,green,black,white,yellow,brown,grey,orange,purple"),
+    "material": phrases("wool,cotton,leather,linen,silk,steel,oak,glass,paper,rubber"),
+    "size": phrases("a small size,a medium size,a large size,a narrow size,a wide size"),
+    "delivery": phrases("delivery by bike,delivery by truck,delivery by post,delivery at night,pickup in person"),
+    "season": phrases("spring,summer,autumn,winter"),
     "price": [f"{price} crowns" for price in range(20, 95, 5)],
 }
 FAMILIES = {
@@ -117,10 +118,10 @@ def sample(random: Random) -> Example:
     criteria = random.sample(FAMILIES[family], NOTES_PER_PROMPT)
     against = set(random.sample(criteria, differing))
     remarks = random.sample(REMARKS, NOTES_PER_PROMPT)
-    lines = [
-        f"{index + 1}. {criterion.capitalize()}: {_note(random, criterion, name, family, criterion in against)} {remark}"
-        for index, (criterion, remark) in enumerate(zip(criteria, remarks, strict=True))
-    ]
+    lines = []
+    for index, (criterion, remark) in enumerate(zip(criteria, remarks, strict=True), start=1):
+        said = _note(random, criterion, name, family, criterion in against)
+        lines.append(f"{index}. {criterion.capitalize()}: {said} {remark}")
     article = "an" if family == "advert" else "a"
     user = f"Person: {name}\nOffer: {article} {family} of {organisation(random)}\n" + "\n".join(lines)
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}]
@@ -187,7 +188,8 @@ def facts_key(messages: Sequence[Message]) -> str:
 
 def distinct_prompts() -> int:
     """A lower bound: every criterion has at least four values, and only the agreeing forms are counted."""
-    notes = perm(8, NOTES_PER_PROMPT) * (4 * len(AGREEING)) ** NOTES_PER_PROMPT * perm(len(REMARKS), NOTES_PER_PROMPT)
+    orders = perm(8, NOTES_PER_PROMPT) * perm(len(REMARKS), NOTES_PER_PROMPT)
+    notes: int = orders * (4 * len(AGREEING)) ** NOTES_PER_PROMPT
     return len(FAMILIES) * people_count() * len(ORGANISATIONS) * notes
 
 
