@@ -27,8 +27,8 @@ from services.store.leases import (
 from services.store.models import Job
 
 __all__ = [
-    "Job", "JobCancelled", "JobFailed", "Lease", "LostLease", "Publication", "claim", "enqueue", "expire", "get", "overdue",
-    "prune", "request_cancel", "take_due", "unpublish",
+    "Job", "JobCancelled", "JobFailed", "Lease", "LostLease", "Publication", "claim", "enqueue", "expire",
+    "get", "overdue", "prune", "request_cancel", "take_due", "unpublish",
 ]  # fmt: skip
 
 UNFINISHED = ("queued", "running")
