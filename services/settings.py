@@ -78,6 +78,38 @@ class Settings(BaseSettings):
         return self.run_dir or self.home / "run"
 
     @property
+    def model_path(self) -> Path:
+        """Directory of the model's weights and tokenizer. Raises ValueError when there is none on this machine."""
+        if self.model == "starter":
+            return Path(__file__).parents[1] / "engine" / "starter"
+        if Path(self.model).expanduser().is_dir():
+            return Path(self.model).expanduser().absolute()
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(self.model, local_files_only=True))
+        except (HFValidationError, LocalEntryNotFoundError):
+            raise ValueError(
+                f"the model {self.model!r} is neither `starter`, nor a directory, nor a downloaded Hugging Face model"
+            ) from None
+
+    @property
+    def gateway_url(self) -> str:
+        """How this machine reaches the gateway."""
+        return f"http://{self._reachable_host}:{self.gateway_port}"
+
+    @property
+    def console_url(self) -> str:
+        """How browsers and the CLI reach the console."""
+        return self.public_console_url.rstrip("/") or f"http://{self._reachable_host}:{self.console_port}"
+
+    @property
+    def _reachable_host(self) -> str:
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"[{host}]" if ":" in host else host
+
+    @property
     def engine_socket(self) -> str:
         """ZeroMQ address of the engine."""
         return f"ipc://{self.sockets / 'engine.sock'}"
