@@ -1,0 +1,183 @@
+"""The dispatcher: rings for due jobs, expires leases, schedules, and keeps the engine loaded with what is deployed.
+
+One leader at a time, by an advisory lock on the connection that also listens for new jobs: when that connection dies,
+so does the leadership. Everything it does is idempotent or a compare-and-set, so a moment with two leaders is harmless.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from types import FrameType
+
+import psycopg
+import structlog
+from kombu.exceptions import OperationalError as BrokerError
+from sqlalchemy.exc import SQLAlchemyError
+
+from engine.client import EngineGone, SyncEngineClient
+from services.settings import Settings
+from services.store import jobs, partitions, runs
+from services.store.base import Sessions, make_sessions
+from worker import logs, schedule
+from worker.rollout.collect import collect_orphans
+from worker.rollout.reconcile import Reconciler
+from worker.tasks import make_app, ring
+
+LEADER_LOCK = 0x77686574_64697370  # Any fixed number; this one spells "whetdisp".
+TICK_SECONDS = 1.0
+REPUBLISH_SECONDS = 10.0
+HEARTBEAT_SECONDS = 60.0
+SCHEDULE_SECONDS = 5.0
+HOUSEKEEPING_SECONDS = 3600.0
+
+log = structlog.get_logger()
+
+
+class Every:
+    """True at once and then every `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._next = 0.0
+
+    def due(self) -> bool:
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + self._seconds
+        return True
+
+
+class Dispatcher:
+    """One process's dispatcher; `run` returns after `stop`."""
+
+    def __init__(self, settings: Settings, *, republish_seconds: float = REPUBLISH_SECONDS) -> None:
+        self._settings = settings
+        self._sessions: Sessions = make_sessions(settings.database_dsn, pool_size=3)
+        self._app = make_app(settings)
+        self._republish_seconds = republish_seconds
+        self._sampler = schedule.Sampler()
+        self._stopped = threading.Event()
+        self._leading = threading.Event()
+        self._heartbeat = Every(HEARTBEAT_SECONDS)
+        self._schedule = Every(SCHEDULE_SECONDS)
+        self._housekeeping = Every(HOUSEKEEPING_SECONDS)
+
+    def stop(self) -> None:
+        """Finish the current tick and return from `run`."""
+        self._stopped.set()
+
+    def run(self) -> None:
+        """Wait for the leadership, lead, and start over when Postgres goes away, until stopped."""
+        reconciler = threading.Thread(target=self._reconcile, name="reconcile", daemon=True)
+        reconciler.start()
+        while not self._stopped.is_set():
+            try:
+                with self._leadership() as connection:
+                    self._lead(connection)
+            except (psycopg.Error, SQLAlchemyError) as error:
+                log.warning("Postgres is away; trying again", error=str(error).strip())
+                self._stopped.wait(1.0)
+        reconciler.join(timeout=5.0)
+        log.info("dispatcher stopped")
+
+    @contextmanager
+    def _leadership(self) -> Iterator[psycopg.Connection]:
+        """A connection that holds the leader lock and listens. Waits for both; gives up silently when stopped."""
+        dsn = self._settings.database_dsn.replace("postgresql+psycopg://", "postgresql://", 1)
+        with psycopg.connect(dsn, autocommit=True, connect_timeout=5) as connection:
+            connection.execute("LISTEN whet_job")
+            while not self._stopped.is_set() and not _try_lock(connection):
+                self._stopped.wait(TICK_SECONDS)
+            if not self._stopped.is_set():
+                log.info("dispatcher leads")
+                self._leading.set()
+            try:
+                yield connection
+            finally:
+                self._leading.clear()
+
+    def _lead(self, connection: psycopg.Connection) -> None:
+        while not self._stopped.is_set():
+            self._tick()
+            # Returns at the first notification, or after the tick; raises when the connection is gone.
+            for _ in connection.notifies(timeout=TICK_SECONDS, stop_after=1):
+                pass
+
+    def _tick(self) -> None:
+        with self._sessions.begin() as session:
+            for job_id in jobs.expire(session):
+                log.warning("lease expired", job=str(job_id))
+        with self._sessions.begin() as session:
+            for run in runs.settle(session):
+                log.warning("run ended with its job", run=str(run.id), state=run.state)
+        if self._heartbeat.due():
+            self._transact(schedule.heartbeat)
+        if self._schedule.due():
+            with self._sessions.begin() as session:
+                self._sampler.step(session, datetime.now(UTC))
+        if self._housekeeping.due():
+            self._transact(partitions.ensure)
+            self._transact(schedule.prune)
+            with self._sessions() as session:
+                collect_orphans(session, self._settings.artifacts)
+        self._publish()
+
+    def _transact(self, step: Callable[..., object]) -> None:
+        with self._sessions.begin() as session:
+            step(session)
+
+    def _publish(self) -> None:
+        with self._sessions.begin() as session:
+            due = jobs.take_due(session, republish_seconds=self._republish_seconds)
+        for position, publication in enumerate(due):
+            try:
+                ring(self._app, publication.job_id, publication.queue)
+            except (BrokerError, OSError) as error:
+                log.warning("Redis is away; jobs wait in the ledger", error=str(error), waiting=len(due) - position)
+                with self._sessions.begin() as session:
+                    jobs.unpublish(session, [missed.job_id for missed in due[position:]])
+                return
+
+    def _reconcile(self) -> None:
+        """Its own thread, because loading an adapter may take seconds that due jobs should not wait."""
+        with SyncEngineClient(self._settings.engine_socket) as client:
+            reconciler = Reconciler(self._sessions, client, self._settings.artifacts)
+            reachable = True
+            while not self._stopped.wait(TICK_SECONDS):
+                if not self._leading.is_set():
+                    continue
+                try:
+                    reconciler.step()
+                except (EngineGone, SQLAlchemyError) as error:
+                    if reachable:
+                        log.warning("cannot reconcile the engine now", error=str(error).strip())
+                    reachable = False
+                else:
+                    reachable = True
+
+
+def _try_lock(connection: psycopg.Connection) -> bool:
+    row = connection.execute("SELECT pg_try_advisory_lock(%s)", (LEADER_LOCK,)).fetchone()
+    return bool(row and row[0])
+
+
+def main() -> None:
+    """Run until SIGTERM or SIGINT."""
+    settings = Settings()
+    logs.configure(settings.log_level)
+    dispatcher = Dispatcher(settings)
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        dispatcher.stop()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    dispatcher.run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Keeps the engine's slots true to the deployment rows: loads what serves, frees what nobody wants any more."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+from uuid import UUID
+
+import structlog
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from engine.client import EngineRefused, SyncEngineClient
+from engine.messages import Status
+from services.errors import Conflict
+from services.store import deployments
+from services.store.base import Sessions
+from services.store.models import Deployment, Evaluation, Job, Run
+
+UNFINISHED = ("queued", "running")
+# Gateways poll their snapshot every second; only then do they stop naming the old digest.
+GRACE_SECONDS = 3.0
+
+log = structlog.get_logger()
+
+
+class Claim(NamedTuple):
+    """A project that serves a digest, under the generation that was read with it."""
+
+    project_id: UUID
+    generation: int
+
+
+class Wanted(NamedTuple):
+    """What deployments serve (and must be loaded) and what unfinished work may be using (and must not be freed)."""
+
+    serving: dict[str, list[Claim]]
+    in_use: set[str]
+
+
+class Reconciler:
+    """One engine's reconciliation. `step` raises EngineGone or SQLAlchemyError when a side is away; call it again."""
+
+    def __init__(
+        self,
+        sessions: Sessions,
+        client: SyncEngineClient,
+        artifacts: Path,
+        *,
+        grace_seconds: float = GRACE_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._sessions = sessions
+        self._client = client
+        self._artifacts = artifacts
+        self._grace_seconds = grace_seconds
+        self._clock = clock
+        self._unwanted_since: dict[str, float] = {}
+        self._epoch: int | None = None
+        self._crowded: frozenset[str] = frozenset()
+
+    def step(self) -> None:
+        """Read both sides, then free, then load."""
+        status = self._client.status()
+        if status.epoch != self._epoch:
+            log.info("engine reached", epoch=status.epoch, base=status.base)
+            self._epoch = status.epoch
+        with self._sessions() as session:
+            wanted = read_wanted(session)
+        freed = self._free(status, wanted)
+        self._load(status, wanted, freed)
+
+    def _free(self, status: Status, wanted: Wanted) -> int:
+        """Unload what has been unwanted for the grace and is read by nobody; pinned traffic keeps its digest."""
+        now = self._clock()
+        loaded = {slot.digest for slot in status.slots}
+        unwanted = loaded - wanted.serving.keys() - wanted.in_use
+        self._unwanted_since = {digest: self._unwanted_since.get(digest, now) for digest in unwanted}
+        freed = 0
+        for slot in status.slots:
+            since = self._unwanted_since.get(slot.digest)
+            if since is None or slot.references or slot.state != "ready" or now - since < self._grace_seconds:
+                continue
+            try:
+                self._client.unload_adapter(slot.digest)
+            except EngineRefused as error:
+                log.warning("cannot unload", digest=slot.digest, error=str(error))
+            else:
+                freed += 1
+                log.info("adapter unloaded", digest=slot.digest)
+        return freed
+
+    def _load(self, status: Status, wanted: Wanted, freed: int) -> None:
+        present = {slot.digest for slot in status.slots}
+        missing = [digest for digest in sorted(wanted.serving) if digest not in present]
+        room = status.slots_total - len(status.slots) + freed
+        self._report_crowding(frozenset(missing[room:]))
+        for digest in missing[:room]:
+            try:
+                self._client.load_adapter(digest, str(self._artifacts / digest))
+            except EngineRefused as error:
+                for claim in wanted.serving[digest]:
+                    self._retreat(claim, digest, str(error))
+            else:
+                log.info("adapter loaded", digest=digest)
+
+    def _report_crowding(self, left_out: frozenset[str]) -> None:
+        """Too few slots is no fault of the artefact: those projects are loaded when a gateway asks, not rolled back."""
+        if left_out and left_out != self._crowded:
+            log.error("more adapters deployed than slots", alarm=True, left_out=sorted(left_out))
+        self._crowded = left_out
+
+    def _retreat(self, claim: Claim, digest: str, error: str) -> None:
+        """A deployed artefact that cannot be loaded serves nobody: go back to the last good one, else to the base."""
+        try:
+            with self._sessions.begin() as session:
+                after = deployments.roll_back(
+                    session,
+                    claim.project_id,
+                    actor="dispatcher",
+                    reason=f"the engine refused {digest[:12]}: {error}",
+                    expected_generation=claim.generation,
+                    condemned_state="quarantined",
+                )
+        except Conflict as conflict:
+            log.info("somebody else has changed the deployment", project=str(claim.project_id), error=str(conflict))
+            return
+        log.error(
+            "a deployed adapter cannot be loaded; rolled back",
+            alarm=True,
+            project=str(claim.project_id),
+            digest=digest,
+            now_serves=after.active_digest or "the base",
+            error=error,
+        )
+
+
+def read_wanted(session: Session) -> Wanted:
+    """Active digests with their claims; candidates of unfinished runs, digests of unfinished jobs, their baselines."""
+    serving: dict[str, list[Claim]] = {}
+    for row in session.execute(
+        select(Deployment.project_id, Deployment.generation, Deployment.active_digest).where(
+            Deployment.active_digest.is_not(None)
+        )
+    ):
+        serving.setdefault(row.active_digest, []).append(Claim(row.project_id, row.generation))
+    candidates = select(Run.artifact_digest).where(Run.state.in_(UNFINISHED))
+    deploying = select(Job.payload["digest"].as_string()).where(
+        Job.state.in_(UNFINISHED), Job.payload.has_key("digest")
+    )
+    canaries = select(Deployment.canary_digest)
+    baselines = (
+        select(Evaluation.baseline_digest).join(Run, Run.id == Evaluation.run_id).where(Run.state.in_(UNFINISHED))
+    )
+    in_use = {digest for query in (candidates, deploying, canaries, baselines) for digest in session.scalars(query)}
+    return Wanted(serving, {digest for digest in in_use if digest is not None})
