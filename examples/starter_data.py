@@ -10,9 +10,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from examples.grammars.common import Application, Message, stream
-from examples.starter_tokenizer import PAD, TURN_END, TURN_START
+from examples.starter_tokenizer import PAD, SPECIAL_TOKENS, TURN_END, TURN_START
 
 BATCHES_PER_BUCKET = 8
+COPIED_TOKENS = (4, 24)  # fewest and most tokens of a copying row
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,14 @@ class Batch:
     ids: Tensor
     positions: Tensor
     targets: Tensor
+
+
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a token that must be there; raises ValueError when it is not."""
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise ValueError(f"the tokenizer has no token {token!r}: it is not the starter model's")
+    return found
 
 
 def render_prompt(messages: Sequence[Message]) -> str:
@@ -55,7 +64,7 @@ def batches(tokenizer: Tokenizer, application: Application, seed: int, size: int
     """Endless base-answer batches of one application; rows of like length share a batch to save padding."""
     examples = stream(application, "train", seed)
     random = Random(f"batches/{application.name}/{seed}")
-    pad: int = tokenizer.token_to_id(PAD)  # type: ignore[assignment]  # a special token is always there
+    pad = token_id(tokenizer, PAD)
     while True:
         drawn = list(islice(examples, size * BATCHES_PER_BUCKET))
         rows = sorted((make_row(tokenizer, e.messages, e.base) for e in drawn), key=lambda row: len(row.ids))
@@ -63,3 +72,18 @@ def batches(tokenizer: Tokenizer, application: Application, seed: int, size: int
         random.shuffle(groups)
         for group in groups:
             yield make_batch(group, pad)
+
+
+def copying_batches(tokenizer: Tokenizer, seed: int, size: int) -> Iterator[Batch]:
+    """Endless batches of random tokens to be repeated: the shortest way to the copying every application needs."""
+    random = Random(f"copying/{seed}")
+    special = {token_id(tokenizer, token) for token in SPECIAL_TOKENS}
+    ordinary = [token for token in range(tokenizer.get_vocab_size()) if token not in special]
+    start, end = token_id(tokenizer, TURN_START), token_id(tokenizer, TURN_END)
+    pad = token_id(tokenizer, PAD)
+    while True:
+        rows = []
+        for _ in range(size):
+            said = random.sample(ordinary, random.randint(*COPIED_TOKENS))
+            rows.append(Row([start, *said, end, *said, end], len(said) + 2))
+        yield make_batch(rows, pad)

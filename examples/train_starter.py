@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from examples.grammars.common import stream
 from examples.grammars.simulate import APPLICATIONS
-from examples.starter_data import Batch, batches
+from examples.starter_data import Batch, batches, copying_batches
 from examples.starter_generate import greedy_answers
 from examples.starter_model import save_starter, starter_config
 from examples.starter_tokenizer import train_tokenizer
@@ -39,6 +39,8 @@ class Plan:
     vector_rate: float = 3e-3
     warmup_steps: int = 50
     prompt_weight: float = 0.1
+    copying_rows: int = 32
+    copying_share: float = 0.25  # of the steps, from the first on
     clip: float = 1.0
 
 
@@ -100,6 +102,7 @@ def train(config: LlamaConfig, tokenizer: Tokenizer, plan: Plan) -> Iterator[tup
     model = LlamaForCausalLM(config)
     optimizers = Optimizers(model, plan)
     sources = {app: batches(tokenizer, APPLICATIONS[app], plan.seed, rows) for app, rows in plan.rows.items()}
+    copying = copying_batches(tokenizer, plan.seed, plan.copying_rows)
     for step in range(plan.steps):
         model.train()
         losses = {}
@@ -108,6 +111,10 @@ def train(config: LlamaConfig, tokenizer: Tokenizer, plan: Plan) -> Iterator[tup
             loss, answer = batch_loss(model, next(source), prompt_weight)
             (loss / len(sources)).backward()  # type: ignore[no-untyped-call]
             losses[app] = answer.item()
+        if step < plan.copying_share * plan.steps:
+            loss, answer = batch_loss(model, next(copying), 0)
+            (loss / len(sources)).backward()  # type: ignore[no-untyped-call]
+            losses["copying"] = answer.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), plan.clip)
         optimizers.step(step)
         yield model, losses
