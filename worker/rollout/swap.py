@@ -1,0 +1,162 @@
+"""Deploys an artefact the gate has passed: load beside what serves, verify, flip, and leave the freeing to reconcile.
+
+Until the flip commits nothing has changed for any app; after it the deployment row says what serves, whatever dies.
+"""
+
+from typing import NamedTuple
+from uuid import UUID
+
+import structlog
+from sqlalchemy.orm import Session
+
+from engine.client import EngineRefused, SyncEngineClient
+from engine.text.tokenizer import Tokenizer
+from services.errors import Conflict
+from services.settings import Settings
+from services.store import deployments, evaluations, failpoints, runs
+from services.store.jobs import JobCancelled, JobFailed, Lease
+from services.store.models import Artifact, Job, Run
+from worker.rollout.verify import Comparison, compare, golden_prompts
+
+ACTOR = "rollout"
+# An engine that is being restarted is back well within this.
+CONNECT_SECONDS = 30.0
+
+log = structlog.get_logger()
+
+
+class Order(NamedTuple):
+    """What the job asks for. `run_id` is None when a person deploys an artefact by hand."""
+
+    project_id: UUID
+    digest: str
+    run_id: UUID | None
+
+
+class Broken(RuntimeError):
+    """The artefact itself is at fault: it is quarantined, what served goes on serving."""
+
+
+def deploy_job(lease: Lease, settings: Settings) -> None:
+    """Handler of "deploy". Raises JobFailed when the artefact is broken or somebody changed the deployment meanwhile."""
+    order = _read_order(lease)
+    try:
+        generation = _begin(lease, order)
+        if generation is None:
+            return
+        failpoints.reach("deploy.begun")
+        with SyncEngineClient(settings.engine_socket, connect_seconds=CONNECT_SECONDS) as client:
+            comparison = _stage(client, lease, settings, order)
+        failpoints.reach("deploy.verified")
+        if lease.cancelled():
+            raise JobCancelled
+        _go_live(lease, order, generation, comparison)
+        failpoints.reach("deploy.after_flip")
+    except Broken as error:
+        _give_up(lease, order, "quarantined", str(error))
+    except Conflict as error:
+        _give_up(lease, order, "superseded", error.message)
+
+
+def _read_order(lease: Lease) -> Order:
+    payload = lease.payload
+    run_id = payload.get("run_id")
+    return Order(UUID(payload["project_id"]), str(payload["digest"]), UUID(run_id) if run_id else None)
+
+
+def _begin(lease: Lease, order: Order) -> int | None:
+    """The generation this deployment replaces, fixed at the first attempt; None when the digest serves already.
+
+    A later attempt keeps the first one's generation, so that a roll-back between the two is respected.
+    """
+    with lease.transaction() as session:
+        deployment = deployments.get(session, order.project_id)
+        if deployment.active_digest == order.digest:
+            _finish_run(session, order, "live")
+            lease.succeed(session)
+            return None
+        job = session.get_one(Job, lease.job_id, populate_existing=True)
+        if "generation" not in job.payload:
+            _require_same_baseline(session, order, deployment.active_digest)
+            job.payload = {**job.payload, "generation": deployment.generation}
+        run = _run(session, order)
+        if run is not None:
+            runs.enter_phase(session, run, "staging")
+        return int(job.payload["generation"])
+
+
+def _require_same_baseline(session: Session, order: Order, active: str | None) -> None:
+    """The gate compared with what served then; if that changed, its verdict says nothing about now."""
+    evaluation = evaluations.of_run(session, order.run_id) if order.run_id else None
+    if evaluation is not None and evaluation.baseline_digest != active:
+        raise Conflict("the deployment changed after the gate compared: what serves now is not its baseline")
+
+
+def _stage(client: SyncEngineClient, lease: Lease, settings: Settings, order: Order) -> Comparison:
+    """Load beside the old and verify. Raises Broken, EngineGone, Conflict."""
+    _load(client, settings, order.digest)
+    failpoints.reach("deploy.loaded")
+    with lease.transaction() as session:
+        deployments.advance(session, order.digest, "staged")
+    failpoints.reach("deploy.staged")
+    with lease.sessions() as session:
+        prompts = golden_prompts(session, order.digest, run_id=order.run_id)
+    if not prompts:
+        raise Conflict(f"artefact {order.digest[:12]} was never evaluated: there is no record to verify it against")
+    comparison = compare(client, Tokenizer.load(settings.model_path), order.digest, prompts)
+    log.info("golden prompts compared", digest=order.digest, **comparison.evidence())
+    if not comparison.passed:
+        raise Broken(
+            f"{len(comparison.differing)} of {comparison.asked} golden prompts came back different from the record"
+        )
+    return comparison
+
+
+def _load(client: SyncEngineClient, settings: Settings, digest: str) -> None:
+    status = client.status()
+    if digest not in {slot.digest for slot in status.slots} and len(status.slots) >= status.slots_total:
+        # No fault of the artefact: a retry finds the slots that reconciliation has freed by then.
+        raise RuntimeError("every adapter slot of the engine is taken")
+    try:
+        client.load_adapter(digest, str(settings.artifacts / digest))
+    except EngineRefused as error:
+        raise Broken(f"the engine refused the artefact: {error}") from error
+
+
+def _go_live(lease: Lease, order: Order, generation: int, comparison: Comparison) -> None:
+    with lease.transaction() as session:
+        deployment = deployments.flip(
+            session,
+            order.project_id,
+            expected_generation=generation,
+            digest=order.digest,
+            actor=ACTOR,
+            reason=f"run {order.run_id} passed the gate" if order.run_id else "deployed by hand",
+            evidence={**comparison.evidence(), "run_id": str(order.run_id) if order.run_id else None},
+        )
+        _finish_run(session, order, "live")
+        lease.succeed(session)
+        failpoints.reach("deploy.before_flip")
+    log.info("adapter live", digest=order.digest, generation=deployment.generation)
+
+
+def _give_up(lease: Lease, order: Order, phase: str, reason: str) -> None:
+    """End the run with the reason; a broken artefact is quarantined, a superseded one keeps its state."""
+    with lease.transaction() as session:
+        artifact = session.get(Artifact, order.digest)
+        if phase == "quarantined" and artifact is not None:
+            deployments.advance(session, order.digest, "quarantined")
+        run = _run(session, order)
+        if run is not None:
+            runs.finish(session, run, "failed", phase, reason)
+    raise JobFailed(reason)
+
+
+def _finish_run(session: Session, order: Order, phase: str) -> None:
+    run = _run(session, order)
+    if run is not None:
+        runs.finish(session, run, "succeeded", phase)
+
+
+def _run(session: Session, order: Order) -> Run | None:
+    return runs.get(session, order.run_id) if order.run_id else None

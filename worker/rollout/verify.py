@@ -1,0 +1,90 @@
+"""Does the engine that is about to serve an artefact answer as the worker recorded? Anything else is not the weights
+that were judged."""
+
+from typing import Any, NamedTuple
+from uuid import UUID
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from engine.client import SyncEngineClient
+from engine.messages import Generate, Sampling
+from engine.text.tokenizer import Tokenizer
+from services.store.models import Evaluation, EvaluationRow, Example
+
+GOLDEN_PROMPTS = 8
+# Float sums depend on what else is in a batch, so a near-tie may turn one greedy answer; wrong weights turn most.
+MISMATCHES_ALLOWED = 1
+# A recorded text may have been cut into other tokens than its own encoding; the margin lets it end by itself.
+SPARE_TOKENS = 16
+
+
+class GoldenPrompt(NamedTuple):
+    """A held-out prompt and what the candidate said to it when it was judged."""
+
+    messages: list[dict[str, Any]]
+    output: str
+
+
+class Comparison(NamedTuple):
+    """How many golden prompts were asked, and which came back different."""
+
+    asked: int
+    differing: list[int]
+
+    @property
+    def passed(self) -> bool:
+        return self.asked > 0 and len(self.differing) <= min(MISMATCHES_ALLOWED, self.asked - 1)
+
+    def evidence(self) -> dict[str, Any]:
+        """For the deployment event."""
+        return {"golden_prompts": self.asked, "differing": len(self.differing)}
+
+
+def golden_prompts(
+    session: Session, digest: str, *, run_id: UUID | None, limit: int = GOLDEN_PROMPTS
+) -> list[GoldenPrompt]:
+    """From the latest decided evaluation of the artefact. Rows where it differs from its baseline come first: they
+    would show the base, or an old adapter, answering under its name."""
+    evaluation = (
+        select(Evaluation.id)
+        .where(Evaluation.candidate_digest == digest, Evaluation.decision != "undecided")
+        .order_by(Evaluation.id.desc())
+        .limit(1)
+    )
+    if run_id is not None:
+        evaluation = evaluation.where(Evaluation.run_id == run_id)
+    rows = session.execute(
+        select(Example.messages, EvaluationRow.candidate_output)
+        .join(Example, Example.id == EvaluationRow.example_id)
+        .where(EvaluationRow.evaluation_id == evaluation.scalar_subquery())
+        .order_by(EvaluationRow.candidate_output == EvaluationRow.baseline_output, EvaluationRow.example_id)
+        .limit(limit)
+    )
+    return [GoldenPrompt(row.messages, row.candidate_output) for row in rows]
+
+
+def compare(client: SyncEngineClient, tokenizer: Tokenizer, digest: str, prompts: list[GoldenPrompt]) -> Comparison:
+    """Ask every golden prompt greedily. Raises EngineGone."""
+    requests = [_request(tokenizer, digest, index, prompt) for index, prompt in enumerate(prompts)]
+    answers = client.generate_many(requests)
+    differing = []
+    for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        text = tokenizer.decode(answer.token_ids)
+        cut = answer.finished.reason == "length"
+        same = text == prompt.output or (cut and prompt.output != "" and text.startswith(prompt.output))
+        if not same or answer.finished.reason == "error":
+            differing.append(index)
+    return Comparison(len(prompts), differing)
+
+
+def _request(tokenizer: Tokenizer, digest: str, index: int, prompt: GoldenPrompt) -> Generate:
+    budget = len(tokenizer.encode_plain(prompt.output)) + SPARE_TOKENS
+    return Generate(
+        id=f"verify-{digest[:12]}-{index}",
+        prompt=tokenizer.encode_chat(prompt.messages),
+        sampling=Sampling(temperature=0.0, seed=0, max_tokens=budget, stop_token_ids=tokenizer.eos_ids),
+        adapter=digest,
+        namespace="verify",
+        priority="batch",
+    )
