@@ -206,7 +206,7 @@ def members(session: Session, revision_id: UUID, split: str | None = None) -> li
     )
     if split is not None:
         wanted = wanted.where(RevisionExample.split == split)
-    return [Member(example, weight) for example, weight in session.execute(wanted).tuples()]
+    return [Member(example, weight) for example, weight in session.execute(wanted)]
 
 
 def manifest(session: Session, revision_id: UUID) -> dict[str, Any]:
@@ -247,6 +247,6 @@ def counts(session: Session, revision_id: UUID) -> dict[str, dict[str, int]]:
         .group_by(RevisionExample.split, Example.source)
     )
     table: dict[str, dict[str, int]] = {"train": {}, "held_out": {}}
-    for split, source, count in session.execute(grouped).tuples():
+    for split, source, count in session.execute(grouped):
         table[split][source] = count
     return table

@@ -95,7 +95,7 @@ def rows(
         ours = EvaluationRow.candidate_scores[metric].as_float()
         theirs = EvaluationRow.baseline_scores[metric].as_float()
         wanted = wanted.where({"win": ours > theirs, "tie": ours == theirs, "loss": ours < theirs}[outcome])
-    return [Row(row, example) for row, example in session.execute(wanted.limit(limit).offset(offset)).tuples()]
+    return [Row(row, example) for row, example in session.execute(wanted.limit(limit).offset(offset))]
 
 
 def row_count(session: Session, evaluation_id: UUID) -> int:

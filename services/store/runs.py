@@ -183,7 +183,7 @@ def settle(session: Session, project_id: UUID | None = None) -> Sequence[Run]:
     if project_id is not None:
         stuck = stuck.where(Run.project_id == project_id)
     ended = []
-    for run, job in session.execute(stuck).tuples():
+    for run, job in session.execute(stuck):
         if job.state == "cancelled":
             finish(session, run, "cancelled", "cancelled")
         else:

@@ -86,4 +86,4 @@ def estimate_quality(
             func.max(one.c.stratum_size), func.count(one.c.score), func.coalesce(func.sum(one.c.score), 0.0)
         ).group_by(one.c.window, one.c.strategy)
     )
-    return estimate([Stratum(int(size), int(labelled), float(right)) for size, labelled, right in rows.tuples()])
+    return estimate([Stratum(int(size), int(labelled), float(right)) for size, labelled, right in rows])

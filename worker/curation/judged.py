@@ -53,7 +53,7 @@ def read(session: Session, project_id: UUID) -> list[Judged]:
         .order_by(ReviewItem.interaction_id, Annotation.id)
     )
     grouped: dict[UUID, tuple[ReviewItem, list[Annotation]]] = {}
-    for item, annotation in rows.tuples():
+    for item, annotation in rows:
         grouped.setdefault(item.id, (item, []))[1].append(annotation)
     return [Judged(item, annotations) for item, annotations in grouped.values()]
 

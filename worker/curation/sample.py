@@ -117,7 +117,7 @@ def _closed_windows(session: Session, project_id: UUID, chosen: Plan, now: datet
 
 
 def _first_after(session: Session, project_id: UUID, start: datetime | None) -> datetime | None:
-    wanted = select(func.min(Interaction.id)).where(*_reviewable(project_id))
+    wanted = select(Interaction.id).where(*_reviewable(project_id)).order_by(Interaction.id).limit(1)
     if start is not None:
         wanted = wanted.where(Interaction.id >= id_floor(start))
     first = session.scalar(wanted)
@@ -149,7 +149,7 @@ def _frame(session: Session, project_id: UUID, window: Window) -> list[Candidate
             *_reviewable(project_id), Interaction.id >= id_floor(window.start), Interaction.id < id_floor(window.end)
         )
     )
-    return [Candidate(interaction_id, group_key, negative) for interaction_id, group_key, negative in rows.tuples()]
+    return [Candidate(interaction_id, group_key, negative) for interaction_id, group_key, negative in rows]
 
 
 def _insert(session: Session, project_id: UUID, window: Window, placed: list[Placed], held_out_share: float) -> int:

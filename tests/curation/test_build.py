@@ -1,0 +1,217 @@
+"""Revisions: who must agree, what becomes of each verdict, and that the same judgements give the same digest."""
+
+from typing import Any
+
+import pytest
+from sqlalchemy import delete, select
+
+from services.errors import Unprocessable
+from services.settings import Settings
+from services.store import datasets, jobs, runs
+from services.store.jobs import JobFailed
+from services.store.models import Example, InteractionBody, Job, Revision, Run
+from tests.curation.world import World
+from worker.curation.build import build_job, build_revision
+
+
+def build(world: World) -> Revision:
+    with world.sessions.begin() as session:
+        return build_revision(session, world.project_id, "golden")
+
+
+def examples(world: World, revision: Revision, split: str | None = None) -> list[Example]:
+    with world.sessions() as session:
+        return [member.example for member in datasets.members(session, revision.id, split)]
+
+
+def test_a_correction_becomes_a_pair_and_an_accepted_answer_a_completion(world: World) -> None:
+    world.configure(accepted_share=0.5)
+    world.corrected("two plus two", "five", "four\n")
+    world.accepted("the capital of France", "Paris")
+
+    revision = build(world)
+
+    by_source = {example.source: example for example in examples(world, revision)}
+    corrected, accepted = by_source["corrected"], by_source["accepted"]
+    assert (corrected.kind, corrected.completion, corrected.rejected) == ("preference", "four", "five")
+    assert (accepted.kind, accepted.completion, accepted.rejected) == ("completion", "Paris", None)
+    assert (corrected.slice, accepted.slice) == ("target", "accepted")
+    assert corrected.reviewers == [str(world.reviewers[0])]
+    assert corrected.messages == [{"role": "user", "content": "two plus two"}]
+    assert (revision.train_count, revision.held_out_count) == (2, 0)
+
+
+def test_the_same_judgements_give_the_same_revision_and_the_manifest_its_digest(world: World) -> None:
+    for index in range(5):
+        world.corrected(f"question {index}", "wrong", f"right {index}")
+
+    first = build(world)
+    again = build(world)
+
+    assert again.id == first.id
+    with world.sessions() as session:
+        assert datasets.digest_of(datasets.manifest(session, first.id)) == first.digest
+
+
+def test_a_new_judgement_makes_a_child_and_leaves_the_parent_as_it_was(world: World) -> None:
+    world.corrected("first", "wrong", "right")
+    first = build(world)
+    world.corrected("second", "wrong", "right")
+
+    second = build(world)
+
+    assert second.digest != first.digest
+    assert second.parent_digest == first.digest
+    with world.sessions() as session:
+        assert datasets.digest_of(datasets.manifest(session, first.id)) == first.digest
+        changed = datasets.diff(session, first, second)
+        assert (len(changed.added), len(changed.removed), changed.kept) == (1, 0, 1)
+        assert datasets.counts(session, second.id) == {"train": {"corrected": 2}, "held_out": {}}
+
+
+def test_held_out_rows_need_two_people_who_say_the_same(world: World) -> None:
+    agreed = world.corrected("agreed", "wrong", "right", "held_out")
+    alone = world.item(world.log("alone"), "held_out")
+    world.judge(alone, "correct", "right")
+    quarrel = world.item(world.log("quarrel"), "held_out")
+    world.judge(quarrel, "correct", "right", 0)
+    world.judge(quarrel, "correct", "left", 1)
+    verdicts = world.item(world.log("verdicts"), "held_out")
+    world.judge(verdicts, "accept", reviewer=0)
+    world.judge(verdicts, "correct", "right", 1)
+
+    revision = build(world)
+
+    assert agreed
+    rows = examples(world, revision, "held_out")
+    assert [row.messages[0]["content"] for row in rows] == ["agreed"]
+    assert len(rows[0].reviewers) == 2
+    assert revision.report["left_out"] == {"needs another reviewer": 1, "reviewers disagree": 2}
+
+
+def test_an_undone_judgement_is_as_if_never_said(world: World) -> None:
+    world.corrected("stays", "wrong", "right")
+    item = world.item(world.log("goes", "wrong"))
+    annotation = world.judge(item, "correct", "mistaken")
+    world.undo(annotation)
+
+    assert [row.messages[0]["content"] for row in examples(world, build(world))] == ["stays"]
+
+    world.judge(item, "correct", "better")
+    assert {row.completion for row in examples(world, build(world))} == {"right", "better"}
+
+
+def test_rejections_cut_off_answers_and_plain_completions_are_left_out_and_counted(world: World) -> None:
+    world.corrected("kept", "wrong", "right")
+    world.judge(world.item(world.log("bad")), "reject")
+    world.accepted("cut", "and then", finish_reason="length")
+    world.corrected("plain", "wrong", "right", endpoint="/v1/completions")
+
+    revision = build(world)
+
+    assert revision.report["left_out"] == {
+        "rejected without a correction": 1, "accepted although cut off": 1, "not a chat": 1,
+    }  # fmt: skip
+
+
+def test_accepted_answers_are_capped_in_training_but_not_in_the_held_out_part(world: World) -> None:
+    for index in range(7):
+        world.corrected(f"corrected {index}", "wrong", f"right {index}")
+    for index in range(9):
+        world.accepted(f"accepted {index}", f"fine {index}")
+        world.accepted(f"held {index}", f"fine {index}", "held_out")
+
+    revision = build(world)
+
+    with world.sessions() as session:
+        table = datasets.counts(session, revision.id)
+    assert table == {"train": {"corrected": 7, "accepted": 3}, "held_out": {"accepted": 9}}
+    assert revision.report["left_out"] == {"accepted beyond their share": 6}
+
+
+def test_a_training_prompt_that_repeats_a_held_out_one_is_dropped_from_training(world: World) -> None:
+    words = " ".join(f"word{index}" for index in range(150))
+    world.corrected("the same prompt", "wrong", "right", "held_out", group="a")
+    world.corrected("the same prompt", "wrong", "right", group="b")
+    world.corrected(words, "wrong", "right", "held_out")
+    world.corrected(f"{words} more", "wrong", "right")
+    world.corrected("the person is Ada Alberg and she lives in Ashbridge", "wrong", "right", "held_out")
+    world.corrected("the person is Zoe Zansky and she lives in Ashbridge", "wrong", "right")
+
+    revision = build(world)
+
+    assert (revision.train_count, revision.held_out_count) == (1, 3)
+    assert revision.report["left_out"] == {"nearly repeats a held-out prompt": 2}
+
+
+def test_the_same_prompt_and_answer_count_once(world: World) -> None:
+    for group in "abc":
+        world.corrected("again", "wrong", "right", group=group)
+
+    revision = build(world)
+
+    assert revision.train_count == 1
+    assert revision.report["left_out"] == {"repeats another example": 2}
+
+
+def test_a_rebuild_after_the_log_has_passed_its_retention_keeps_the_digest(world: World) -> None:
+    world.corrected("first", "wrong", "right")
+    before = build(world)
+    with world.sessions.begin() as session:
+        session.execute(delete(InteractionBody))
+
+    assert build(world).digest == before.digest
+
+
+def test_looks_are_inherited_while_most_of_the_held_out_part_is_the_parents(world: World) -> None:
+    for index in range(4):
+        world.corrected(f"held {index}", "wrong", "right", "held_out")
+    first = build(world)
+    with world.sessions.begin() as session:
+        session.get_one(Revision, first.id).looks = 3
+
+    world.corrected("one more", "wrong", "right", "held_out")
+    second = build(world)
+    for index in range(20):
+        world.corrected(f"fresh {index}", "wrong", "right", "held_out")
+
+    assert second.looks == 3
+    assert build(world).looks == 0
+
+
+def build_through_a_job(world: World, settings: Settings, payload: dict[str, Any]) -> None:
+    with world.sessions.begin() as session:
+        job = jobs.enqueue(session, "dataset.build", {"project_id": str(world.project_id), **payload})
+    lease = jobs.claim(world.sessions, job.id, "test")
+    assert lease is not None
+    with lease:
+        build_job(lease, settings)
+
+
+def test_a_runs_build_hands_over_to_training(world: World, settings: Settings) -> None:
+    world.corrected("first", "wrong", "right")
+    with world.sessions.begin() as session:
+        run = runs.start(session, world.project(session), params={"epochs": 1}, created_by="ada")
+    lease = jobs.claim(world.sessions, run.job_id, "test") if run.job_id else None
+    assert lease is not None
+
+    with lease:
+        build_job(lease, settings)
+
+    with world.sessions() as session:
+        run = session.get_one(Run, run.id)
+        job = session.get_one(Job, run.job_id)
+        assert run.revision_id is not None
+        assert (job.kind, job.payload, job.state) == ("train", {"run_id": str(run.id)}, "queued")
+        assert run.phase == "building the revision"
+
+
+def test_nothing_to_build_from_fails_the_job_with_the_reason(world: World, settings: Settings) -> None:
+    world.judge(world.item(world.log("bad")), "reject")
+
+    with pytest.raises(JobFailed, match="1 rejected without a correction"):
+        build_through_a_job(world, settings, {"dataset": "golden"})
+    with pytest.raises(Unprocessable, match="no reviewed example"):
+        build(world)
+    with world.sessions() as session:
+        assert session.scalars(select(Revision)).all() == []
