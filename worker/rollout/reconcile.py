@@ -67,16 +67,15 @@ class Reconciler:
             self._epoch = status.epoch
         with self._sessions() as session:
             wanted = read_wanted(session)
-        freed = self._free(status, wanted)
-        self._load(status, wanted, freed)
+        self._free(status, wanted)
+        self._load(status, wanted)
 
-    def _free(self, status: Status, wanted: Wanted) -> int:
+    def _free(self, status: Status, wanted: Wanted) -> None:
         """Unload what has been unwanted for the grace and is read by nobody; pinned traffic keeps its digest."""
         now = self._clock()
         loaded = {slot.digest for slot in status.slots}
         unwanted = loaded - wanted.serving.keys() - wanted.in_use
         self._unwanted_since = {digest: self._unwanted_since.get(digest, now) for digest in unwanted}
-        freed = 0
         for slot in status.slots:
             since = self._unwanted_since.get(slot.digest)
             if since is None or slot.references or slot.state != "ready" or now - since < self._grace_seconds:
@@ -86,14 +85,13 @@ class Reconciler:
             except EngineRefused as error:
                 log.warning("cannot unload", digest=slot.digest, error=str(error))
             else:
-                freed += 1
                 log.info("adapter unloaded", digest=slot.digest)
-        return freed
 
-    def _load(self, status: Status, wanted: Wanted, freed: int) -> None:
+    def _load(self, status: Status, wanted: Wanted) -> None:
+        """Load what is missing, but never so much that the engine would evict one serving adapter for another."""
         present = {slot.digest for slot in status.slots}
         missing = [digest for digest in sorted(wanted.serving) if digest not in present]
-        room = status.slots_total - len(status.slots) + freed
+        room = max(0, status.slots_total - 1 - len(present & (wanted.serving.keys() | wanted.in_use)))
         self._report_crowding(frozenset(missing[room:]))
         for digest in missing[:room]:
             try:

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from engine.client import EngineRefused, SyncEngineClient
 from engine.text.tokenizer import Tokenizer
-from services.errors import Conflict
+from services.errors import Conflict, NotFound
 from services.settings import Settings
 from services.store import deployments, evaluations, failpoints, runs
 from services.store.jobs import JobCancelled, JobFailed, Lease
@@ -38,7 +38,7 @@ class Broken(RuntimeError):
 
 
 def deploy_job(lease: Lease, settings: Settings) -> None:
-    """Handler of "deploy". Raises JobFailed when the artefact is broken or somebody changed the deployment meanwhile."""
+    """Handler of "deploy". Raises JobFailed when the artefact is broken or somebody changed the deployment since."""
     order = _read_order(lease)
     try:
         generation = _begin(lease, order)
@@ -54,7 +54,7 @@ def deploy_job(lease: Lease, settings: Settings) -> None:
         failpoints.reach("deploy.after_flip")
     except Broken as error:
         _give_up(lease, order, "quarantined", str(error))
-    except Conflict as error:
+    except (Conflict, NotFound) as error:
         _give_up(lease, order, "superseded", error.message)
 
 
@@ -113,10 +113,6 @@ def _stage(client: SyncEngineClient, lease: Lease, settings: Settings, order: Or
 
 
 def _load(client: SyncEngineClient, settings: Settings, digest: str) -> None:
-    status = client.status()
-    if digest not in {slot.digest for slot in status.slots} and len(status.slots) >= status.slots_total:
-        # No fault of the artefact: a retry finds the slots that reconciliation has freed by then.
-        raise RuntimeError("every adapter slot of the engine is taken")
     try:
         client.load_adapter(digest, str(settings.artifacts / digest))
     except EngineRefused as error:
