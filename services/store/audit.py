@@ -53,7 +53,11 @@ def record(session: Session, actor: str, action: str, subject: str, detail: dict
 def verify(session: Session) -> Verdict:
     """Walk the whole chain from its first row."""
     previous, rows = GENESIS, 0
-    columns = select(AuditEvent, cast(AuditEvent.detail, Text)).order_by(AuditEvent.id).execution_options(yield_per=500)
+    columns = (
+        select(AuditEvent, cast(AuditEvent.detail, Text).label("detail_text"))
+        .order_by(AuditEvent.id)
+        .execution_options(yield_per=500)
+    )
     for event, detail in session.execute(columns):
         expected = _digest(previous, event.at, event.actor, event.action, event.subject, detail)
         if event.previous_hash != previous or event.hash != expected:
