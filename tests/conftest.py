@@ -64,7 +64,6 @@ def server_home() -> Iterator[Path]:
 def postgres(server_home: Path) -> Iterator[PostgresServer]:
     """A running Postgres that forgets durability, with a migrated template database."""
     server = PostgresServer(server_home / "postgres", server_home / "run", server_account(), durable=False)
-    server.prepare()
     running = Guarded(server.part(), server_home / "logs" / "postgres.log")
     try:
         running.wait_ready()
@@ -103,7 +102,6 @@ def sessions(database_url: str) -> Iterator[Sessions]:
 def redis_server(server_home: Path) -> Iterator[RedisServer]:
     """A running Redis of this test process."""
     server = RedisServer(server_home / "redis", server_home / "run", server_account())
-    server.prepare()
     running = Guarded(server.part(), server_home / "logs" / "redis.log")
     try:
         running.wait_ready()

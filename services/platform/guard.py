@@ -91,7 +91,7 @@ def become_command(options: argparse.Namespace, guard: int) -> None:
     prctl(PR_SET_PDEATHSIG, options.signal)
     if os.getppid() != guard:
         os._exit(1)
-    os.closerange(3, 256)
+    os.closerange(3, 65536)
     os.execvp(options.command[0], options.command)
 
 

@@ -70,6 +70,7 @@ class PostgresServer:
             account=self.account,
             stop_signal=signal.SIGINT,
             grace_seconds=30.0 if self.durable else 5.0,
+            prepare=self.prepare,
             ready=self.accepts,
         )
 

@@ -21,17 +21,26 @@ def _always() -> bool:
     return True
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Part:
-    """How to run one process: the command, how to ask it to stop, and how to tell that it serves."""
+    """How to run one process: the command, how to ask it to stop, and how to tell that it serves.
+
+    `prepare` runs before every start and clears away what a killed predecessor left.
+    """
 
     name: str
     command: tuple[str, ...]
+    stage: int = 0
     environment: Mapping[str, str] = field(default_factory=dict)
     account: Account | None = None
     stop_signal: signal.Signals = signal.SIGTERM
     grace_seconds: float = 10.0
     nice: int = 0
+    prepare: Callable[[], None] = _nothing
     ready: Callable[[], bool] = _always
     ready_seconds: float = 60.0
 
@@ -43,6 +52,7 @@ class Guarded:
     """
 
     def __init__(self, part: Part, log: Path, *, keep_open: tuple[int, ...] = ()) -> None:
+        part.prepare()
         self.part = part
         self.log = log
         self.started_at = time.monotonic()
@@ -69,16 +79,19 @@ class Guarded:
         """None while it runs; 128 + signal for a part that was killed."""
         return self._guard.poll()
 
+    def check(self) -> bool:
+        """Whether it serves. Raises Unavailable with its last log lines when it ended or takes too long."""
+        if self.exit_code() is not None:
+            raise Unavailable(f"{self.part.name} ended at its start\n{tail(self.log)}")
+        if self.part.ready():
+            return True
+        if time.monotonic() - self.started_at > self.part.ready_seconds:
+            raise Unavailable(f"{self.part.name} was not ready after {self.part.ready_seconds:.0f} s\n{tail(self.log)}")
+        return False
+
     def wait_ready(self) -> None:
-        """Return when the part serves. Raises Unavailable with its last log lines when it ends or takes too long."""
-        deadline = time.monotonic() + self.part.ready_seconds
-        while not self.part.ready():
-            if self.exit_code() is not None:
-                raise Unavailable(f"{self.part.name} ended at its start\n{tail(self.log)}")
-            if time.monotonic() > deadline:
-                raise Unavailable(
-                    f"{self.part.name} was not ready after {self.part.ready_seconds:.0f} s\n{tail(self.log)}"
-                )
+        """Return when the part serves. Raises as `check` does."""
+        while not self.check():
             time.sleep(0.02)
 
     def ask_to_stop(self) -> None:

@@ -53,6 +53,7 @@ class RedisServer:
             command=(str(self.program), str(self.directory / "redis.conf")),
             account=self.account,
             grace_seconds=5.0,
+            prepare=self.prepare,
             ready=self.accepts,
         )
 

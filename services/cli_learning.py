@@ -1,0 +1,192 @@
+"""Commands of the learning loop: train, runs, deployments, rollback, datasets, sampling."""
+
+import json
+import time
+from typing import Annotated, Any
+from uuid import UUID
+
+import typer
+from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from services.cli_client import AdminClient
+from services.errors import InvalidRequest
+from services.settings import Settings
+
+LEARNING = "Learning"
+POLL_SECONDS = 1.0
+FINAL = ("succeeded", "failed", "cancelled")
+Project = Annotated[str, typer.Argument(help="The project's slug.")]
+Name = Annotated[str, typer.Argument(help="The dataset's name.")]
+dataset_app = typer.Typer(no_args_is_help=True, help="Golden datasets: build a revision, show what there is.")
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Put the commands on the `whet` application."""
+    for function in (train, runs, deployments, rollback, sample):
+        app.command(rich_help_panel=LEARNING)(function)
+    app.add_typer(dataset_app, name="dataset", rich_help_panel=LEARNING)
+
+
+def train(
+    project: Project,
+    dataset: Annotated[str, typer.Option(help="Which dataset to learn from.")] = "golden",
+    param: Annotated[list[str] | None, typer.Option(help="name=value, such as epochs=2; repeatable.")] = None,
+    follow: Annotated[bool, typer.Option(help="Stay until the run ends.")] = True,
+) -> None:
+    """Build a revision, train, gate and swap. Exit code 1 unless the run succeeds."""
+    client = AdminClient(Settings())
+    body = {"params": _parameters(param or []), "dataset": dataset}
+    run = client.post(f"/api/p/{project}/runs", body)
+    print(f"run {run['id']} started")
+    if follow and follow_run(client, run["id"])["state"] != "succeeded":
+        raise typer.Exit(1)
+
+
+def runs(
+    run_id: Annotated[UUID | None, typer.Argument(help="Show this run, following it while it works.")] = None,
+    project: Annotated[str | None, typer.Option(help="Only this project's.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=200)] = 20,
+) -> None:
+    """What ran, what was decided and why."""
+    client = AdminClient(Settings())
+    if run_id is not None:
+        follow_run(client, str(run_id))
+        return
+    slugs = [project] if project else [row["slug"] for row in client.get("/api/projects")["projects"]]
+    found = [(slug, row) for slug in slugs for row in client.get(f"/api/p/{slug}/runs", limit=limit)["runs"]]
+    newest = sorted(found, key=lambda pair: str(pair[1]["created_at"]), reverse=True)[:limit]
+    table = _table("run", "project", "kind", "state", "phase", "adapter", "started", "error")
+    for slug, row in newest:
+        _row(
+            table, row["id"], slug, row["kind"], row["state"], row["phase"], short(row["artifact_digest"]),
+            when(row["created_at"]), row["error"] or "",
+        )  # fmt: skip
+    _print(table if newest else "No runs yet: `whet train PROJECT` starts one.")
+
+
+def deployments(project: Project) -> None:
+    """What serves now, and every change with its reason."""
+    found = AdminClient(Settings()).get(f"/api/p/{project}/deployment")
+    _print(
+        f"[bold]{project}[/bold]  generation {found['generation']}  serves {short(found['active_digest'])}  "
+        f"last good {short(found['last_good_digest'])}{'  frozen' if found['frozen'] else ''}"
+    )
+    table = _table("when", "generation", "what", "from", "to", "by", "reason")
+    for event in found["events"]:
+        _row(
+            table, when(event["at"]), str(event["generation"]), event["kind"], short(event["from_digest"]),
+            short(event["to_digest"]), event["actor"], event["reason"],
+        )  # fmt: skip
+    _print(table)
+
+
+def rollback(
+    project: Project, reason: Annotated[str, typer.Option(help="Why; kept in the history.")] = "whet rollback"
+) -> None:
+    """Go back to the last good weights, or to the base model."""
+    found = AdminClient(Settings()).post(f"/api/p/{project}/deployment/rollback", {"reason": reason})
+    _print(f"{project} serves {short(found['active_digest'])} (generation {found['generation']})")
+
+
+def sample(project: Project) -> None:
+    """Choose answers for review now instead of at the next window's end."""
+    job = AdminClient(Settings()).post(f"/api/p/{project}/sample")
+    _print(f"job {job['id']} {job['state']}")
+
+
+@dataset_app.command("build")
+def dataset_build(project: Project, name: Name = "golden") -> None:
+    """Make a revision from the judgements so far and wait for it."""
+    client = AdminClient(Settings())
+    job = client.post(f"/api/p/{project}/datasets/{name}/build")
+    with Console().status(f"building {project}/{name}"):
+        while job["state"] in {"queued", "running"}:
+            time.sleep(POLL_SECONDS)
+            job = client.get(f"/api/jobs/{job['id']}")
+    if job["state"] != "succeeded":
+        raise InvalidRequest(f"the build ended as {job['state']}: {job['error']}")
+    dataset_show(project, name)
+
+
+@dataset_app.command("show")
+def dataset_show(project: Project, name: Name = "golden") -> None:
+    """Revisions, newest first."""
+    found = AdminClient(Settings()).get(f"/api/p/{project}/datasets/{name}")
+    table = _table("revision", "train", "held out", "looks", "made")
+    for row in found["revisions"]:
+        counts = (str(row["train_count"]), str(row["held_out_count"]), str(row["looks"]))
+        _row(table, short(row["digest"]), *counts, when(row["created_at"]))
+    _print(table if found["revisions"] else f"{project}/{name} has no revision yet.")
+
+
+def follow_run(client: AdminClient, run_id: str) -> dict[str, Any]:
+    """Show a run until it ends; the run as it ended."""
+    last = 0
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("{task.fields[numbers]}"), console=Console(), transient=True) as progress:
+        task = progress.add_task("queued", total=None, numbers="")
+        while True:
+            run = client.get(f"/api/runs/{run_id}", after=last)
+            for event in run["events"]:
+                last = event["id"]
+                _show_event(progress, task, event)
+            if run["state"] in FINAL and not run["events"]:
+                break
+            time.sleep(POLL_SECONDS if run["state"] not in FINAL else 0)
+    _print(f"[bold]{run['state']}[/bold]: {run['phase']}  adapter {short(run['artifact_digest'])}")
+    if run["error"]:
+        _print(run["error"], markup=False)
+    for reason in (run["evaluation"] or {}).get("reasons", []):
+        _print(f"  {reason if isinstance(reason, str) else json.dumps(reason)}", markup=False)
+    return run
+
+
+def _show_event(progress: Progress, task: TaskID, event: dict[str, Any]) -> None:
+    payload = event["payload"]
+    if event["kind"] == "phase":
+        progress.console.print(f"{when(event['at'])}  {payload['phase']}", highlight=False)
+        progress.update(task, description=payload["phase"], total=None, numbers="")
+    elif event["kind"] == "progress":
+        numbers = " ".join(f"{name} {value:.4g}" for name, value in payload.items() if isinstance(value, int | float))
+        progress.update(task, completed=event["step"], total=payload.get("total_steps"), numbers=numbers)
+    elif "line" in payload:
+        progress.console.print(str(payload["line"]), markup=False, highlight=False)
+
+
+def _parameters(pairs: list[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator:
+            raise InvalidRequest(f"--param wants name=value, not {pair!r}")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
+
+
+def short(digest: str | None) -> str:
+    """The beginning of a digest; no digest is the base model."""
+    return digest[:12] if digest else "base"
+
+
+def when(moment: str | None) -> str:
+    """A time as tables show it."""
+    return (moment or "")[:19].replace("T", " ")
+
+
+def _table(*columns: str) -> Table:
+    return Table(*columns, box=None, header_style="dim", padding=(0, 2, 0, 0))
+
+
+def _row(table: Table, *cells: str) -> None:
+    """Cells are other people's text: never markup."""
+    table.add_row(*map(escape, cells))
+
+
+def _print(what: RenderableType, *, markup: bool = True) -> None:
+    Console(highlight=False).print(what, markup=markup, soft_wrap=True)
