@@ -1,0 +1,102 @@
+"""Artefact directories: named by the SHA-256 of their manifest, written whole by a rename, never changed after it."""
+
+import importlib.metadata
+import os
+import shutil
+import time
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import select
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from engine.digest import file_digest
+from services.store.datasets import canonical, digest_of
+from services.store.models import Artifact
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+LIBRARIES = ("torch", "transformers", "trl", "peft")
+ORPHAN_SECONDS = 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class Built:
+    """A finished artefact directory."""
+
+    digest: str
+    manifest: dict[str, Any]
+
+
+def describe(directory: Path, *, base: str, project: UUID, run: UUID, revision: str, params: dict[str, Any]) -> Built:
+    """The manifest of the adapter in `directory`. No times and no paths: the same training has the same digest."""
+    manifest = {
+        "kind": "adapter",
+        "base": base,
+        "project": str(project),
+        "run": str(run),
+        "revision": revision,
+        "params": params,
+        "files": {name: file_digest(directory / name) for name in FILES},
+        "code_version": {name: importlib.metadata.version(name) for name in LIBRARIES},
+    }
+    return Built(digest_of(manifest), manifest)
+
+
+def publish(directory: Path, built: Built, artifacts: Path) -> Path:
+    """Move the adapter to its final name; when that is there already, from an attempt that died, keep that one."""
+    (directory / "manifest.json").write_bytes(canonical(built.manifest))
+    for file in directory.iterdir():
+        _sync(file)
+    _sync(directory)
+    artifacts.mkdir(parents=True, exist_ok=True)
+    target = artifacts / built.digest
+    if not target.exists():
+        directory.rename(target)
+        _sync(artifacts)
+    return target
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def record(session: Session, built: Built, *, project_id: UUID, run_id: UUID) -> None:
+    """The artefact's row, once."""
+    values = {
+        "digest": built.digest, "kind": "adapter", "project_id": project_id, "run_id": run_id,
+        "base_digest": built.manifest["base"], "manifest": built.manifest, "state": "built",
+    }  # fmt: skip
+    session.execute(insert(Artifact).values(values).on_conflict_do_nothing(index_elements=["digest"]))
+
+
+def sweep_orphans(session: Session, artifacts: Path, *, now: float | None = None) -> list[str]:
+    """Remove directories that no row names and nobody has touched for a day: their attempt died before its commit."""
+    if not artifacts.exists():
+        return []
+    oldest = (now or time.time()) - ORPHAN_SECONDS
+    aged = {path.name: path for path in artifacts.iterdir() if path.is_dir() and path.stat().st_mtime < oldest}
+    known = set(session.scalars(select(Artifact.digest).where(Artifact.digest.in_(aged))))
+    return _remove(path for name, path in aged.items() if name not in known)
+
+
+def sweep_work(work: Path, keep: Collection[str]) -> list[str]:
+    """Remove what dead attempts and finished runs left below `work`, except the entries named in `keep`."""
+    if not work.exists():
+        return []
+    return _remove(path for path in work.iterdir() if path.name not in keep)
+
+
+def _remove(paths: Iterable[Path]) -> list[str]:
+    removed = []
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)
+        removed.append(path.name)
+    return removed

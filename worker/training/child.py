@@ -1,0 +1,126 @@
+"""Runs the trainer process from the worker: reads its reports, stops it when asked, keeps the end of its stderr."""
+
+import contextlib
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from worker.training.spec import REFUSED, Report, Spec, decode_report, encode
+
+POLL_SECONDS = 0.5
+TERMINATE_SECONDS = 5.0
+TAIL_BYTES = 8000
+ROOT = Path(__file__).parents[2]
+# The trainer gets what it needs and no secret: it reads text that strangers wrote.
+PASSED_ON = ("PATH", "HOME", "LANG", "TMPDIR", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
+
+
+class TrainerRefused(RuntimeError):
+    """The trainer says that a retry would end the same; the message is its reason."""
+
+
+class TrainerDied(RuntimeError):
+    """The trainer ended without a result. `killed` when by a signal (out of memory, a stopping machine)."""
+
+    def __init__(self, status: int, tail: str) -> None:
+        last = tail.strip().splitlines()[-1:] or ["no message"]
+        how = f"signal {-status}" if status < 0 else f"status {status}"
+        super().__init__(f"the trainer ended with {how}: {last[0]}")
+        self.tail = tail
+        self.killed = status < 0
+
+
+def run(spec: Spec, work: Path, on_report: Callable[[Report], None], stop: Callable[[], bool]) -> bool:
+    """Train in a child of this process. Returns False when `stop()` said so and the child was ended.
+
+    Raises TrainerRefused or TrainerDied. The child never outlives this call.
+    """
+    spec_file, errors_file = work / "spec.json", work / "stderr.log"
+    spec_file.write_bytes(encode(spec))
+    with errors_file.open("wb") as errors, _started(spec_file, errors) as process:
+        lines = _lines(process)
+        while True:
+            with contextlib.suppress(queue.Empty):
+                line = lines.get(timeout=POLL_SECONDS)
+                if line is None:
+                    break
+                on_report(decode_report.decode(line))
+            if stop():
+                return False
+        status = process.wait()
+    if status == 0:
+        return True
+    tail = _tail(errors_file)
+    if status == REFUSED:
+        raise TrainerRefused(tail.rpartition("refused: ")[2].strip())
+    raise TrainerDied(status, tail)
+
+
+@contextlib.contextmanager
+def _started(spec_file: Path, errors: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "worker.training.lora", "--spec", str(spec_file)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        env=_environment(),
+        cwd=spec_file.parent,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        _end(process)
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def _environment() -> dict[str, str]:
+    return {name: os.environ[name] for name in PASSED_ON if name in os.environ} | {
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+
+
+def _lines(process: subprocess.Popen[bytes]) -> "queue.Queue[bytes | None]":
+    """The child's reports as they come, then None."""
+    lines: queue.Queue[bytes | None] = queue.Queue()
+
+    def read() -> None:
+        assert process.stdout is not None
+        with contextlib.suppress(ValueError):  # closed under us after the child was ended
+            for line in process.stdout:
+                lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, name="trainer-reports", daemon=True).start()
+    return lines
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the child's whole group, gently first."""
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, how)
+        deadline = time.monotonic() + TERMINATE_SECONDS
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+    process.wait()
+
+
+def _tail(file: Path) -> str:
+    return file.read_bytes()[-TAIL_BYTES:].decode(errors="replace")

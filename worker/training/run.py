@@ -1,0 +1,218 @@
+"""A training run's "train" job: preflight, the trainer process, the artefact, the hand-over to the gate."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import structlog
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from engine.digest import base_digest
+from engine.text.tokenizer import Tokenizer
+from services.settings import Settings
+from services.store import datasets, failpoints, runs
+from services.store.jobs import JobCancelled, JobFailed, Lease
+from services.store.models import Example, InteractionBody, Run
+from services.store.runs import TrainParams
+from worker.training import artifact, child
+from worker.training.preflight import Preflight, check
+from worker.training.rows import Row
+from worker.training.spec import Progress, ReferenceRow, Report, Spec
+
+REFERENCE_ROWS = 64
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the run asks for, read once."""
+
+    run_id: UUID
+    project_id: UUID
+    revision_id: UUID
+    revision_digest: str
+    params: TrainParams
+
+
+def train_job(lease: Lease, settings: Settings) -> None:
+    """Handler of "train". Any number of attempts, killed anywhere, leave one artefact row and one hand-over."""
+    run_id = UUID(lease.payload["run_id"])
+    try:
+        _train(lease, settings, run_id)
+    except JobCancelled:
+        _finish(lease, run_id, "cancelled", "cancelled", None)
+        raise
+    except JobFailed as error:
+        _finish(lease, run_id, "failed", "failed", str(error))
+        raise
+
+
+def _train(lease: Lease, settings: Settings, run_id: UUID) -> None:
+    order = _begin(lease, run_id)
+    if order is None:
+        return
+    _sweep(lease, settings)
+    model = _model_directory(settings)
+    tokenizer = Tokenizer.load(model)
+    ready, examples = _preflight(lease, order, tokenizer)
+    _stop_if_cancelled(lease)
+    failpoints.reach("train.checked")
+    work = settings.home / "runs" / str(run_id) / str(lease.fence)
+    work.mkdir(parents=True, exist_ok=True)
+    base = base_digest(model)
+    _run_trainer(lease, order, _spec(settings, order, model, base, work, ready.rows, examples), work)
+    failpoints.reach("train.trained")
+    built = artifact.describe(
+        work / "adapter",
+        base=base,
+        project=order.project_id,
+        run=run_id,
+        revision=order.revision_digest,
+        params=order.params.model_dump(mode="json"),
+    )
+    artifact.publish(work / "adapter", built, settings.artifacts)
+    failpoints.reach("train.renamed")
+    _hand_over(lease, order, built)
+    failpoints.reach("train.committed")
+    artifact.sweep_work(settings.home / "runs" / str(run_id), keep=())
+    log.info("adapter built", digest=built.digest)
+
+
+def _begin(lease: Lease, run_id: UUID) -> Order | None:
+    """None when the run is over. Raises JobFailed when there is nothing to train on."""
+    with lease.transaction() as session:
+        run = runs.get(session, run_id)
+        if run.state not in runs.UNFINISHED:
+            return None
+        if run.revision_id is None:
+            raise JobFailed("the run has no revision to train on")
+        runs.enter_phase(session, run, "checking")
+        revision = datasets.get_revision(session, run.revision_id)
+        params = TrainParams.model_validate(run.params)
+        return Order(run_id, run.project_id, revision.id, revision.digest, params)
+
+
+def _sweep(lease: Lease, settings: Settings) -> None:
+    """What earlier attempts, also those of runs that are over, have left on disk."""
+    root = settings.home / "runs"
+    with lease.sessions() as session:
+        unfinished = session.scalars(select(Run.id).where(Run.state.in_(runs.UNFINISHED)))
+        artifact.sweep_work(root, keep={str(run_id) for run_id in unfinished})
+        artifact.sweep_orphans(session, settings.artifacts)
+    artifact.sweep_work(root / lease.payload["run_id"], keep={str(lease.fence)})
+
+
+def _model_directory(settings: Settings) -> Path:
+    try:
+        return settings.model_path
+    except ValueError as error:
+        raise JobFailed(str(error)) from error
+
+
+def _preflight(lease: Lease, order: Order, tokenizer: Tokenizer) -> tuple[Preflight, list[Example]]:
+    """The checks and the examples they were made on; the report is on the run before any compute.
+
+    Raises JobFailed when they refuse.
+    """
+    with lease.sessions() as session:
+        train = _examples(session, order, "train")
+        held_out = _examples(session, order, "held_out")
+        bodies = _bodies(session, [*train, *held_out])
+    ready = check(tokenizer, train, held_out, bodies, order.params.max_length)
+    with lease.transaction() as session:
+        runs.get(session, order.run_id).preflight = ready.report
+        runs.add_event(session, order.run_id, "preflight", ready.report)
+    if ready.reasons:
+        raise JobFailed(f"preflight refused the run: {'; '.join(ready.reasons)}")
+    return ready, train
+
+
+def _examples(session: Session, order: Order, split: str) -> list[Example]:
+    return [member.example for member in datasets.members(session, order.revision_id, split)]
+
+
+def _bodies(session: Session, examples: Sequence[Example]) -> dict[UUID, InteractionBody]:
+    ids = [example.interaction_id for example in examples if example.interaction_id]
+    return {body.id: body for body in session.scalars(select(InteractionBody).where(InteractionBody.id.in_(ids)))}
+
+
+def _spec(
+    settings: Settings, order: Order, model: Path, base: str, work: Path, rows: list[Row], examples: list[Example]
+) -> Spec:
+    lines = (json.dumps({"input_ids": row.input_ids, "labels": row.labels}) for row in rows)
+    (work / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    prompts = {row.example_id: row.prompt for row in rows}
+    reference = [ReferenceRow(e.messages, prompts[str(e.id)]) for e in examples if str(e.id) in prompts]
+    return Spec(
+        model=str(model),
+        base=base,
+        rows_file=str(work / "rows.jsonl"),
+        out=str(work / "adapter"),
+        parent=os.getpid(),
+        device=settings.device,
+        reference=reference[:REFERENCE_ROWS],
+        **order.params.model_dump(mode="json", exclude={"max_length"}),
+    )
+
+
+def _run_trainer(lease: Lease, order: Order, spec: Spec, work: Path) -> None:
+    """Raises JobCancelled, JobFailed, TrainerDied (worth another attempt), LostLease."""
+    _enter(lease, order.run_id, "training")
+    try:
+        finished = child.run(
+            spec,
+            work,
+            on_report=lambda report: _record(lease, order.run_id, report),
+            stop=lambda: lease.lost.is_set() or lease.cancelled(),
+        )
+    except child.TrainerRefused as error:
+        raise JobFailed(f"the trainer refused: {error}") from error
+    except child.TrainerDied as error:
+        with lease.transaction() as session:
+            runs.add_event(session, order.run_id, "log", {"line": str(error), "tail": error.tail})
+        if error.killed:
+            raise
+        raise JobFailed(str(error)) from error
+    if not finished:
+        with lease.transaction():  # raises LostLease when that is why
+            raise JobCancelled
+
+
+def _record(lease: Lease, run_id: UUID, report: Report) -> None:
+    payload: dict[str, Any] = {name: getattr(report, name) for name in report.__struct_fields__}
+    with lease.transaction() as session:
+        if isinstance(report, Progress):
+            runs.add_event(session, run_id, "progress", payload, step=report.step)
+        else:
+            runs.add_event(session, run_id, "log", payload)
+
+
+def _hand_over(lease: Lease, order: Order, built: artifact.Built) -> None:
+    with lease.transaction() as session:
+        run = runs.get(session, order.run_id)
+        artifact.record(session, built, project_id=order.project_id, run_id=order.run_id)
+        run.artifact_digest = built.digest
+        runs.enter_phase(session, run, "evaluating")
+        runs.hand_over(session, run, "evaluate", {"run_id": str(run.id)})
+        lease.succeed(session)
+
+
+def _enter(lease: Lease, run_id: UUID, phase: str) -> None:
+    with lease.transaction() as session:
+        runs.enter_phase(session, runs.get(session, run_id), phase)
+
+
+def _stop_if_cancelled(lease: Lease) -> None:
+    if lease.cancelled():
+        raise JobCancelled
+
+
+def _finish(lease: Lease, run_id: UUID, state: Any, phase: str, error: str | None) -> None:  # noqa: ANN401
+    with lease.transaction() as session:
+        runs.finish(session, runs.get(session, run_id), state, phase, error)
