@@ -104,12 +104,14 @@ class EngineClient:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._fail_all("the client was closed")
         self._socket.disable_monitor()
+        self._monitor.close(linger=0)
         self._socket.close(linger=0)
         self._context.term()
 
     async def generate(self, message: Generate) -> AsyncGenerator[Tokens | Finished]:
         """Tokens as they come, then exactly one Finished. Closing the generator early cancels the request.
 
+        Use it in `contextlib.aclosing`: leaving `async for` alone does not close a generator at once.
         Raises EngineGone when the engine is away or goes away; ValueError when `message.id` is already in flight.
         """
         inbox = self._open(message.id)
@@ -120,14 +122,18 @@ class EngineClient:
                 reply = await self._next(inbox)
                 if not isinstance(reply, Tokens | Finished):
                     raise EngineGone(f"the engine answered {message.id} with a {type(reply).__name__}")
-                finished = isinstance(reply, Finished)
+                if isinstance(reply, Finished):
+                    # Before the yield, since few consumers ask again after the last reply.
+                    finished = True
+                    self._inboxes.pop(message.id)
                 yield reply
         except EngineGone:
             finished = True
+            self._inboxes.pop(message.id)
             raise
         finally:
-            del self._inboxes[message.id]
             if not finished:
+                self._inboxes.pop(message.id)
                 self._cancel(message.id)
 
     async def complete(self, message: Generate) -> Completion:
@@ -231,6 +237,7 @@ class EngineClient:
                 self._connected.set()
             elif event == zmq.EVENT_DISCONNECTED:
                 self._connected.clear()
+                self.epoch = None
                 self._fail_all("the engine went away")
 
     async def _heartbeat(self) -> None:
