@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ def _train(lease: Lease, settings: Settings, run_id: UUID) -> None:
     failpoints.reach("train.renamed")
     _hand_over(lease, order, built)
     failpoints.reach("train.committed")
-    artifact.sweep_work(settings.home / "runs" / str(run_id), keep=())
+    shutil.rmtree(work.parent, ignore_errors=True)
     log.info("adapter built", digest=built.digest)
 
 

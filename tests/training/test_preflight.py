@@ -1,0 +1,152 @@
+"""Preflight: what is wrong with the data is said before any compute."""
+
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from engine.text.tokenizer import Tokenizer
+from services.store.models import Example, InteractionBody
+from tests.training.tiny import TEMPLATE, make_model
+from worker.training.preflight import Bodies, Preflight, check
+from worker.training.rows import IGNORED, make_rows, turn_end
+
+
+def example(prompt: str, completion: str, split: str = "train", **fields: object) -> Example:
+    values = {"interaction_id": None, "group_key": uuid4().hex} | fields
+    return Example(
+        id=uuid4(), split=split, completion=completion, messages=[{"role": "user", "content": prompt}], **values
+    )
+
+
+def fine(count: int) -> list[Example]:
+    return [example(f"say number {index}", f"the answer is {index}") for index in range(count)]
+
+
+def checked(
+    tokenizer: Tokenizer,
+    train: list[Example],
+    held_out: list[Example] | None = None,
+    *,
+    bodies: Bodies | None = None,
+    max_length: int = 64,
+) -> Preflight:
+    return check(tokenizer, train, held_out or [], bodies or {}, max_length)
+
+
+def test_the_loss_covers_the_answer_and_the_end_token_and_nothing_else(tokenizer: Tokenizer) -> None:
+    [row] = make_rows(tokenizer, [example("say number 1", "the answer is 1")])
+
+    end = tokenizer.backend.token_to_id("<|im_end|>")
+    supervised = [label for label in row.labels if label != IGNORED]
+    assert supervised == [*tokenizer.encode("the answer is 1"), end]
+    assert row.input_ids[: len(row.prompt)] == tokenizer.encode_chat([{"role": "user", "content": "say number 1"}])
+    assert row.input_ids[-1] == row.labels[-1] == end
+
+
+def test_a_control_token_typed_into_an_answer_stays_text(tokenizer: Tokenizer) -> None:
+    [row] = make_rows(tokenizer, [example("say number 1", "one<|im_end|>two")])
+
+    end = tokenizer.backend.token_to_id("<|im_end|>")
+    assert row.answer.count(end) == 0
+    assert tokenizer.decode(row.answer) == "one<|im_end|>two"
+
+
+def test_good_data_passes_with_a_histogram_of_what_is_supervised(tokenizer: Tokenizer) -> None:
+    ready = checked(tokenizer, fine(20), [example("held", "out", "held_out")])
+
+    assert ready.reasons == []
+    assert ready.report["verdict"] == "ok"
+    assert ready.report["rows_trained"] == 20
+    tokens = ready.report["supervised_tokens"]
+    assert tokens["sum"] == sum(label != IGNORED for row in ready.rows for label in row.labels)
+    assert sum(tokens["buckets"].values()) == 20
+
+
+def test_rows_without_a_label_or_cut_short_are_listed_and_left_out(tokenizer: Tokenizer) -> None:
+    empty, long = example("nothing", ""), example("long", "number " * 80)
+
+    ready = checked(tokenizer, [*fine(30), empty, long])
+
+    assert ready.reasons == []
+    assert {row["example"]: row["cause"] for row in ready.report["refused_rows"]} == {
+        str(empty.id): "nothing to learn: the answer is empty",
+        str(long.id): "the answer would be truncated",
+    }
+    assert {row.example_id for row in ready.rows}.isdisjoint({str(empty.id), str(long.id)})
+
+
+@pytest.mark.parametrize(
+    ("bad", "cause"),
+    [
+        (example("nothing", ""), "nothing to learn"),
+        (example("long", "number " * 80), "would be truncated"),
+        (example("number " * 80, "long"), "the prompt alone is too long"),
+    ],
+)
+def test_many_such_rows_refuse_the_run(tokenizer: Tokenizer, bad: Example, cause: str) -> None:
+    bads = [example(bad.messages[0]["content"], bad.completion or "") for _ in range(3)]
+
+    ready = checked(tokenizer, [*fine(10), *bads])
+
+    assert ready.report["verdict"] == "refused"
+    assert len(ready.reasons) == 1
+    assert cause in ready.reasons[0]
+
+
+def test_a_row_longer_than_the_models_context_is_refused_whatever_max_length_says(tokenizer: Tokenizer) -> None:
+    ready = checked(tokenizer, [*fine(30), example("long", "number " * 150)], max_length=4096)
+
+    assert ready.report["max_length"] == 128
+    assert ready.report["refused"] == {"the answer would be truncated": 1}
+
+
+def test_an_empty_training_part_is_refused(tokenizer: Tokenizer) -> None:
+    assert checked(tokenizer, []).reasons == ["the revision has no training rows"]
+
+
+def body_for(tokenizer: Tokenizer, one: Example, **fields: object) -> InteractionBody:
+    one.interaction_id = uuid4()
+    values: dict[str, Any] = {
+        "prompt_token_ids": tokenizer.encode_chat(one.messages), "tokenizer_hash": tokenizer.digest,
+        "template_hash": tokenizer.template_digest, "worked_examples": [],
+    }  # fmt: skip
+    return InteractionBody(id=one.interaction_id, **(values | fields))
+
+
+def test_a_prompt_that_renders_to_other_ids_than_were_served_refuses_the_run(tokenizer: Tokenizer) -> None:
+    same, drifted, older = rows = fine(3)
+    bodies = [
+        body_for(tokenizer, same),
+        body_for(tokenizer, drifted, prompt_token_ids=[1, 2, 3]),
+        body_for(tokenizer, older, prompt_token_ids=[1, 2, 3], template_hash="another"),
+    ]
+
+    ready = checked(tokenizer, rows, bodies={body.id: body for body in bodies})
+
+    assert ready.reasons == ["1 prompts no longer render to the token ids that were served"]
+    template = ready.report["template"]
+    assert (template["equal_to_served"], template["served_under_another"]) == (1, 1)
+    assert template["different"] == [str(drifted.id)]
+
+
+def test_a_prompt_or_group_on_both_sides_of_the_split_refuses_the_run(tokenizer: Tokenizer) -> None:
+    prompt = checked(tokenizer, fine(3), [example("say number 1", "x", "held_out")])
+    group = checked(tokenizer, [example("a", "b", group_key="g")], [example("c", "d", "held_out", group_key="g")])
+
+    assert prompt.reasons == ["1 prompts and 0 groups are on both sides of the split"]
+    assert group.reasons == ["0 prompts and 1 groups are on both sides of the split"]
+
+
+def test_a_template_that_ends_answers_where_the_engine_goes_on_is_refused(tmp_path: Path) -> None:
+    directory = make_model(tmp_path / "model", template=TEMPLATE.replace("+ '<|im_end|>'", "+ '<|pad|>'"))
+
+    ready = checked(Tokenizer.load(directory), fine(3))
+
+    assert ready.rows == []
+    assert "at which the engine does not stop" in ready.reasons[0]
+
+
+def test_the_turn_ends_with_the_token_the_engine_stops_at(tokenizer: Tokenizer) -> None:
+    assert turn_end(tokenizer) == tokenizer.backend.token_to_id("<|im_end|>")
