@@ -3,6 +3,8 @@
 It stands on the floor beside `services.errors`: parts import it, it imports no part.
 """
 
+import logging
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -83,6 +85,26 @@ ERROR_HANDLERS: dict[Any, ExceptionHandler] = {
     HTTPException: _on_http_exception,
     Exception: _on_unexpected,
 }
+
+
+def configure_logs(level: str) -> None:
+    """One JSON line an event on stderr, ours and the libraries' alike; the supervisor keeps them."""
+    shared: list[structlog.typing.Processor] = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
+    structlog.configure(
+        processors=[*shared, structlog.processors.JSONRenderer()],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level.upper())),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    renderer = structlog.processors.JSONRenderer()
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(processor=renderer, foreign_pre_chain=shared))
+    # Libraries say on every start what we say once.
+    logging.basicConfig(level=max(logging.WARNING, logging.getLevelName(level.upper())), handlers=[handler], force=True)
 
 
 class Shell:

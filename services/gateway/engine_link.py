@@ -1,0 +1,157 @@
+"""The gateway's hold on the engine: what it serves, loading adapters on demand, and falling back when one is broken."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import structlog
+
+from engine.client import EngineClient, EngineGone, EngineRefused
+from engine.messages import Finished, Generate, Status, Tokens
+from services.errors import InvalidRequest, Unavailable, WhetError
+
+WATCH_SECONDS = 0.25
+# How long a digest that would not load is left alone: every request trying it again would stall them all.
+BROKEN_SECONDS = 10.0
+
+log = structlog.get_logger()
+Replies = AsyncGenerator[Tokens | Finished]
+
+
+class Opened(NamedTuple):
+    """A request the engine has begun: which adapter serves it, its first reply, and the rest."""
+
+    adapter: str | None
+    first: Tokens | Finished
+    rest: Replies
+
+
+class EngineLink:
+    """One engine seen from one event loop."""
+
+    def __init__(self, client: EngineClient, artifacts: Path) -> None:
+        self.client = client
+        self._artifacts = artifacts
+        self._status: Status | None = None
+        self._loads: dict[str, asyncio.Task[None]] = {}
+        self._broken: dict[str, float] = {}
+        self._watcher: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to follow the engine's comings and goings."""
+        self._watcher = asyncio.create_task(self._watch())
+
+    async def close(self) -> None:
+        """Let go; what is in flight fails."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watcher
+        await self.client.close()
+
+    @property
+    def known(self) -> Status | None:
+        """What the engine said of itself since it (re)started; None while it is away."""
+        return self._status if self.client.connected else None
+
+    async def describe(self) -> Status:
+        """The engine's base model and limits. Raises Unavailable while it is away."""
+        if self.known is None:
+            await self._refresh()
+        if self._status is None:
+            raise gone()
+        return self._status
+
+    async def open(self, message: Generate, candidates: Sequence[str | None]) -> Opened:
+        """Begin a request on the first candidate that serves: the active adapter, then what to fall back to.
+
+        Raises WhetError when none does. No token has been produced by a candidate that was passed over.
+        """
+        failure: WhetError | None = None
+        for adapter in candidates:
+            try:
+                return await self._begin(msgspec.structs.replace(message, adapter=adapter))
+            except EngineRefused as error:
+                failure = Unavailable(f"adapter {adapter} cannot be loaded: {error}", code="adapter_unavailable")
+                log.error("adapter_falls_back", alarm=True, digest=adapter, request=message.id, error=str(error))
+            except EngineGone as error:
+                raise gone() from error
+        assert failure is not None, "there is always a candidate"
+        raise failure
+
+    async def _begin(self, message: Generate) -> Opened:
+        opened = await self._first(message)
+        if not _unloaded(opened.first):
+            return opened
+        await opened.rest.aclose()
+        assert message.adapter is not None, "the base model is always loaded"
+        await self.load(message.adapter)
+        opened = await self._first(message)
+        if _unloaded(opened.first):
+            raise EngineRefused("it was unloaded again at once: there are too few adapter slots")
+        return opened
+
+    async def _first(self, message: Generate) -> Opened:
+        replies = self.client.generate(message)
+        return Opened(message.adapter, await anext(replies), replies)
+
+    async def load(self, digest: str) -> None:
+        """Bring an adapter into the engine, once however many ask. Raises EngineRefused or EngineGone."""
+        if time.monotonic() < self._broken.get(digest, 0.0):
+            raise EngineRefused("it did not load a moment ago")
+        if digest not in self._loads:
+            task = asyncio.create_task(self.client.load_adapter(digest, str(self._artifacts / digest)))
+            self._loads[digest] = task
+            task.add_done_callback(lambda done: self._loaded(digest, done))
+        # Shielded: the first asker's client may leave, and the others still wait for the load.
+        await asyncio.shield(self._loads[digest])
+
+    def _loaded(self, digest: str, task: asyncio.Task[None]) -> None:
+        del self._loads[digest]
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, EngineRefused):
+            self._broken[digest] = time.monotonic() + BROKEN_SECONDS
+        elif error is None:
+            self._broken.pop(digest, None)
+            log.info("adapter_loaded", digest=digest)
+
+    async def _watch(self) -> None:
+        while True:
+            if not self.client.connected:
+                self._status = None
+            elif self._status is None or self._status.epoch != self.client.epoch:
+                await self._refresh()
+            await asyncio.sleep(WATCH_SECONDS)
+
+    async def _refresh(self) -> None:
+        try:
+            self._status = await self.client.status()
+            # A restarted engine may read what the old one could not.
+            self._broken.clear()
+        except EngineGone:
+            self._status = None
+
+
+def gone() -> Unavailable:
+    """What a caller hears while the engine is away."""
+    return Unavailable("the engine is away or restarting; try again", code="engine_unavailable")
+
+
+def refusal(finished: Finished) -> WhetError:
+    """What a caller hears when the engine ended a request with an error."""
+    sentence = finished.error or "the engine failed"
+    if finished.code == "prompt_too_long":
+        return InvalidRequest(sentence, code="context_length_exceeded", param="messages")
+    if finished.code == "invalid_request":
+        return InvalidRequest(sentence)
+    if finished.code == "overloaded":
+        return Unavailable(sentence, code="overloaded")
+    return WhetError(sentence, code="engine_error")
+
+
+def _unloaded(reply: Tokens | Finished) -> bool:
+    return isinstance(reply, Finished) and reply.code == "adapter_not_loaded"

@@ -1,0 +1,54 @@
+"""Prometheus metrics of the gateway; vLLM's names where the meaning is the same."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from engine.messages import Status
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Metrics:
+    """Counters of one gateway process in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        model = ("model_name",)
+        self.prompt_tokens = Counter(
+            "vllm:prompt_tokens", "Prompt tokens of finished requests.", model, registry=self.registry
+        )
+        self.generation_tokens = Counter(
+            "vllm:generation_tokens", "Generated tokens of finished requests.", model, registry=self.registry
+        )
+        self.finished = Counter(
+            "vllm:request_success", "Ended requests.", (*model, "finished_reason"), registry=self.registry
+        )
+        self.first_token = Histogram(
+            "vllm:time_to_first_token_seconds", "From arrival to the first text.", model,
+            buckets=SECONDS, registry=self.registry,
+        )  # fmt: skip
+        self.latency = Histogram(
+            "vllm:e2e_request_latency_seconds", "From arrival to the end.", model,
+            buckets=SECONDS, registry=self.registry,
+        )  # fmt: skip
+        self.longest_gap = Histogram(
+            "whet:longest_gap_seconds", "Longest silence between two chunks of a request.", model,
+            buckets=SECONDS, registry=self.registry,
+        )  # fmt: skip
+        self.running = Gauge("whet:gateway_requests_running", "Choices now being served.", registry=self.registry)
+        self._engine_running = Gauge("vllm:num_requests_running", "Sequences in the step.", registry=self.registry)
+        self._engine_waiting = Gauge("vllm:num_requests_waiting", "Sequences not begun.", registry=self.registry)
+        self._kv = Gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", registry=self.registry)
+        self._spool = Gauge("whet:log_spool_bytes", "Spool not yet shipped and unlinked.", registry=self.registry)
+        self._age = Gauge("whet:snapshot_age_seconds", "Age of what is known of keys.", registry=self.registry)
+        self._engine_up = Gauge("whet:engine_up", "1 while the engine is connected.", registry=self.registry)
+
+    def render(self, *, engine: Status | None, spool_bytes: int, snapshot_age: float) -> bytes:
+        """The exposition text now."""
+        self._engine_up.set(engine is not None)
+        if engine is not None:
+            self._engine_running.set(engine.running)
+            self._engine_waiting.set(engine.waiting)
+            self._kv.set(1 - engine.blocks_free / max(1, engine.blocks_total))
+        self._spool.set(spool_bytes)
+        self._age.set(snapshot_age)
+        return generate_latest(self.registry)

@@ -1,0 +1,131 @@
+"""The gateway's HTTP routes. Each says which scope it needs; `services.app` refuses one that does not."""
+
+import time
+from collections.abc import Callable
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from engine.client import EngineGone
+from services.app import PUBLIC, declared_scope, needs
+from services.gateway import access, feedback
+from services.gateway.bodies import Ask, parse_chat, parse_text
+from services.gateway.planning import make_plan
+from services.gateway.service import Gateway
+from services.gateway.snapshot import KnownKey, KnownProject
+from services.gateway.streaming import answer
+
+
+def gateway_of(request: Request) -> Gateway:
+    """The gateway this application was built around."""
+    gateway: Gateway = request.app.state.gateway
+    return gateway
+
+
+def caller(request: Request) -> KnownKey:
+    """The request's key, with the scope its route declares. Raises Unauthenticated or Forbidden."""
+    gateway = gateway_of(request)
+    scope = declared_scope(request.scope["route"])
+    assert scope is not None
+    return access.authenticate(request, gateway.keeper.current, gateway.pepper, scope)
+
+
+@needs("infer")
+async def chat_completions(request: Request) -> Response:
+    """POST /v1/chat/completions"""
+    return await _complete(request, parse_chat)
+
+
+@needs("infer")
+async def completions(request: Request) -> Response:
+    """POST /v1/completions"""
+    return await _complete(request, parse_text)
+
+
+async def _complete(request: Request, parse: Callable[[bytes], Ask]) -> Response:
+    started = time.perf_counter()
+    key = caller(request)
+    gateway = gateway_of(request)
+    ask = parse(await request.body())
+    target = access.resolve(gateway.keeper.current, key, ask.model)
+    engine = await gateway.live.link.describe()
+    plan = await make_plan(ask, target, key.id, gateway.tokenizer, engine, started)
+    return await answer(request, plan, gateway.live)
+
+
+@needs("infer")
+async def list_models(request: Request) -> Response:
+    """GET /v1/models: the projects this key may use, with the digests they serve."""
+    key = caller(request)
+    projects = access.visible(gateway_of(request).keeper.current, key)
+    return JSONResponse({"object": "list", "data": [_model(project, project.slug) for project in projects]})
+
+
+@needs("infer")
+async def get_model(request: Request) -> Response:
+    """GET /v1/models/{model}"""
+    key = caller(request)
+    model = request.path_params["model"]
+    target = access.resolve(gateway_of(request).keeper.current, key, model)
+    return JSONResponse(_model(target.project, model))
+
+
+def _model(project: KnownProject, name: str) -> dict[str, object]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": int(project.created_at.timestamp()),
+        "owned_by": "whet",
+        "whet": {
+            "adapter": project.active,
+            "generation": project.generation,
+            "artifacts": sorted(project.artifacts),
+        },
+    }
+
+
+@needs("feedback")
+async def give_feedback(request: Request) -> Response:
+    """POST /v1/feedback: 201 when stored, 200 when it was stored before."""
+    key = caller(request)
+    gateway = gateway_of(request)
+    body = feedback.parse(await request.body(), request.headers.get("idempotency-key"))
+    project_id = feedback.project_of(gateway.keeper.current, key, body)
+    stored = await run_in_threadpool(feedback.store, gateway.sessions, project_id, body)
+    return JSONResponse(stored.described, status_code=201 if stored.created else 200)
+
+
+@needs(PUBLIC)
+async def health(request: Request) -> Response:
+    """GET /health: 200 while it serves, even on an old snapshot; 503 while it cannot."""
+    report = gateway_of(request).health()
+    return JSONResponse(report, status_code=503 if report["status"] == "unavailable" else 200)
+
+
+@needs("admin")
+async def metrics(request: Request) -> Response:
+    """GET /metrics in Prometheus' text form; it names projects, so it wants a key."""
+    caller(request)
+    gateway = gateway_of(request)
+    link = gateway.live.link
+    try:
+        engine = await link.client.status() if link.client.connected else None
+    except EngineGone:
+        engine = None
+    text = gateway.metrics.render(
+        engine=engine, spool_bytes=gateway.live.spool.used_bytes, snapshot_age=gateway.keeper.current.age_seconds
+    )
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+ROUTES = [
+    Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+    Route("/v1/completions", completions, methods=["POST"]),
+    Route("/v1/models", list_models, methods=["GET"]),
+    Route("/v1/models/{model}", get_model, methods=["GET"]),
+    Route("/v1/feedback", give_feedback, methods=["POST"]),
+    Route("/health", health, methods=["GET"]),
+    Route("/metrics", metrics, methods=["GET"]),
+]
