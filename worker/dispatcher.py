@@ -144,7 +144,7 @@ class Dispatcher:
 
     def _reconcile(self) -> None:
         """Its own thread, because loading an adapter may take seconds that due jobs should not wait."""
-        with SyncEngineClient(self._settings.engine_socket) as client:
+        with SyncEngineClient(self._settings.engine_socket, connect_seconds=1.0) as client:
             reconciler = Reconciler(self._sessions, client, self._settings.artifacts)
             reachable = True
             while not self._stopped.wait(TICK_SECONDS):

@@ -5,19 +5,16 @@ Two pool processes for `cpu`, so that sampling goes on while a training run wait
 
 import argparse
 import os
-import signal
 import sys
-from types import FrameType
-
-from celery.signals import worker_process_init
+from collections.abc import Mapping
 
 from services.settings import Settings
 from worker import logs
-from worker.tasks import WorkerStopping, make_app
+from worker.tasks import HANDLERS, Handler, make_app
 from worker.watchdog import Watchdog
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None, *, handlers: Mapping[str, Handler] = HANDLERS) -> None:
     """Consume one queue until told to stop; running jobs go back to the ledger at once."""
     parser = argparse.ArgumentParser(prog="whet worker")
     parser.add_argument("--queue", default="cpu", help="which queue to serve")
@@ -27,8 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     logs.configure(settings.log_level)
     # Celery's own choice is to wait for running jobs, which may train for hours; ours can always be run again.
     os.environ["REMAP_SIGTERM"] = "SIGQUIT"
-    worker_process_init.connect(_stop_on_terminate)
-    app = make_app(settings)
+    app = make_app(settings, handlers=handlers)
     Watchdog(settings.database_dsn, options.queue, options.concurrency).start()
     worker = app.Worker(
         queues=[options.queue],
@@ -42,15 +38,6 @@ def main(arguments: list[str] | None = None) -> None:
     )
     worker.start()
     sys.exit(worker.exitcode)
-
-
-def _stop_on_terminate(**_kwargs: object) -> None:
-    """In a pool process: unwind the running handler, so that it stops its children and hands its lease back."""
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        raise WorkerStopping(0)
-
-    signal.signal(signal.SIGTERM, stop)
 
 
 if __name__ == "__main__":

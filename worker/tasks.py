@@ -4,10 +4,12 @@ Messages carry nothing but the id and may be lost, doubled or late: the ledger d
 """
 
 import os
+import signal
 import socket
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from types import FrameType
 from uuid import UUID
 
 import structlog
@@ -29,6 +31,8 @@ Handler = Callable[[Lease, Settings], None]
 
 TASK = "whet.work"
 PUBLISH_SECONDS = 2.0
+# Which of the two reaches a pool process depends on the way Celery's shutdown takes.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGQUIT)
 # A finished job is worth waiting for: while Postgres is away its ending is tried again for this long.
 ENDING_SECONDS = 900.0
 
@@ -77,13 +81,27 @@ def make_app(settings: Settings, *, handlers: Mapping[str, Handler] = HANDLERS) 
     state: dict[str, Sessions] = {}
 
     def work(job_id: str) -> None:
-        # Connections must not cross a fork, so each pool process opens its own at its first job.
+        # Neither connections nor signal handlers survive the way to a pool process, so the first job there makes them.
         if "sessions" not in state:
+            _unwind_on_stop()
             state["sessions"] = make_sessions(settings.database_dsn, pool_size=3)
         perform(state["sessions"], settings, UUID(job_id), handlers=handlers)
 
     app.task(name=TASK)(work)
     return app
+
+
+def _unwind_on_stop() -> None:
+    """A stopping worker unwinds the running handler, so that it ends its children and its lease is handed back."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        # Celery's shutdown may signal twice, and the second must not interrupt the unwinding.
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        raise WorkerStopping(0)
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, stop)
 
 
 def ring(app: Celery, job_id: UUID, queue: str) -> None:
