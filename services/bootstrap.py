@@ -12,6 +12,7 @@ from pathlib import Path
 
 from sqlalchemy.orm import Session
 
+from services.platform.paths import make_directories
 from services.settings import Settings
 from services.store import audit, keys, partitions, people, projects
 from services.store.base import make_sessions
@@ -75,6 +76,7 @@ class FirstScreen:
 
 def bootstrap(settings: Settings) -> FirstScreen:
     """Bring the database and the home to a usable state; what exists already is kept as it is."""
+    make_directories(settings.home)
     sessions = make_sessions(settings.database_dsn)
     with sessions.begin() as session:
         partitions.ensure(session)

@@ -39,7 +39,8 @@ class Sentences(TyperGroup):
 def _setting_error(item: ErrorDetails) -> str:
     name = "_".join(str(part) for part in item["loc"])
     sentence = str(item["msg"]).removeprefix("Value error, ")
-    return f"WHET_{name.upper()}: {sentence}" if name and not name.isupper() else sentence
+    setting = f"WHET_{name.upper()}" if name and not name.isupper() else name
+    return sentence if setting in sentence else f"{setting}: {sentence}"
 
 
 app = typer.Typer(

@@ -22,14 +22,18 @@ WORKER_NICE = 10
 SERVERS, CORE, OUTSIDE = 0, 1, 2
 
 
-def servers(settings: Settings, account: Account) -> list[Part]:
-    """Postgres and Redis, unless DATABASE_URL and REDIS_URL name others."""
-    found = []
-    if not settings.database_url:
-        found.append(PostgresServer(settings.home / "postgres", settings.sockets, account).part())
-    if not settings.redis_url:
-        found.append(RedisServer(settings.home / "redis", settings.sockets, account).part())
-    return found
+def embedded_postgres(settings: Settings, account: Account) -> PostgresServer | None:
+    """The home's own Postgres, unless DATABASE_URL names another."""
+    if settings.database_url:
+        return None
+    return PostgresServer(settings.home / "postgres", settings.sockets, account)
+
+
+def embedded_redis(settings: Settings, account: Account) -> RedisServer | None:
+    """The home's own Redis, unless REDIS_URL names another."""
+    if settings.redis_url:
+        return None
+    return RedisServer(settings.home / "redis", settings.sockets, account)
 
 
 def commands(settings: Settings) -> dict[str, tuple[str, ...]]:

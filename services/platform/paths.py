@@ -29,8 +29,13 @@ def prepare_home(home: Path, sockets: Path, account: Account) -> None:
     check_socket_paths(sockets)
     if not account.is_us:
         _check_reachable(sockets, account)
+    make_directories(home)
+
+
+def make_directories(home: Path) -> None:
+    """What parts expect to find in the home."""
     for name in ("logs", "artifacts", "spool"):
-        (home / name).mkdir(mode=0o700, exist_ok=True)
+        (home / name).mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def private_directory(path: Path, account: Account) -> None:

@@ -12,7 +12,7 @@ from types import FrameType
 from services.errors import Unavailable
 from services.platform import lock
 from services.platform.accounts import Account, current_account, server_account
-from services.platform.parts import application, servers, shared_environment
+from services.platform.parts import application, embedded_postgres, embedded_redis, shared_environment
 from services.platform.paths import prepare_home
 from services.platform.ports import reserve
 from services.platform.process import Part, tail
@@ -71,7 +71,7 @@ class Platform:
         """Start, watch, stop; whatever happens, nothing is left running."""
         try:
             facts = self._start(stop)
-            if not stop.is_set():
+            if facts is not None:
                 self._screen.ready(facts, self._logs)
                 self._supervisor.watch(stop)
         finally:
@@ -79,15 +79,23 @@ class Platform:
             self._supervisor.shut_down()
             self._screen.note("stopped")
 
-    def _start(self, stop: threading.Event) -> dict[str, object]:
+    def _start(self, stop: threading.Event) -> dict[str, object] | None:
+        """What to show on the first screen, or None when it was told to stop before everything ran."""
         with self._screen.starting(f"{self._settings.home} · model {self._settings.model}"):
-            self._start_parts(servers(self._settings, self._account), stop)
+            self._start_servers(stop)
+            if stop.is_set():
+                return None
             self._step("migrations", "migrations.run")
-            facts = json.loads(self._step("bootstrap", "services.bootstrap"))
+            facts: dict[str, object] = json.loads(self._step("bootstrap", "services.bootstrap"))
             self._start_parts(application(self._settings), stop)
-        if not isinstance(facts, dict):
-            raise Unavailable("services.bootstrap did not say what it made")
-        return facts
+        return None if stop.is_set() else facts
+
+    def _start_servers(self, stop: threading.Event) -> None:
+        postgres = embedded_postgres(self._settings, self._account)
+        redis = embedded_redis(self._settings, self._account)
+        self._start_parts([server.part() for server in (postgres, redis) if server], stop)
+        if postgres and not stop.is_set():
+            postgres.create_database()
 
     def _start_parts(self, parts: list[Part], stop: threading.Event) -> None:
         for part in parts:

@@ -1,0 +1,67 @@
+# One command each. Every target makes .venv and installs what is missing; versions are pinned in constraints.txt.
+#
+#   make up                                       the platform on this machine
+#   make up ARGS="--model PATH_OR_HF_ID"          with another model
+#   make test TORCH_INDEX=<index URL>             torch from that index (CPU or CUDA builds)
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help up demo test check format bench install chromium clean
+
+help:
+	@echo "make up | demo | test | check | bench   (README.md says what each does)"
+
+up: $(STAMP)
+	$(BIN)/whet up $(ARGS)
+
+demo: $(STAMP)
+	$(BIN)/python -m examples.demo $(ARGS)
+
+test: $(STAMP) chromium
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_imports.py
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	@for script in benchmarks/[a-z]*.py; do \
+		module=$$(basename $$script .py); echo "== $$module"; \
+		$(BIN)/python -m benchmarks.$$module || exit 1; \
+	done
+
+install: $(STAMP)
+
+# Torch first and alone, so that only its own line sees the index chosen for it.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Whet needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# The browser test drives the system's Chromium.
+chromium:
+	@if command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null; then :; \
+	elif command -v apt-get >/dev/null 2>&1 && [ "$$(id -u)" = 0 ]; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
+	else \
+		echo "No Chromium here, which the browser test needs. Install it (Debian: sudo apt-get install chromium)."; exit 1; \
+	fi
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
