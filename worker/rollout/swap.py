@@ -113,6 +113,9 @@ def _stage(client: SyncEngineClient, lease: Lease, settings: Settings, order: Or
 
 
 def _load(client: SyncEngineClient, settings: Settings, digest: str) -> None:
+    if any(slot.digest == digest and slot.state == "draining" for slot in client.status().slots):
+        # No fault of the artefact: reconciliation was freeing it before this job came up.
+        raise RuntimeError("the engine is still unloading this artefact")
     try:
         client.load_adapter(digest, str(settings.artifacts / digest))
     except EngineRefused as error:
