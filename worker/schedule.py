@@ -13,6 +13,7 @@ from services.store import jobs
 from services.store.models import Job, Project
 
 DEFAULT_WINDOW_SECONDS = 3600
+LONGEST_GRACE_SECONDS = 60
 # The shipper is at most this far behind the gateway in ordinary times.
 SETTLE_SECONDS = 5.0
 HEARTBEAT_QUEUES = ("cpu",)
@@ -65,7 +66,9 @@ def _closed_windows(session: Session, now: datetime) -> list[Window]:
     windows = []
     for project in session.execute(select(Project.id, Project.config)):
         seconds = max(1, int(project.config.get("window_seconds", DEFAULT_WINDOW_SECONDS)))
-        closed = settled // seconds * seconds
+        # The sampler's own rule: before this grace has passed it would find the window still open.
+        grace = int(project.config.get("window_grace_seconds", min(seconds, LONGEST_GRACE_SECONDS)))
+        closed = (settled - grace) // seconds * seconds
         windows.append(Window(project.id, datetime.fromtimestamp(closed, UTC)))
     return windows
 

@@ -105,7 +105,6 @@ def _sweep(lease: Lease, settings: Settings) -> None:
     with lease.sessions() as session:
         unfinished = session.scalars(select(Run.id).where(Run.state.in_(runs.UNFINISHED)))
         artifact.sweep_work(root, keep={str(run_id) for run_id in unfinished})
-        artifact.sweep_orphans(session, settings.artifacts)
     artifact.sweep_work(root / lease.payload["run_id"], keep={str(lease.fence)})
 
 
