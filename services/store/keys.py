@@ -4,12 +4,12 @@ import hashlib
 import hmac
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from uuid import UUID
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from services.errors import InvalidRequest, NotFound
@@ -131,3 +131,9 @@ def list_all(session: Session, project_id: UUID | None = None) -> list[ApiKey]:
     if project_id is not None:
         query = query.where(ApiKey.project_id == project_id)
     return list(session.scalars(query))
+
+
+def touch(session: Session, used: Mapping[UUID, datetime]) -> None:
+    """Note when keys were last used. Every call wakes the gateways' snapshots, so call it rarely."""
+    for key_id, at in sorted(used.items()):
+        session.execute(update(ApiKey).where(ApiKey.id == key_id).values(last_used_at=at))

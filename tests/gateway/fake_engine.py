@@ -1,7 +1,7 @@
 """A fast stand-in for the engine: speaks its messages, computes nothing.
 
-`python -m tests.gateway.fake_engine SOCKET [--step-ms N] [--context N]`. Token `i` of a request is a visible token that depends
-on seed, choice and `i` alone. An adapter loads when its directory holds `adapter.ok`. Runs until its parent is gone.
+`python -m tests.gateway.fake_engine SOCKET [--step-ms N] [--context N]`. Token `i` of a request is a visible one that
+depends on seed, choice and `i` alone. An adapter loads when its directory holds `adapter.ok`. Ends with its parent.
 """
 
 import argparse
@@ -14,8 +14,19 @@ from pathlib import Path
 import zmq
 
 from engine.messages import (
-    Cancel, Done, Finished, Forget, Generate, GetStatus, LoadAdapter, Slot, Status, Tokens, UnloadAdapter,
-    decode_to_engine, encode,
+    Cancel,
+    Done,
+    Finished,
+    Forget,
+    Generate,
+    GetStatus,
+    LoadAdapter,
+    Slot,
+    Status,
+    Tokens,
+    UnloadAdapter,
+    decode_to_engine,
+    encode,
 )  # fmt: skip
 
 FIRST_VISIBLE, VISIBLE = 5, 26
