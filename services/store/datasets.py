@@ -196,6 +196,12 @@ def get_revision(session: Session, revision_id: UUID) -> Revision:
     return revision
 
 
+def lock_looks(session: Session, revision_id: UUID) -> int:
+    """How often gates have looked at the held-out part; nobody else counts until the transaction ends."""
+    counted = select(Revision.looks).where(Revision.id == revision_id).with_for_update()
+    return session.scalars(counted).one()
+
+
 def members(session: Session, revision_id: UUID, split: str | None = None) -> list[Member]:
     """Examples with their weights, in manifest order."""
     wanted = (
