@@ -1,0 +1,65 @@
+"""What the engine is told at start. Read once from the command line, immutable afterwards."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Precision = Literal["auto", "fp32", "bf16"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Sizes and places. Zero means "choose": `threads` by model size, `max_context` the model's own, limited by the KV.
+
+    `kv_tokens` is what the KV cache holds over all sequences; `step_tokens` what one step computes at most;
+    `max_waiting` how many requests may wait or run before new ones are answered `overloaded`.
+    """
+
+    model: Path
+    artifacts: Path
+    socket: str = ""
+    precision: Precision = "auto"
+    device: Device = "auto"
+    threads: int = 0
+    kv_tokens: int = 32768
+    max_context: int = 0
+    max_running: int = 64
+    step_tokens: int = 512
+    adapter_slots: int = 8
+    adapter_rank: int = 32
+    max_waiting: int = 2048
+    pack: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.kv_tokens >= 256, "--kv-tokens must be at least 256")
+        _require(self.max_running >= 1, "--max-running must be at least 1")
+        _require(self.step_tokens >= 16, "--step-tokens must be at least 16")
+        _require(self.adapter_slots >= 2, "--adapter-slots must be at least 2: one serves while the other loads")
+        _require(self.adapter_rank >= 1, "--adapter-rank must be at least 1")
+        _require(self.max_context >= 0 and self.threads >= 0, "--max-context and --threads must not be negative")
+
+
+def parse(arguments: Sequence[str] | None = None) -> EngineConfig:
+    """The configuration from command-line arguments; prints usage and exits on a mistake."""
+    parser = argparse.ArgumentParser(prog="python -m engine.process", description="Run Whet's engine.")
+    parser.add_argument("--model", type=Path, required=True, help="directory with config.json and safetensors")
+    parser.add_argument("--socket", required=True, help="ZeroMQ address to serve on, ipc://…")
+    parser.add_argument("--artifacts", type=Path, required=True, help="root below which adapters may be loaded")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    for name in ("threads", "kv_tokens", "max_context", "max_running", "step_tokens", "adapter_slots", "adapter_rank"):
+        default = EngineConfig.__dataclass_fields__[name].default
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    values = vars(parser.parse_args(arguments))
+    try:
+        return EngineConfig(**values)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

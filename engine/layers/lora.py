@@ -1,0 +1,82 @@
+"""LoRA added to a batch whose rows use different adapters.
+
+A fused projection has one pair of slot tensors: the A matrices of its parts stacked, B block-diagonal, so that one
+product pair serves all parts. Suffixes: S slots, R stacked ranks, T tokens.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional
+
+# Above this many runs of equal slots, gathering every token's matrices beats a product pair per run.
+MAX_RUNS = 12
+
+
+class Run(NamedTuple):
+    """Tokens `start .. stop` of the batch use the adapter in `slot` (never 0)."""
+
+    start: int
+    stop: int
+    slot: int
+
+
+class LoraBatch(NamedTuple):
+    """Which tokens use which slot; `slots_T` is set when there are too many runs to visit one by one."""
+
+    runs: tuple[Run, ...]
+    slots_T: torch.Tensor | None = None
+
+
+class LoraWeights:
+    """Slot tensors of one fused projection: fixed buffers, written in place by `engine.adapters.slots` only."""
+
+    def __init__(
+        self, slots: int, ranks: int, in_size: int, out_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.a_SRI = torch.zeros(slots, ranks, in_size, dtype=dtype, device=device)
+        self.b_SRO = torch.zeros(slots, ranks, out_size, dtype=dtype, device=device)
+        self.width = [0] * slots
+
+    def fill(self, slot: int, a_RI: torch.Tensor, b_RO: torch.Tensor) -> None:
+        """Copy one adapter's stacked matrices in; unused ranks are zero."""
+        used = a_RI.shape[0]
+        self.a_SRI[slot, :used].copy_(a_RI)
+        self.a_SRI[slot, used:].zero_()
+        self.b_SRO[slot, :used].copy_(b_RO)
+        self.b_SRO[slot, used:].zero_()
+        self.width[slot] = used
+
+    def add_(self, out_TO: torch.Tensor, x_TI: torch.Tensor, batch: LoraBatch) -> None:
+        """out += B A x for every token that has an adapter."""
+        if batch.slots_T is not None:
+            self._add_gathered(out_TO, x_TI, batch.slots_T)
+            return
+        for start, stop, slot in batch.runs:
+            width = self.width[slot]
+            if width:
+                low_TR = functional.linear(x_TI[start:stop], self.a_SRI[slot, :width])
+                out_TO[start:stop].addmm_(low_TR, self.b_SRO[slot, :width])
+
+    def _add_gathered(self, out_TO: torch.Tensor, x_TI: torch.Tensor, slots_T: torch.Tensor) -> None:
+        low_TR1 = torch.bmm(self.a_SRI[slots_T], x_TI.unsqueeze(2))
+        out_TO += torch.bmm(low_TR1.transpose(1, 2), self.b_SRO[slots_T]).squeeze(1)
+
+
+def lora_batch(slots: Sequence[int], counts: Sequence[int], device: torch.device) -> LoraBatch | None:
+    """For rows in order, each of `counts[i]` tokens with slot `slots[i]`. None when no row has an adapter."""
+    runs: list[Run] = []
+    offset = 0
+    for slot, count in zip(slots, counts, strict=True):
+        if runs and runs[-1].slot == slot and runs[-1].stop == offset:
+            runs[-1] = Run(runs[-1].start, offset + count, slot)
+        elif slot and count:
+            runs.append(Run(offset, offset + count, slot))
+        offset += count
+    if not runs:
+        return None
+    if len(runs) <= MAX_RUNS:
+        return LoraBatch(tuple(runs))
+    index = torch.repeat_interleave(torch.tensor(slots), torch.tensor(counts)).to(device)
+    return LoraBatch(tuple(runs), index)

@@ -1,0 +1,148 @@
+"""From logits to tokens, with noise that is a function of (seed, choice, position, token id) alone.
+
+So a request gives the same tokens alone, in a batch, after preemption and, later, under speculation.
+Suffixes: R sampled rows, V vocabulary, N surviving (row, token) pairs.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from engine.messages import Sampling
+
+MASK = (1 << 64) - 1
+GOLDEN = 0x9E3779B97F4A7C15
+MIX_1, MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+# Uniforms have 32 bits, so Gumbel noise lies within [-3.2, 22.9]: a token this far below the best cannot win.
+NOISE_RANGE = 26.2
+# Candidates looked at before a whole row is sorted for top-p.
+NUCLEUS_TRY = 256
+
+
+class Draw(NamedTuple):
+    """What one sampled row needs: its request's sampling, its choice index and the position of the new token."""
+
+    sampling: Sampling
+    choice: int
+    position: int
+
+
+class Sampled(NamedTuple):
+    """Per row the token, and the log of the model's own probability of it (temperature 1, unfiltered)."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+
+
+def sample(logits_RV: torch.Tensor, draws: Sequence[Draw]) -> Sampled:
+    """One token per row. Logits in any floating dtype; all arithmetic in fp32."""
+    logits_RV = logits_RV.float()
+    tokens_R = logits_RV.argmax(-1)
+    noisy = [row for row, draw in enumerate(draws) if draw.sampling.temperature > 0]
+    if noisy:
+        everything = len(noisy) == len(draws)
+        index = torch.tensor(noisy, device=logits_RV.device)
+        rows = logits_RV if everything else logits_RV[index]
+        tokens_R[index] = _noisy(rows, [draws[row] for row in noisy])
+    logprobs_R = logits_RV.gather(1, tokens_R[:, None]).squeeze(1) - logits_RV.logsumexp(-1)
+    return Sampled(tokens_R.tolist(), logprobs_R.tolist())
+
+
+def _noisy(logits_RV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+    device = logits_RV.device
+    temperatures = torch.tensor([draw.sampling.temperature for draw in draws], device=device)
+    # A tiny temperature would overflow to infinity; relative to the best logit it only underflows, which is right.
+    scaled_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)) / temperatures[:, None].clamp_min(1e-6)
+    floor_R1 = torch.full((len(draws), 1), -NOISE_RANGE, device=device)
+    if any(draw.sampling.top_k > 0 for draw in draws):
+        floor_R1 = torch.maximum(floor_R1, _top_k_floor(scaled_RV, [draw.sampling.top_k for draw in draws]))
+    if any(draw.sampling.top_p < 1 for draw in draws):
+        floor_R1 = torch.maximum(floor_R1, _top_p_floor(scaled_RV, floor_R1, [draw.sampling.top_p for draw in draws]))
+    rows_N, tokens_N = torch.nonzero(scaled_RV >= floor_R1, as_tuple=True)
+    keys_R = torch.tensor([_row_key(draw) for draw in draws], device=device)
+    scores_N = scaled_RV[rows_N, tokens_N].double() + gumbel(keys_R[rows_N], tokens_N)
+    perturbed_RV = torch.full(scaled_RV.shape, float("-inf"), dtype=torch.float64, device=device)
+    perturbed_RV[rows_N, tokens_N] = scores_N
+    return perturbed_RV.argmax(-1)
+
+
+def _top_k_floor(scaled_RV: torch.Tensor, top_ks: Sequence[int]) -> torch.Tensor:
+    """The k-th best value of each row; equal values stay together, so the cut never depends on the batch."""
+    vocabulary = scaled_RV.shape[1]
+    ks = [min(k, vocabulary) if k > 0 else vocabulary for k in top_ks]
+    wanted = [k for k in ks if k < vocabulary]
+    if not wanted:
+        return scaled_RV.new_full((len(ks), 1), float("-inf"))
+    best_RK = scaled_RV.topk(max(wanted), dim=-1).values
+    index = torch.tensor([min(k, max(wanted)) - 1 for k in ks], device=scaled_RV.device)
+    kth_R1 = best_RK.gather(1, index[:, None])
+    unlimited = torch.tensor([k == vocabulary for k in ks], device=scaled_RV.device)
+    return kth_R1.masked_fill(unlimited[:, None], float("-inf"))
+
+
+def _top_p_floor(scaled_RV: torch.Tensor, floor_R1: torch.Tensor, top_ps: Sequence[float]) -> torch.Tensor:
+    """The value of the token that carries the mass of those at or above `floor` over p."""
+    weights_RV = scaled_RV.exp().masked_fill(scaled_RV < floor_R1, 0.0)
+    target_R1 = torch.tensor(top_ps, device=scaled_RV.device)[:, None] * weights_RV.sum(-1, keepdim=True)
+    vocabulary = scaled_RV.shape[1]
+    best_RK = weights_RV.topk(min(NUCLEUS_TRY, vocabulary), dim=-1).values
+    mass_RK = best_RK.cumsum(-1)
+    if bool((mass_RK[:, -1:] < target_R1).any()) and best_RK.shape[1] < vocabulary:
+        best_RK = weights_RV.sort(-1, descending=True).values
+        mass_RK = best_RK.cumsum(-1)
+    cut_R1 = (mass_RK < target_R1).sum(-1, keepdim=True).clamp_max(best_RK.shape[1] - 1)
+    unlimited = torch.tensor([p >= 1 for p in top_ps], device=scaled_RV.device)[:, None]
+    # Compared in the space of values: exp is monotone, but equal weights may hide different logits.
+    lowest_R1 = scaled_RV.masked_fill(weights_RV < best_RK.gather(1, cut_R1), float("inf")).amin(-1, keepdim=True)
+    return lowest_R1.masked_fill(unlimited, float("-inf"))
+
+
+def gumbel(keys_N: torch.Tensor, tokens_N: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise for (row key, token) pairs: splitmix64 of the two, 32 bits of it, in fp64."""
+    bits_N = _mix(_mix(keys_N + tokens_N * _signed(GOLDEN))) & 0xFFFFFFFF
+    uniform_N = (bits_N.double() + 0.5) * 2.0**-32
+    return -torch.log(-torch.log(uniform_N))
+
+
+def _row_key(draw: Draw) -> int:
+    """Everything of the noise's key but the token, mixed in plain integers (one per row)."""
+    key = _mix_int(draw.sampling.seed & MASK)
+    key = _mix_int((key ^ draw.choice) & MASK)
+    return _signed(_mix_int((key + draw.position * GOLDEN) & MASK))
+
+
+def _mix_int(value: int) -> int:
+    value = (value + GOLDEN) & MASK
+    value = ((value ^ (value >> 30)) * MIX_1) & MASK
+    value = ((value ^ (value >> 27)) * MIX_2) & MASK
+    return value ^ (value >> 31)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """splitmix64's finaliser on int64, which torch multiplies modulo 2^64; shifts must be made logical by a mask."""
+    x = (x ^ _shift(x, 30)) * _signed(MIX_1)
+    x = (x ^ _shift(x, 27)) * _signed(MIX_2)
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
+
+
+def invalid_sampling(sampling: Sampling) -> str:
+    """Why these parameters cannot be used, as a sentence; empty when they can."""
+    if not (math.isfinite(sampling.temperature) and 0 <= sampling.temperature <= 100):
+        return f"temperature must be between 0 and 100, not {sampling.temperature:g}"
+    if not 0 < sampling.top_p <= 1:
+        return f"top_p must be above 0 and at most 1, not {sampling.top_p:g}"
+    if sampling.top_k < 0:
+        return f"top_k must not be negative, not {sampling.top_k}"
+    if sampling.max_tokens < 1:
+        return f"max_tokens must be at least 1, not {sampling.max_tokens}"
+    return ""

@@ -1,0 +1,191 @@
+"""The engine's process: one endless loop around `Engine`, spoken to over ZeroMQ.
+
+`python -m engine.process --model DIR --socket ipc://PATH --artifacts DIR`. Prints one JSON line when it serves.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from types import FrameType
+
+# Two torch processes that spin while waiting starve each other; this must be set before OpenMP starts.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import msgspec
+import zmq
+
+from engine.config import EngineConfig, parse
+from engine.core import Engine
+from engine.messages import (
+    Cancel,
+    Done,
+    Finished,
+    Forget,
+    FromEngine,
+    Generate,
+    GetStatus,
+    LoadAdapter,
+    ToEngine,
+    UnloadAdapter,
+    decode_to_engine,
+    encode,
+)
+
+MAX_MESSAGE_BYTES = 64 << 20
+IDLE_MILLISECONDS = 60_000
+
+
+class EngineProcess:
+    """Owns the socket and the loop. Everything a client sends is answered; nothing a client sends ends the loop."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._stopping = False
+        self._alarm, self._alarm_writer = socket.socketpair()
+        self._alarm.setblocking(False)
+        self._alarm_writer.setblocking(False)
+        self.engine = Engine(config, wake=self._wake)
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        # A slow client must not block the step: the engine limits requests, not messages.
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        self._socket.setsockopt(zmq.LINGER, 200)
+        self._socket.bind(config.socket)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._alarm, zmq.POLLIN)
+
+    def run(self) -> None:
+        """Serve until told to stop."""
+        while not self._stopping:
+            self._wait()
+            self._receive()
+            self.engine.step()
+            self._send()
+
+    def stop(self, _signum: int, _frame: FrameType | None) -> None:
+        """Signal handler: finish the step, then leave the loop."""
+        self._stopping = True
+        self._wake()
+
+    def close(self) -> None:
+        """Release the socket; clients see it close and fail what they had in flight."""
+        self.engine.close()
+        self._socket.close()
+        self._context.term()
+        self._alarm.close()
+        self._alarm_writer.close()
+
+    def _wait(self) -> None:
+        """Sleep while there is nothing to compute; a message, a loaded adapter or a signal wakes us."""
+        ready = dict(self._poller.poll(0 if self.engine.busy else IDLE_MILLISECONDS))
+        if self._alarm.fileno() in ready:
+            self._alarm.recv(4096)
+
+    def _receive(self) -> None:
+        while True:
+            try:
+                client, *frames = self._socket.recv_multipart(zmq.DONTWAIT)
+            except zmq.Again:
+                return
+            for frame in frames:
+                self._dispatch(client, frame)
+
+    def _dispatch(self, client: bytes, frame: bytes) -> None:
+        try:
+            message = decode_to_engine(frame)
+        except (msgspec.DecodeError, RecursionError) as error:
+            self.engine.outbox.append((client, self._complaint(frame, str(error))))
+            return
+        try:
+            self._handle(client, message)
+        except Exception as error:
+            log("request_failed", kind=type(message).__name__, error=f"{type(error).__name__}: {error}")
+            self.engine.outbox.append((client, self._complaint(frame, f"{type(error).__name__}: {error}")))
+
+    def _handle(self, client: bytes, message: ToEngine) -> None:
+        match message:
+            case Generate():
+                self.engine.submit(client, message)
+            case Cancel():
+                self.engine.cancel(client, message.id)
+            case LoadAdapter():
+                self.engine.load_adapter(client, message)
+            case UnloadAdapter():
+                self.engine.unload_adapter(client, message)
+            case Forget():
+                # Nothing is kept per namespace as long as there is no prefix cache and no suffix corpus.
+                self.engine.outbox.append((client, Done(epoch=self.engine.epoch, id=message.id)))
+            case GetStatus():
+                self.engine.outbox.append((client, self.engine.status(message.id)))
+
+    def _complaint(self, frame: bytes, error: str) -> FromEngine:
+        """An answer to a message that makes no sense, in the shape its sender waits for if that can be told."""
+        try:
+            loose = msgspec.msgpack.decode(frame)
+        except (msgspec.DecodeError, RecursionError):
+            loose = None
+        fields = loose if isinstance(loose, dict) else {}
+        request_id = str(fields.get("id", ""))
+        if fields.get("type") in {"load_adapter", "unload_adapter", "forget"}:
+            return Done(epoch=self.engine.epoch, id=request_id, error=error)
+        return Finished(epoch=self.engine.epoch, id=request_id, reason="error", code="invalid_request", error=error)
+
+    def _send(self) -> None:
+        """One multipart message per client; the requests of a client that vanished are cancelled."""
+        while self.engine.outbox:
+            letters: dict[bytes, list[bytes]] = {}
+            for client, message in self.engine.outbox:
+                letters.setdefault(client, [client]).append(encode(message))
+            self.engine.outbox = []
+            for client, frames in letters.items():
+                try:
+                    self._socket.send_multipart(frames)
+                except zmq.ZMQError as error:
+                    if error.errno != zmq.EHOSTUNREACH:
+                        raise
+                    self.engine.cancel_client(client)
+
+    def _wake(self) -> None:
+        """Callable from any thread and from signal handlers; a full pipe wakes just as well."""
+        try:
+            self._alarm_writer.send(b"!")
+        except BlockingIOError:
+            return
+
+
+def log(event: str, **fields: object) -> None:
+    """One JSON line on standard output."""
+    print(json.dumps({"event": event, "part": "engine", "time": time.time(), **fields}), flush=True)
+
+
+def main() -> int:
+    """Load, say so, serve until SIGTERM or SIGINT."""
+    began = time.monotonic()
+    config = parse()
+    os.umask(0o077)
+    try:
+        process = EngineProcess(config)
+    except (ValueError, OSError, zmq.ZMQError) as error:
+        log("engine_failed", error=str(error))
+        return 1
+    signal.signal(signal.SIGTERM, process.stop)
+    signal.signal(signal.SIGINT, process.stop)
+    status = msgspec.to_builtins(process.engine.status("start"))
+    kept = ("base", "model", "dtype", "device", "threads", "max_context", "blocks_total", "slots_total", "pid")
+    log("engine_ready", seconds=round(time.monotonic() - began, 2), **{name: status[name] for name in kept})
+    try:
+        process.run()
+    finally:
+        process.close()
+    log("engine_stopped")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""Where and how the model runs: device, dtype, threads, page size."""
+
+import os
+
+import torch
+
+from engine.config import EngineConfig
+from engine.models.spec import DecoderSpec
+
+# Below this many parameters a second thread gains nothing (measured on the starter model's shape).
+ONE_THREAD_PARAMETERS = 50_000_000
+CPU_BLOCK, CUDA_BLOCK = 16, 256
+
+
+def choose_device(config: EngineConfig) -> torch.device:
+    """The configured device; `auto` takes a GPU when there is one. Raises ValueError when CUDA is asked for in vain."""
+    if config.device == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if config.device == "cuda":
+        raise ValueError("--device cuda: this torch finds no CUDA device")
+    return torch.device("cpu")
+
+
+def choose_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 where the hardware multiplies it natively, else fp32."""
+    if config.precision != "auto":
+        return torch.bfloat16 if config.precision == "bf16" else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16
+    native = torch.cpu.get_capabilities()
+    return torch.bfloat16 if native.get("avx512_bf16") or native.get("amx_bf16") else torch.float32
+
+
+def choose_threads(config: EngineConfig, spec: DecoderSpec) -> int:
+    """One thread for a small model, else every core this process may use."""
+    if config.threads:
+        return config.threads
+    if parameters(spec) < ONE_THREAD_PARAMETERS:
+        return 1
+    return len(os.sched_getaffinity(0))
+
+
+def block_size(device: torch.device) -> int:
+    """Tokens in a KV page: flash attention's paged kernel wants multiples of 256 (FA2)."""
+    return CUDA_BLOCK if device.type == "cuda" else CPU_BLOCK
+
+
+def parameters(spec: DecoderSpec) -> int:
+    """About how many parameters the model has (biases and norms left out)."""
+    per_layer = spec.hidden_size * (spec.qkv_size + spec.attention_size + 3 * spec.intermediate_size)
+    return spec.layers * per_layer + spec.vocab_size * spec.hidden_size * (1 if spec.tied else 2)
