@@ -105,6 +105,7 @@ class EngineClient:
         self._fail_all("the client was closed")
         self._socket.disable_monitor()
         self._monitor.close(linger=0)
+        self._monitor.close(linger=0)
         self._socket.close(linger=0)
         self._context.term()
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from types import FrameType
 
 # Two torch processes that spin while waiting starve each other; this must be set before OpenMP starts.
@@ -71,7 +72,12 @@ class EngineProcess:
     def stop(self, _signum: int, _frame: FrameType | None) -> None:
         """Signal handler: finish the step, then leave the loop."""
         self._stopping = True
-        self._wake()
+
+    def heed_signals(self) -> None:
+        """Stop on SIGTERM and SIGINT. The wake-up descriptor ends a poll even when another thread got the signal."""
+        signal.set_wakeup_fd(self._alarm_writer.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, self.stop)
+        signal.signal(signal.SIGINT, self.stop)
 
     def close(self) -> None:
         """Release the socket; clients see it close and fail what they had in flight."""
@@ -152,7 +158,7 @@ class EngineProcess:
                     self.engine.cancel_client(client)
 
     def _wake(self) -> None:
-        """Callable from any thread and from signal handlers; a full pipe wakes just as well."""
+        """Callable from any thread; a full pipe wakes just as well."""
         try:
             self._alarm_writer.send(b"!")
         except BlockingIOError:
@@ -160,8 +166,9 @@ class EngineProcess:
 
 
 def log(event: str, **fields: object) -> None:
-    """One JSON line on standard output."""
-    print(json.dumps({"event": event, "part": "engine", "time": time.time(), **fields}), flush=True)
+    """One JSON line on standard output, if anybody still reads it."""
+    with suppress(BrokenPipeError):
+        print(json.dumps({"event": event, "part": "engine", "time": time.time(), **fields}), flush=True)
 
 
 def main() -> int:
@@ -174,8 +181,7 @@ def main() -> int:
     except (ValueError, OSError, zmq.ZMQError) as error:
         log("engine_failed", error=str(error))
         return 1
-    signal.signal(signal.SIGTERM, process.stop)
-    signal.signal(signal.SIGINT, process.stop)
+    process.heed_signals()
     status = msgspec.to_builtins(process.engine.status("start"))
     kept = ("base", "model", "dtype", "device", "threads", "max_context", "blocks_total", "slots_total", "pid")
     log("engine_ready", seconds=round(time.monotonic() - began, 2), **{name: status[name] for name in kept})
