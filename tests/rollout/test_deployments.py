@@ -1,0 +1,188 @@
+"""The deployment row: compare-and-set, the way back, the life of an artefact."""
+
+import random
+from concurrent.futures import ThreadPoolExecutor
+from uuid import UUID
+
+import pytest
+from sqlalchemy import func, select, update
+
+from services.errors import Conflict, NotFound
+from services.store import audit, deployments, projects
+from services.store.base import make_sessions, uuid7
+from services.store.models import Artifact, Deployment, DeploymentEvent
+from tests.rollout.conftest import World
+
+A, B, C = "a" * 64, "b" * 64, "c" * 64
+
+
+def flip(world: World, digest: str | None, generation: int) -> Deployment:
+    with world.sessions.begin() as session:
+        return deployments.flip(
+            session, world.project_id, expected_generation=generation, digest=digest, actor="test", reason="better",
+            evidence={"rows": 10},
+        )  # fmt: skip
+
+
+def back(world: World) -> Deployment:
+    with world.sessions.begin() as session:
+        return deployments.roll_back(session, world.project_id, actor="ada", reason="worse")
+
+
+def now(world: World) -> Deployment:
+    with world.sessions() as session:
+        return deployments.get(session, world.project_id)
+
+
+def test_a_flip_serves_the_new_digest_and_remembers_the_way_back(world: World) -> None:
+    world.artifact(A, "staged")
+    world.artifact(B, "staged")
+
+    flip(world, A, 1)
+    after = flip(world, B, 2)
+
+    assert (after.active_digest, after.last_good_digest, after.generation) == (B, A, 3)
+    assert (world.state(A), world.state(B)) == ("retired", "live")
+    with world.sessions() as session:
+        newest, oldest = deployments.events(session, world.project_id)
+        assert (newest.from_digest, newest.to_digest, newest.generation, newest.evidence) == (A, B, 3, {"rows": 10})
+        assert (oldest.from_digest, oldest.to_digest, oldest.generation) == (None, A, 2)
+        assert audit.verify(session).rows == 2
+
+
+def test_of_eight_flips_from_one_generation_exactly_one_wins(world: World, database_url: str) -> None:
+    digests = [world.artifact(f"{number}" * 64, "staged") for number in range(8)]
+    world.sessions = make_sessions(database_url, pool_size=10)
+
+    def attempt(digest: str) -> bool:
+        try:
+            flip(world, digest, 1)
+        except Conflict:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(attempt, digests))
+
+    assert won.count(True) == 1
+    assert now(world).active_digest == digests[won.index(True)]
+    assert sorted(world.state(digest) for digest in digests) == ["live"] + ["staged"] * 7
+    world.sessions.kw["bind"].dispose()
+
+
+def test_roll_back_goes_to_the_last_good_then_to_what_that_had_replaced_then_to_the_base(world: World) -> None:
+    for generation, digest in enumerate((A, B, C), start=1):
+        flip(world, world.artifact(digest, "staged"), generation)
+
+    assert back(world).active_digest == B
+    assert back(world).active_digest == A
+    assert back(world).active_digest is None
+    assert [world.state(digest) for digest in (A, B, C)] == ["rolled_back"] * 3
+    with pytest.raises(Conflict, match="nothing to roll back"):
+        back(world)
+
+
+def test_a_rolled_back_artefact_never_goes_live_again(world: World) -> None:
+    flip(world, world.artifact(A, "staged"), 1)
+    back(world)
+
+    with pytest.raises(Conflict, match="rolled_back and cannot become live"):
+        flip(world, A, 3)
+    assert now(world).active_digest is None
+
+
+def test_a_roll_back_made_meanwhile_refuses_the_flip(world: World) -> None:
+    flip(world, world.artifact(A, "staged"), 1)
+    world.artifact(B, "staged")
+    back(world)
+
+    with pytest.raises(Conflict, match="moved from generation 2 to 3"):
+        flip(world, B, 2)
+    assert now(world).active_digest is None
+    assert world.state(B) == "staged"
+
+
+@pytest.mark.parametrize("state", ["built", "verified", "rejected", "quarantined", "rolled_back"])
+def test_only_a_staged_artefact_goes_live(world: World, state: str) -> None:
+    world.artifact(A, state)
+
+    with pytest.raises(Conflict, match="cannot become live"):
+        flip(world, A, 1)
+    assert (now(world).active_digest, now(world).generation) == (None, 1)
+
+
+def test_an_artefact_of_another_project_is_refused(world: World) -> None:
+    with world.sessions.begin() as session:
+        other = projects.create(session, "other").id
+    world.artifact(A, "staged", project_id=other)
+
+    with pytest.raises(Conflict, match="does not belong"):
+        flip(world, A, 1)
+
+
+def test_a_frozen_deployment_takes_no_promotion_but_can_go_back(world: World) -> None:
+    flip(world, world.artifact(A, "staged"), 1)
+    world.artifact(B, "staged")
+    with world.sessions.begin() as session:
+        session.execute(update(Deployment).values(frozen=True))
+
+    with pytest.raises(Conflict, match="frozen"):
+        flip(world, B, 2)
+    assert back(world).active_digest is None
+
+
+def test_a_person_can_flip_to_the_base(world: World) -> None:
+    flip(world, world.artifact(A, "staged"), 1)
+
+    after = flip(world, None, 2)
+
+    assert (after.active_digest, after.last_good_digest, world.state(A)) == (None, A, "retired")
+
+
+def test_an_unknown_project_is_not_found(world: World) -> None:
+    with world.sessions() as session:
+        with pytest.raises(NotFound):
+            deployments.get(session, uuid7())
+        with pytest.raises(NotFound):
+            deployments.advance(session, "nope", "verified")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("built", "staged"), ("built", "live"), ("verified", "live"), ("rejected", "verified"), ("live", "staged")],
+)
+def test_an_artefact_skips_no_station(world: World, old: str, new: str) -> None:
+    world.artifact(A, old)
+
+    with world.sessions.begin() as session, pytest.raises(Conflict, match=f"is {old} and cannot become {new}"):
+        deployments.advance(session, A, new)
+
+
+def test_after_any_history_exactly_what_serves_is_live(world: World) -> None:
+    choose = random.Random(5)
+    digests: list[str] = []
+    for step in range(60):
+        deployment = now(world)
+        try:
+            if choose.random() < 0.4:
+                back(world)
+            else:
+                digests.append(world.artifact(f"{step:064x}", "staged"))
+                stale = choose.random() < 0.2
+                flip(world, choose.choice([*digests, None]), deployment.generation - stale)
+        except Conflict:
+            assert now(world).generation == deployment.generation
+        else:
+            assert now(world).generation == deployment.generation + 1
+        check_invariants(world, world.project_id)
+
+
+def check_invariants(world: World, project_id: UUID) -> None:
+    with world.sessions() as session:
+        deployment = deployments.get(session, project_id)
+        live = session.scalars(select(Artifact.digest).where(Artifact.state == "live")).all()
+        assert live == ([deployment.active_digest] if deployment.active_digest else [])
+        events = session.scalar(select(func.count()).select_from(DeploymentEvent))
+        assert events == deployment.generation - 1
+        if deployment.last_good_digest:
+            assert session.get_one(Artifact, deployment.last_good_digest).state == "retired"

@@ -1,0 +1,201 @@
+"""The engine follows the deployment rows: after flips, after its own death, with broken files, under requests."""
+
+import signal
+import threading
+import time
+from uuid import UUID
+
+import pytest
+
+from engine.client import Completion, EngineGone, SyncEngineClient
+from engine.messages import Generate, Sampling
+from services.store import deployments, jobs, projects
+from services.store.models import DeploymentEvent
+from tests.rollout.conftest import EngineUnderTest, World
+from worker.rollout.reconcile import Reconciler
+
+
+class Clock:
+    """Time that passes when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Setting:
+    """A reconciler between the test's database and the module's engine."""
+
+    def __init__(self, world: World, engine: EngineUnderTest, client: SyncEngineClient) -> None:
+        self.world = world
+        self.engine = engine
+        self.clock = Clock()
+        self.reconciler = Reconciler(world.sessions, client, engine.artifacts, clock=self.clock)
+
+    def serve(self, digest: str | None) -> None:
+        with self.world.sessions.begin() as session:
+            generation = deployments.get(session, self.world.project_id).generation
+            deployments.flip(
+                session, self.world.project_id, expected_generation=generation, digest=digest, actor="test", reason="t"
+            )
+
+    def settle(self) -> None:
+        """Two looks with the grace between them."""
+        self.reconciler.step()
+        self.clock.now += 3.1
+        self.reconciler.step()
+
+    def newest_event(self) -> DeploymentEvent:
+        with self.world.sessions() as session:
+            return deployments.events(session, self.world.project_id)[0]
+
+
+@pytest.fixture
+def setting(world: World, engine: EngineUnderTest):  # type: ignore[no-untyped-def]  # noqa: ANN201
+    with SyncEngineClient(engine.socket) as client:
+        made = Setting(world, engine, client)
+        made.settle()
+        assert engine.digests() == set()
+        yield made
+
+
+def staged(setting: Setting, seed: int) -> str:
+    return setting.world.artifact(setting.engine.adapter(seed), "staged")
+
+
+def test_what_is_deployed_is_loaded_and_the_old_one_freed_after_the_grace(setting: Setting) -> None:
+    old, new = staged(setting, 11), staged(setting, 12)
+    setting.serve(old)
+    setting.reconciler.step()
+    assert setting.engine.digests() == {old}
+
+    setting.serve(new)
+    setting.reconciler.step()
+    setting.clock.now += 2.0
+    setting.reconciler.step()
+    assert setting.engine.digests() == {old, new}, "gateways may still name the old digest"
+    setting.clock.now += 1.5
+    setting.reconciler.step()
+
+    assert setting.engine.digests() == {new}
+
+
+def test_an_adapter_is_not_freed_while_a_request_reads_it(setting: Setting) -> None:
+    digest = staged(setting, 13)
+    setting.serve(digest)
+    setting.reconciler.step()
+    outcome: list[Completion] = []
+    asking = threading.Thread(target=lambda: outcome.append(ask_long(setting.engine, digest)))
+    asking.start()
+    while not referenced(setting.engine, digest):
+        time.sleep(0.005)
+    setting.serve(None)
+
+    setting.settle()
+    still_running = asking.is_alive()
+    held = digest in setting.engine.digests()
+    asking.join(30)
+
+    assert still_running, "the request ended before the reconciliation was tried"
+    assert held
+    assert outcome[0].finished.reason == "length"
+    assert outcome[0].finished.adapter == digest
+    setting.reconciler.step()
+    assert setting.engine.digests() == set()
+
+
+def ask_long(engine: EngineUnderTest, digest: str) -> Completion:
+    with SyncEngineClient(engine.socket) as client:
+        sampling = Sampling(temperature=1.0, seed=1, max_tokens=480)
+        return client.generate(Generate(id="long", prompt=[5, 6], sampling=sampling, adapter=digest))
+
+
+def referenced(engine: EngineUnderTest, digest: str) -> bool:
+    with SyncEngineClient(engine.socket) as client:
+        return any(slot.digest == digest and slot.references for slot in client.status().slots)
+
+
+def test_a_candidate_of_an_unfinished_run_or_job_is_left_alone(setting: Setting) -> None:
+    candidate, ordered = staged(setting, 14), staged(setting, 15)
+    setting.world.run(candidate, outputs=[])
+    with setting.world.sessions.begin() as session:
+        job_id = jobs.enqueue(session, "deploy", {"digest": ordered}).id
+    setting.engine.load(candidate)
+    setting.engine.load(ordered)
+
+    setting.settle()
+    assert setting.engine.digests() == {candidate, ordered}
+    with setting.world.sessions.begin() as session:
+        jobs.request_cancel(session, job_id)
+    setting.settle()
+
+    assert setting.engine.digests() == {candidate}
+
+
+def test_after_the_engine_died_the_live_digest_is_back_without_a_flip(setting: Setting) -> None:
+    digest = staged(setting, 16)
+    setting.serve(digest)
+    setting.reconciler.step()
+
+    setting.engine.stop(signal.SIGKILL)
+    setting.engine.start()
+    with pytest.raises(EngineGone):
+        setting.reconciler.step()
+    setting.reconciler.step()
+
+    assert setting.engine.digests() == {digest}
+    assert setting.newest_event().kind == "flip"
+
+
+def test_a_live_artefact_that_cannot_be_loaded_gives_way_to_the_last_good_and_then_to_the_base(
+    setting: Setting,
+) -> None:
+    good, bad = staged(setting, 17), staged(setting, 18)
+    setting.serve(good)
+    setting.serve(bad)
+    damage(setting.engine, bad)
+
+    setting.reconciler.step()
+    assert (setting.newest_event().kind, setting.newest_event().to_digest) == ("roll_back", good)
+    assert setting.newest_event().actor == "dispatcher"
+    assert "refused" in setting.newest_event().reason
+    assert setting.world.state(bad) == "quarantined"
+    setting.reconciler.step()
+    assert setting.engine.digests() == {good}
+
+    setting.serve(None)
+    setting.settle()
+    setting.serve(good)
+    damage(setting.engine, good)
+    setting.reconciler.step()
+    assert (setting.newest_event().kind, setting.newest_event().to_digest) == ("roll_back", None)
+    assert setting.world.state(good) == "quarantined"
+
+
+def damage(engine: EngineUnderTest, digest: str) -> None:
+    weights = engine.artifacts / digest / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+
+
+def test_more_deployments_than_slots_roll_nobody_back(setting: Setting) -> None:
+    digests = [serve_elsewhere(setting, number) for number in range(7)]
+
+    setting.reconciler.step()
+    loaded = setting.engine.digests()
+    setting.reconciler.step()
+
+    assert loaded < set(digests)
+    assert len(loaded) == 5, "all slots but the spare one"
+    assert setting.engine.digests() == loaded, "loading one must not push out another"
+    assert {setting.world.state(digest) for digest in digests} == {"live"}
+
+
+def serve_elsewhere(setting: Setting, number: int) -> str:
+    with setting.world.sessions.begin() as session:
+        project_id: UUID = projects.create(session, f"project-{number}").id
+    digest = setting.world.artifact(setting.engine.adapter(30 + number), "staged", project_id=project_id)
+    with setting.world.sessions.begin() as session:
+        deployments.flip(session, project_id, expected_generation=1, digest=digest, actor="test", reason="t")
+    return digest
