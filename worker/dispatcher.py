@@ -22,9 +22,9 @@ from services.settings import Settings
 from services.store import jobs, partitions, runs
 from services.store.base import Sessions, make_sessions
 from worker import logs, schedule
+from worker.rollout.collect import collect_orphans
 from worker.rollout.reconcile import Reconciler
 from worker.tasks import make_app, ring
-from worker.training.artifact import sweep_orphans
 
 LEADER_LOCK = 0x77686574_64697370  # Any fixed number; this one spells "whetdisp".
 TICK_SECONDS = 1.0
@@ -123,8 +123,7 @@ class Dispatcher:
             self._transact(partitions.ensure)
             self._transact(schedule.prune)
             with self._sessions() as session:
-                for name in sweep_orphans(session, self._settings.artifacts):
-                    log.warning("orphan artefact removed", name=name)
+                collect_orphans(session, self._settings.artifacts)
         self._publish()
 
     def _transact(self, step: Callable[..., object]) -> None:

@@ -10,10 +10,12 @@ import signal
 import socket
 import threading
 import time
+from uuid import UUID
 
 import structlog
 from sqlalchemy import func, select
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
 
 from services.store import jobs
 from services.store.base import make_sessions
@@ -28,7 +30,7 @@ log = structlog.get_logger()
 
 
 class Watchdog(threading.Thread):
-    """Looks at the ledger every few seconds; `LOOKS` overdue sights of the same job in a row end the process."""
+    """Looks at the ledger every few seconds; `LOOKS` sights in a row of the same waiting job end the process."""
 
     def __init__(self, dsn: str, queue: str, concurrency: int, *, overdue_seconds: float = OVERDUE_SECONDS) -> None:
         super().__init__(name="watchdog", daemon=True)
@@ -36,33 +38,42 @@ class Watchdog(threading.Thread):
         self._queue = queue
         self._concurrency = concurrency
         self._overdue_seconds = overdue_seconds
+        self._waiting: set[UUID] = set()
+        self._looks = 0
 
     def run(self) -> None:
         sessions = make_sessions(self._dsn, pool_size=1)
-        seen, looks = set[object](), 0
-        while looks < LOOKS:
+        while True:
             time.sleep(LOOK_SECONDS)
             try:
                 with sessions() as session:
-                    waiting = set[object](jobs.overdue(session, self._queue, self._overdue_seconds))
-                    busy = session.scalar(
-                        select(func.count()).where(
-                            Job.queue == self._queue,
-                            Job.state == "running",
-                            Job.worker.startswith(f"{socket.gethostname()}:"),
-                        )
-                    )
+                    deaf = self.look(session)
             except SQLAlchemyError as error:
                 log.warning("the watchdog cannot read the ledger", error=str(error))
-                looks = 0
                 continue
-            seen = waiting & seen if looks else waiting
-            looks = looks + 1 if seen and (busy or 0) < self._concurrency else 0
-        log.error("this worker has gone deaf and ends itself", alarm=True, queue=self._queue, waiting=len(seen))
-        self._end()
+            if deaf:
+                log.error("this worker has gone deaf and ends itself", alarm=True, queue=self._queue)
+                _end()
 
-    def _end(self) -> None:
-        """Ask politely; a main thread that is stuck never hears it."""
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(GRACE_SECONDS)
-        os._exit(1)
+    def look(self, session: Session) -> bool:
+        """One look at the ledger; True when the worker counts as deaf."""
+        overdue = set(jobs.overdue(session, self._queue, self._overdue_seconds))
+        if _busy(session, self._queue) >= self._concurrency:
+            overdue = set()
+        self._waiting = overdue & self._waiting if self._looks else overdue
+        self._looks = self._looks + 1 if self._waiting else 0
+        return self._looks >= LOOKS
+
+
+def _busy(session: Session, queue: str) -> int:
+    """Jobs that workers of this machine are at."""
+    ours = Job.worker.startswith(f"{socket.gethostname()}:")
+    running = select(func.count()).where(Job.queue == queue, Job.state == "running", ours)
+    return session.scalar(running) or 0
+
+
+def _end() -> None:
+    """Ask politely; a main thread that is stuck never hears it."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE_SECONDS)
+    os._exit(1)
