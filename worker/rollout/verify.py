@@ -7,7 +7,7 @@ from uuid import UUID
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from engine.client import SyncEngineClient
+from engine.client import Completion, SyncEngineClient
 from engine.messages import Generate, Sampling
 from engine.text.tokenizer import Tokenizer
 from services.store.models import Evaluation, EvaluationRow, Example
@@ -17,6 +17,10 @@ GOLDEN_PROMPTS = 8
 MISMATCHES_ALLOWED = 1
 # A recorded text may have been cut into other tokens than its own encoding; the margin lets it end by itself.
 SPARE_TOKENS = 16
+
+
+class Unanswered(RuntimeError):
+    """The engine had no answer this time; that says nothing about the artefact, so it is worth another attempt."""
 
 
 class GoldenPrompt(NamedTuple):
@@ -65,17 +69,21 @@ def golden_prompts(
 
 
 def compare(client: SyncEngineClient, tokenizer: Tokenizer, digest: str, prompts: list[GoldenPrompt]) -> Comparison:
-    """Ask every golden prompt greedily. Raises EngineGone."""
+    """Ask every golden prompt greedily. Raises EngineGone, and Unanswered when the engine gave errors for answers."""
     requests = [_request(tokenizer, digest, index, prompt) for index, prompt in enumerate(prompts)]
-    answers = client.generate_many(requests)
     differing = []
-    for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        text = tokenizer.decode(answer.token_ids)
-        cut = answer.finished.reason == "length"
-        same = text == prompt.output or (cut and prompt.output != "" and text.startswith(prompt.output))
-        if not same or answer.finished.reason == "error":
+    for index, completion in enumerate(client.generate_many(requests)):
+        if completion.finished.reason == "error":
+            raise Unanswered(f"the engine could not answer a golden prompt: {completion.finished.error}")
+        if completion.finished.adapter != digest or not _same(tokenizer, completion, prompts[index].output):
             differing.append(index)
     return Comparison(len(prompts), differing)
+
+
+def _same(tokenizer: Tokenizer, completion: Completion, recorded: str) -> bool:
+    """The recorded text, or one that goes on after it because the budget there was smaller."""
+    text = tokenizer.decode(completion.token_ids)
+    return text == recorded or (completion.finished.reason == "length" and text.startswith(recorded) and recorded != "")
 
 
 def _request(tokenizer: Tokenizer, digest: str, index: int, prompt: GoldenPrompt) -> Generate:

@@ -3,14 +3,12 @@
 import importlib.metadata
 import os
 import shutil
-import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -19,7 +17,6 @@ from services.store.datasets import canonical, digest_of
 from services.store.models import Artifact
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
-ORPHAN_SECONDS = 24 * 3600.0
 LIBRARIES = ("torch", "transformers", "trl", "peft")
 
 
@@ -75,16 +72,6 @@ def record(session: Session, built: Built, *, project_id: UUID, run_id: UUID) ->
         "base_digest": built.manifest["base"], "manifest": built.manifest, "state": "built",
     }  # fmt: skip
     session.execute(insert(Artifact).values(values).on_conflict_do_nothing(index_elements=["digest"]))
-
-
-def sweep_orphans(session: Session, artifacts: Path, *, now: float | None = None) -> list[str]:
-    """Remove directories that no row names and nobody has touched for a day: their attempt died before its commit."""
-    if not artifacts.exists():
-        return []
-    oldest = (time.time() if now is None else now) - ORPHAN_SECONDS
-    aged = {path.name: path for path in artifacts.iterdir() if path.is_dir() and path.stat().st_mtime < oldest}
-    known = set(session.scalars(select(Artifact.digest).where(Artifact.digest.in_(aged))))
-    return _remove(path for name, path in aged.items() if name not in known)
 
 
 def sweep_work(work: Path, keep: Collection[str]) -> list[str]:
