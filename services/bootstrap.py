@@ -99,7 +99,7 @@ def bootstrap(settings: Settings) -> FirstScreen:
 def ensure_projects(session: Session, model: str) -> None:
     """The starter model's three applications, or one project named after any other model."""
     existing = set(projects.slugs(session))
-    wanted = STARTER_PROJECTS if model == "starter" else {slug_of(model): Starting(name=model)}
+    wanted = STARTER_PROJECTS if model == "starter" else {slug_of(model): Starting(name=Path(model).name)}
     for slug, starting in wanted.items():
         if slug not in existing:
             config = {"guidelines": starting.guidelines, "tags": list(starting.tags)}

@@ -58,10 +58,10 @@ def runs(
     slugs = [project] if project else [row["slug"] for row in client.get("/api/projects")["projects"]]
     found = [(slug, row) for slug in slugs for row in client.get(f"/api/p/{slug}/runs", limit=limit)["runs"]]
     newest = sorted(found, key=lambda pair: str(pair[1]["created_at"]), reverse=True)[:limit]
-    table = _table("run", "project", "kind", "state", "phase", "adapter", "started", "error")
+    table = _table("run", "project", "state", "phase", "adapter", "started", "why")
     for slug, row in newest:
         _row(
-            table, row["id"], slug, row["kind"], row["state"], row["phase"], short(row["artifact_digest"]),
+            table, row["id"], slug, row["state"], row["phase"], short(row["artifact_digest"]),
             when(row["created_at"]), row["error"] or "",
         )  # fmt: skip
     _print(table if newest else "No runs yet: `whet train PROJECT` starts one.")
@@ -180,7 +180,12 @@ def when(moment: str | None) -> str:
 
 
 def _table(*columns: str) -> Table:
-    return Table(*columns, box=None, header_style="dim", padding=(0, 2, 0, 0))
+    """Only the last column may wrap: the others hold what people copy."""
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    for name in columns[:-1]:
+        table.add_column(name, no_wrap=True)
+    table.add_column(columns[-1], overflow="fold")
+    return table
 
 
 def _row(table: Table, *cells: str) -> None:
@@ -189,4 +194,7 @@ def _row(table: Table, *cells: str) -> None:
 
 
 def _print(what: RenderableType, *, markup: bool = True) -> None:
-    Console(highlight=False).print(what, markup=markup, soft_wrap=True)
+    console = Console(highlight=False)
+    # In a pipe there is no width to fit into.
+    console.width = console.width if console.is_terminal else 250
+    console.print(what, markup=markup, soft_wrap=isinstance(what, str))

@@ -10,13 +10,13 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import psycopg
 from rich.console import Console
 from rich.table import Table
 
-from services.errors import WhetError
 from services.platform import lock, parts, up
 from services.platform.paths import LONGEST_SOCKET_PATH, SOCKET_NAMES
 from services.settings import Settings
@@ -63,18 +63,30 @@ def running(settings: Settings) -> list[Finding]:
     """The supervisor and its parts."""
     if not lock.held(settings.home):
         return [Finding("platform", "not running: start it with `whet up`", False)]
-    state_path = up.state_file(settings)
-    if not state_path.exists():
-        return [Finding("platform", f"process {lock.holder(settings.home)} is starting or stopping", None)]
-    state = json.loads(state_path.read_text())
+    state = read_state(settings)
+    if state is None:
+        return [Finding("platform", f"process {lock.holder(settings.home)} is starting or stopping")]
     findings = [Finding("platform", f"process {state['supervisor']}", psutil.pid_exists(state["supervisor"]))]
     for name, part in state["parts"].items():
         alive = part["guard"] is not None and psutil.pid_exists(part["guard"])
         text = f"process {part['guard']}" if alive else f"down; see {settings.home / 'logs' / name}.log"
-        findings.append(Finding(f"  {name}", f"{text}, restarted {part['restarts']} times", alive))
+        findings.append(Finding(f"  {name}", f"{text}{_restarted(part['restarts'])}", alive))
     findings.append(Finding("  gateway at", state["gateway_url"]))
     findings.append(Finding("  console at", state["console_url"]))
     return findings
+
+
+def read_state(settings: Settings) -> dict[str, Any] | None:
+    """What a running platform published; None before and after."""
+    try:
+        found: dict[str, Any] = json.loads(up.state_file(settings).read_text())
+    except FileNotFoundError:
+        return None
+    return found
+
+
+def _restarted(times: int) -> str:
+    return "" if times == 0 else f", restarted {'once' if times == 1 else f'{times} times'}"
 
 
 def database(settings: Settings) -> list[Finding]:
@@ -154,12 +166,14 @@ def versions(_settings: Settings) -> list[Finding]:
 
 
 def model(settings: Settings) -> list[Finding]:
-    """Where the model's files are."""
+    """Where the files of the model are that the platform runs, or would run."""
+    state = read_state(settings) if lock.held(settings.home) else None
+    chosen = settings.model_copy(update={"model": state["model"]}) if state else settings
     try:
-        path = settings.model_path
-    except (ValueError, WhetError) as error:
+        path = chosen.model_path
+    except ValueError as error:
         return [Finding("model", str(error), False)]
-    return [Finding("model", f"{settings.model} in {path}", (path / "config.json").is_file())]
+    return [Finding("model", f"{chosen.model} in {path}", (path / "config.json").is_file())]
 
 
 LOOKS: tuple[Callable[[Settings], list[Finding]], ...] = (

@@ -17,6 +17,8 @@ from services.settings import Settings
 TORCH_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 WORKER_ENVIRONMENT = {**TORCH_ENVIRONMENT, "OMP_NUM_THREADS": "1"}
 WORKER_NICE = 10
+# Longer than it takes to trip over a missing module or a wrong setting.
+SETTLE_SECONDS = 2.5
 
 # Parts stop from the highest stage to the lowest, those of one stage together.
 SERVERS, CORE, OUTSIDE = 0, 1, 2
@@ -78,13 +80,13 @@ def application(settings: Settings) -> list[Part]:
             "engine", run["engine"], stage=CORE, environment=environment | TORCH_ENVIRONMENT,
             ready=_accepting(engine_socket), ready_seconds=600,
         ),
-        Part("shipper", run["shipper"], stage=CORE, environment=environment),
+        Part("shipper", run["shipper"], stage=CORE, environment=environment, settle_seconds=SETTLE_SECONDS),
         Part("gateway", run["gateway"], stage=OUTSIDE, environment=environment, ready=_healthy(settings.gateway_url)),
         Part("console", run["console"], stage=OUTSIDE, environment=environment, ready=_healthy(_local(settings))),
-        Part("dispatcher", run["dispatcher"], stage=OUTSIDE, environment=environment),
+        Part("dispatcher", run["dispatcher"], stage=OUTSIDE, environment=environment, settle_seconds=SETTLE_SECONDS),
         Part(
             "worker", run["worker"], stage=OUTSIDE, environment=environment | WORKER_ENVIRONMENT, nice=WORKER_NICE,
-            grace_seconds=15,
+            grace_seconds=15, settle_seconds=SETTLE_SECONDS,
         ),
     ]  # fmt: skip
 

@@ -29,7 +29,8 @@ def _nothing() -> None:
 class Part:
     """How to run one process: the command, how to ask it to stop, and how to tell that it serves.
 
-    `prepare` runs before every start and clears away what a killed predecessor left.
+    `prepare` runs before every start and clears away what a killed predecessor left. A part that cannot be asked
+    whether it serves counts as ready when it has lived for `settle_seconds`.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Part:
     prepare: Callable[[], None] = _nothing
     ready: Callable[[], bool] = _always
     ready_seconds: float = 60.0
+    settle_seconds: float = 0.0
 
 
 class Guarded:
@@ -83,9 +85,10 @@ class Guarded:
         """Whether it serves. Raises Unavailable with its last log lines when it ended or takes too long."""
         if self.exit_code() is not None:
             raise Unavailable(f"{self.part.name} ended at its start\n{tail(self.log)}")
-        if self.part.ready():
+        age = time.monotonic() - self.started_at
+        if age >= self.part.settle_seconds and self.part.ready():
             return True
-        if time.monotonic() - self.started_at > self.part.ready_seconds:
+        if age > self.part.ready_seconds:
             raise Unavailable(f"{self.part.name} was not ready after {self.part.ready_seconds:.0f} s\n{tail(self.log)}")
         return False
 

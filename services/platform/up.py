@@ -64,7 +64,7 @@ class Platform:
         self._logs = settings.home / "logs"
         self._supervisor = Supervisor(
             self._logs, settings.sockets / STATE, screen.note, keep_open=(held,),
-            gateway_url=settings.gateway_url, console_url=settings.console_url,
+            model=settings.model, gateway_url=settings.gateway_url, console_url=settings.console_url,
         )  # fmt: skip
 
     def run(self, stop: threading.Event) -> None:
@@ -75,8 +75,11 @@ class Platform:
                 self._screen.ready(facts, self._logs)
                 self._supervisor.watch(stop)
         finally:
-            self._screen.note("stopping")
-            self._supervisor.shut_down()
+            # The terminal may be gone by now; what runs must stop all the same.
+            try:
+                self._screen.note("stopping")
+            finally:
+                self._supervisor.shut_down()
             self._screen.note("stopped")
 
     def _start(self, stop: threading.Event) -> dict[str, object] | None:
