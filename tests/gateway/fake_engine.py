@@ -52,12 +52,14 @@ class FakeEngine:
 
     def serve(self) -> None:
         parent = os.getppid()
-        due = time.monotonic()
+        due = 0.0
         while os.getppid() == parent:
-            wait = max(0.0, due - time.monotonic()) if self.running else 0.2
-            if self.socket.poll(wait * 1000):
+            if self.socket.poll(0 if self.running else 200):
                 client, frame = self.socket.recv_multipart()
                 self._take(client, frame)
+            elif self.running and (left := due - time.monotonic()) > 0:
+                # Longer sleeps would keep new requests waiting.
+                time.sleep(min(left, 0.001))
             elif self.running:
                 due = time.monotonic() + self.step_seconds
                 self._step()

@@ -1,6 +1,7 @@
 """Starting the gateway's neighbours as processes, the way the supervisor does, and talking to them."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -8,25 +9,37 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from uuid import UUID
 
 import httpx
+import pytest
+from openai import OpenAI
+from sqlalchemy import update
 
+from services.platform.accounts import server_account
+from services.platform.paths import prepare_home, temporary_home
+from services.platform.postgres import PostgresServer
 from services.settings import Settings
+from services.store import interactions, keys, projects
+from services.store.base import Sessions, make_sessions, uuid7
+from services.store.models import SCOPES, Artifact, Deployment
+from tests.gateway.tiny_model import write_model, write_tokenizer
 
 START_SECONDS = 30.0
+TEMPLATE = "whet_template"
 
 
 class Process:
     """A child process with its stderr in a file. Stopped by its own id only."""
 
-    def __init__(self, module: str, *arguments: str, log: Path, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, module: str, *arguments: str, log: Path, environment: dict[str, str]) -> None:
         self.log = log
         with log.open("ab") as stream:
             self._child = subprocess.Popen(
                 [sys.executable, "-m", module, *arguments], stdin=subprocess.DEVNULL, stdout=stream, stderr=stream,
-                env=os.environ | (environment or {}),
+                env=environment,
             )  # fmt: skip
 
     @property
@@ -68,70 +81,164 @@ def free_port() -> int:
 
 
 @dataclass
-class Stack:
-    """Engine, gateway and shipper over one home. `environment` is what all of them see."""
+class World:
+    """A home with a database, two projects and their keys; engine, gateway and shipper as processes on it."""
 
     settings: Settings
+    sessions: Sessions
     environment: dict[str, str]
-    home: Path
-    port: int
-    real_engine: bool = False
-    step_ms: float = 1.0
-
-    def __post_init__(self) -> None:
-        self.processes: list[Process] = []
-        self.gateway: Process | None = None
+    real_engine: bool
+    step_ms: float
+    keys: dict[str, str] = field(default_factory=dict)
+    projects: dict[str, UUID] = field(default_factory=dict)
+    processes: list[Process] = field(default_factory=list)
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://127.0.0.1:{self.settings.gateway_port}"
 
-    def start(self, module: str, *arguments: str, environment: dict[str, str] | None = None) -> Process:
-        log = self.home / "logs" / f"{module.rpartition('.')[2]}.log"
-        log.parent.mkdir(exist_ok=True)
-        process = Process(module, *arguments, log=log, environment=self.environment | (environment or {}))
+    def start(self, module: str, *arguments: str, **environment: str) -> Process:
+        log = self.settings.home / "logs" / f"{module.rpartition('.')[2]}.log"
+        process = Process(module, *arguments, log=log, environment=self.environment | environment)
         self.processes.append(process)
         return process
 
     def start_engine(self) -> Process:
         """The real one, or the fake."""
+        settings = self.settings
         if not self.real_engine:
-            return self.start("tests.gateway.fake_engine", self.settings.engine_socket, f"--step-ms={self.step_ms}")
-        options = {"model": self.settings.model_path, "socket": self.settings.engine_socket,
-                   "artifacts": self.settings.artifacts, "precision": "fp32", "threads": 1}  # fmt: skip
+            return self.start("tests.gateway.fake_engine", settings.engine_socket, f"--step-ms={self.step_ms}")
+        options = {"model": settings.model_path, "socket": settings.engine_socket, "artifacts": settings.artifacts,
+                   "precision": "fp32", "threads": 1}  # fmt: skip
         return self.start("engine.process", *(f"--{name}={value}" for name, value in options.items()))
 
-    def start_gateway(self, *, wait: bool = True, environment: dict[str, str] | None = None) -> Process:
-        self.gateway = self.start("services.gateway.main", environment=environment)
-        if wait:
-            self.wait_healthy()
-        return self.gateway
+    def start_gateway(self, **environment: str) -> Process:
+        """Up and serving when this returns."""
+        gateway = self.start("services.gateway.main", **environment)
+        eventually(lambda: self._serves(gateway), START_SECONDS)
+        return gateway
 
-    def start_shipper(self, environment: dict[str, str] | None = None) -> Process:
-        return self.start("services.gateway.log_shipper", environment=environment)
+    def start_shipper(self, **environment: str) -> Process:
+        return self.start("services.gateway.log_shipper", **environment)
 
-    def wait_healthy(self) -> None:
-        gateway = self.gateway
-        assert gateway is not None
-        eventually(lambda: self._healthy(gateway), START_SECONDS)
-
-    def _healthy(self, gateway: Process) -> bool:
+    def _serves(self, gateway: Process) -> bool:
         assert gateway.alive, gateway.log.read_text()[-3000:]
         with contextlib.suppress(httpx.TransportError):
             return httpx.get(f"{self.url}/health", timeout=5).status_code == 200
         return False
 
-    def stop(self) -> None:
-        for process in reversed(self.processes):
-            process.stop()
+    def headers(self, key: str = "app") -> dict[str, str]:
+        return {"authorization": f"Bearer {self.keys[key]}"}
+
+    def post(
+        self,
+        path: str,
+        body: object = None,
+        *,
+        key: str = "app",
+        content: bytes | Iterator[bytes] | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> httpx.Response:
+        """POST `body` as JSON, or `content` as it is."""
+        content = json.dumps(body) if content is None else content
+        return httpx.post(self.url + path, headers=self.headers(key) | (headers or {}), content=content, timeout=30)
+
+    def get(self, path: str, *, key: str = "app") -> httpx.Response:
+        return httpx.get(self.url + path, headers=self.headers(key), timeout=30)
+
+    def openai(self, key: str = "app") -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key=self.keys[key], max_retries=0, timeout=30)
+
+    def add_adapter(self, project: str, digest: str, *, works: bool = True) -> str:
+        """An artefact row with its directory, which the fake engine loads if it `works`."""
+        directory = self.settings.artifacts / digest
+        directory.mkdir(parents=True, exist_ok=True)
+        if works:
+            (directory / "adapter.ok").touch()
+        with self.sessions.begin() as session:
+            session.add(Artifact(digest=digest, kind="adapter", project_id=self.projects[project], base_digest="b",
+                                 manifest={}))  # fmt: skip
+        return digest
+
+    def deploy(self, project: str, active: str | None, last_good: str | None = None) -> None:
+        """Make a project serve something, and wait until the gateway knows."""
+        with self.sessions.begin() as session:
+            session.execute(
+                update(Deployment).where(Deployment.project_id == self.projects[project])
+                .values(active_digest=active, last_good_digest=last_good, generation=Deployment.generation + 1)
+            )  # fmt: skip
+        eventually(lambda: self.get(f"/v1/models/{project}").json()["whet"]["adapter"] == active)
+
+    def interaction(self, interaction_id: str, seconds: float = 10.0) -> interactions.Logged:
+        """What the log says of an answer, once it has landed."""
+        bare = UUID(interaction_id.removeprefix("chatcmpl-").removeprefix("cmpl-"))
+        found: dict[UUID, interactions.Logged] = {}
+
+        def landed() -> bool:
+            with self.sessions.begin() as session:
+                found.update(interactions.get_many(session, [bare]))
+            return bare in found
+
+        eventually(landed, seconds)
+        return found[bare]
 
 
 @contextlib.contextmanager
-def running(stack: Stack) -> Iterator[Stack]:
-    """Engine and gateway up; everything the stack started is gone afterwards."""
-    try:
-        stack.start_engine()
-        stack.start_gateway()
-        yield stack
-    finally:
-        stack.stop()
+def make_world(
+    postgres: PostgresServer, *, real_engine: bool = False, step_ms: float = 1.0, **environment: str
+) -> Iterator[World]:
+    """A fresh world with nothing started yet; afterwards everything it started is gone, its database too."""
+    name = f"test_{uuid7().hex}"
+    url = postgres.create_database(name, template=TEMPLATE)
+    sessions = make_sessions(url)
+    with temporary_home("whet-test-") as home:
+        prepare_home(home, home / "run", server_account())
+        write_model(home / "model") if real_engine else write_tokenizer(home / "model")
+        environment = _inherited() | {
+            "WHET_HOME": str(home), "DATABASE_URL": url, "WHET_MODEL": str(home / "model"),
+            "WHET_GATEWAY_PORT": str(free_port()), **environment,
+        }  # fmt: skip
+        world = World(_settings(environment), sessions, environment, real_engine, step_ms)
+        try:
+            _populate(world)
+            yield world
+        finally:
+            for process in reversed(world.processes):
+                process.stop()
+            sessions.kw["bind"].dispose()
+            postgres.drop_database(name)
+
+
+def _inherited() -> dict[str, str]:
+    """A developer's own settings must not reach the processes under test."""
+    return {
+        name: value for name, value in os.environ.items()
+        if not name.startswith("WHET_") and name not in {"DATABASE_URL", "REDIS_URL"}
+    }  # fmt: skip
+
+
+def _settings(environment: dict[str, str]) -> Settings:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in set(os.environ) - set(environment):
+            patch.delenv(name)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        return Settings()
+
+
+def _populate(world: World) -> None:
+    pepper = keys.load_pepper(world.settings)
+    with world.sessions.begin() as session:
+        for slug in ("entities", "other"):
+            world.projects[slug] = projects.create(session, slug).id
+        wanted: dict[str, tuple[list[str], str | None]] = {
+            "app": (["infer", "feedback"], "entities"),
+            "other": (["infer", "feedback"], "other"),
+            "everywhere": (["infer", "feedback"], None),
+            **{scope: ([scope], "entities") for scope in SCOPES},
+        }
+        for name, (scopes, slug) in wanted.items():
+            project_id = world.projects[slug] if slug else None
+            world.keys[name] = keys.create(
+                session, pepper=pepper, name=name, scopes=scopes, project_id=project_id
+            )[1]  # fmt: skip

@@ -56,9 +56,10 @@ def write_model(directory: Path) -> Path:
             f"{prefix}.mlp.down_proj": (HIDDEN, 2 * HIDDEN),
         }  # fmt: skip
     weights = {f"{name}.weight": torch.randn(shape) * 0.3 for name, shape in shapes.items()}
-    # Nothing but letters is ever likely, so that answers are text and do not end early by chance.
-    weights["lm_head.weight"][:5] = 0
-    weights["lm_head.weight"][31:] = 0
+    # One feature is always on and rules out all but letters: answers are text and do not end early by chance.
+    weights["model.embed_tokens.weight"][:, 0] = 10
+    weights["lm_head.weight"][:, 0] = -20
+    weights["lm_head.weight"][5:31, 0] = 0
     norms = [f"model.layers.{layer}.{name}" for layer in range(LAYERS)
              for name in ("input_layernorm", "post_attention_layernorm")]  # fmt: skip
     weights |= {f"{name}.weight": torch.ones(HIDDEN) for name in [*norms, "model.norm"]}
