@@ -3,6 +3,7 @@
 `python -m engine.process --model DIR --socket ipc://PATH --artifacts DIR`. Prints one JSON line when it serves.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -36,6 +37,7 @@ from engine.messages import (
 )
 
 MAX_MESSAGE_BYTES = 64 << 20
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, KEEP_BYTES = -1, -3, 1 << 30
 IDLE_MILLISECONDS = 60_000
 
 
@@ -171,11 +173,21 @@ def log(event: str, **fields: object) -> None:
         print(json.dumps({"event": event, "part": "engine", "time": time.time(), **fields}), flush=True)
 
 
+def keep_heap() -> None:
+    """Tell glibc not to hand freed memory back after each tensor: its page faults made sampling 16 rows cost 11 ms
+    where 0.6 ms of arithmetic were needed. Other C libraries have no mallopt and are left alone."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_TRIM_THRESHOLD, KEEP_BYTES)
+        mallopt(M_MMAP_THRESHOLD, KEEP_BYTES)
+
+
 def main() -> int:
     """Load, say so, serve until SIGTERM or SIGINT."""
     began = time.monotonic()
     config = parse()
     os.umask(0o077)
+    keep_heap()
     try:
         process = EngineProcess(config)
     except (ValueError, OSError, zmq.ZMQError) as error:
