@@ -1,4 +1,4 @@
-"""One gateway per test module, over the fake engine or the real one with random weights."""
+"""A gateway over the fake engine for most tests, and one over the real engine with random weights."""
 
 from collections.abc import Iterator
 
@@ -8,9 +8,9 @@ from services.platform.postgres import PostgresServer
 from tests.gateway.parts import World, make_world
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def world(postgres: PostgresServer) -> Iterator[World]:
-    """Gateway and shipper over the fake engine, shared by a module: tests leave its projects as they found them."""
+    """Gateway and shipper over the fake engine, shared: tests leave its projects and keys as they found them."""
     with make_world(postgres) as made:
         made.start_engine()
         made.start_shipper()
