@@ -59,6 +59,14 @@ def create_user(session: Session, *, email: str, name: str = "") -> UserAccount:
     return session.scalars(select(UserAccount).where(UserAccount.email == email)).one()
 
 
+def find_user(session: Session, email: str) -> UserAccount:
+    """The account of an e-mail address. Raises NotFound."""
+    user = session.scalar(select(UserAccount).where(UserAccount.email == email.strip().lower()))
+    if user is None:
+        raise NotFound(f"there is no account {email!r}")
+    return user
+
+
 def grant(session: Session, user_id: UUID, role: str, project_id: UUID | None = None) -> None:
     """Give a role on one project, or on every project when `project_id` is None; replaces the one held there."""
     if role not in ROLES:

@@ -133,6 +133,13 @@ def release(session: Session, project_id: UUID, item_id: UUID, user_id: UUID, le
     session.flush()
 
 
+def withdraw(session: Session, item: ReviewItem) -> None:
+    """Take an item out of the queue for good, because its text is gone. Its judgements stay."""
+    _clear_lease(item)
+    item.state = "withdrawn"
+    session.flush()
+
+
 def _lock_item(session: Session, project_id: UUID, item_id: UUID) -> ReviewItem:
     item = session.scalar(
         select(ReviewItem).where(ReviewItem.id == item_id, ReviewItem.project_id == project_id).with_for_update(),
@@ -325,9 +332,7 @@ def progress(session: Session, project_id: UUID, user_id: UUID) -> Progress:
             select(ReviewItem.state, func.count())
             .where(ReviewItem.project_id == project_id, ReviewItem.state.in_(("open", "escalated")))
             .group_by(ReviewItem.state)
-        )
-        .tuples()
-        .all()
+        ).all()
     )
     mine = select(Annotation).where(
         Annotation.project_id == project_id, Annotation.author_id == user_id,

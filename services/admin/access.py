@@ -1,0 +1,84 @@
+"""Who may use the admin API: bearers of an API key with the scope a route asks for, inside the key's project."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, cast
+
+from fastapi import Depends, Request
+from fastapi.routing import APIRoute
+from sqlalchemy.orm import Session
+from starlette.routing import BaseRoute
+
+from services.errors import Forbidden, Unauthenticated
+from services.store import keys, projects
+from services.store.base import Sessions
+from services.store.models import ApiKey, Project
+
+
+@dataclass(frozen=True)
+class Caller:
+    """A request's transaction, committed before the answer leaves, and the key that asked."""
+
+    session: Session
+    key: ApiKey
+
+    @property
+    def actor(self) -> str:
+        """How the audit log names the caller."""
+        return f"key:{self.key.prefix}"
+
+    def project(self, slug: str) -> Project:
+        """A project this key reaches. Raises NotFound, Forbidden."""
+        project = projects.get(self.session, slug)
+        if self.key.project_id not in (None, project.id):
+            raise Forbidden("this key belongs to another project", code="wrong_project")
+        return project
+
+    def everywhere(self) -> None:
+        """Refuse keys of one project what concerns all of them."""
+        if self.key.project_id is not None:
+            raise Forbidden("this key reaches one project only; this takes a key for all of them", code="wrong_project")
+
+
+def open_session(request: Request) -> Iterator[Session]:
+    """One transaction a request."""
+    sessions = cast(Sessions, request.app.state.sessions)
+    with sessions.begin() as session:
+        yield session
+
+
+class KeyGuard:
+    """What a route asks of its caller. A key with the scope admin may do whatever train may."""
+
+    def __init__(self, scope: str) -> None:
+        self.scope = scope
+
+    def __call__(
+        self, request: Request, session: Annotated[Session, Depends(open_session, scope="function")]
+    ) -> Caller:
+        scheme, _, presented = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not presented:
+            raise Unauthenticated("send an API key: Authorization: Bearer wh_…")
+        key = keys.find(session, request.app.state.pepper, presented.strip())
+        if key is None:
+            raise Unauthenticated("this API key is unknown, expired or revoked")
+        if not {self.scope, "admin"} & set(key.scopes):
+            raise Forbidden(f"this takes a key with the scope {self.scope}; this one has {', '.join(key.scopes)}")
+        return Caller(session, key)
+
+
+Trainer = Annotated[Caller, Depends(KeyGuard("train"))]
+Admin = Annotated[Caller, Depends(KeyGuard("admin"))]
+
+
+def scope_of(route: BaseRoute) -> str | None:
+    """The scope a route declares, or None when it declares none."""
+    if not isinstance(route, APIRoute):
+        return None
+    scopes = [part.call.scope for part in route.dependant.dependencies if isinstance(part.call, KeyGuard)]
+    return scopes[0] if len(scopes) == 1 else None
+
+
+def undeclared(routes: Iterable[BaseRoute]) -> list[str]:
+    """The paths of routes that declare no scope."""
+    return [getattr(route, "path", str(route)) for route in routes if scope_of(route) is None]

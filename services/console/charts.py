@@ -1,0 +1,120 @@
+"""Geometry of the console's drawings: numbers in, SVG coordinates out. Templates draw, style sheets colour."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Spark(NamedTuple):
+    """Bars of a sparkline: x, y, width, height."""
+
+    width: int
+    height: int
+    bars: list[tuple[float, float, float, float]]
+
+
+class Tick(NamedTuple):
+    """A mark on an axis and its label."""
+
+    at: float
+    label: str
+
+
+class Line(NamedTuple):
+    """A line chart: the path, the area under it, its last point, and the ticks of both axes."""
+
+    width: int
+    height: int
+    left: int
+    bottom: int
+    path: str
+    area: str
+    points: list[tuple[float, float, float, float]]
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+
+
+class Interval(NamedTuple):
+    """A row of a forest plot in pixels: estimate, low, high."""
+
+    at: float
+    low: float
+    high: float
+
+
+class Forest(NamedTuple):
+    """Intervals around a zero line, on one scale."""
+
+    width: int
+    zero: float
+    rows: list[Interval]
+    ticks: list[Tick]
+    margin: float | None
+
+
+def spark(values: Sequence[float], width: int = 120, height: int = 28) -> Spark:
+    """A bar a value; silent hours keep a hairline so that the axis can be read."""
+    top, step = max([*values, 1]), width / max(len(values), 1)
+    bars = []
+    for index, value in enumerate(values):
+        tall = max(1.5, (height - 2) * value / top) if value else 1.0
+        bars.append((round(index * step, 2), round(height - tall, 2), round(step * 0.68, 2), round(tall, 2)))
+    return Spark(width, height, bars)
+
+
+def line_chart(
+    points: Sequence[tuple[float, float]], width: int = 520, height: int = 190, *, zero: bool = True
+) -> Line:
+    """A line through (x, y) points in order. `zero` lets the y axis start at 0."""
+    left, right, top, bottom = 46, 12, 12, height - 26
+    finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+    xs, ys = [x for x, _ in finite] or [0.0, 1.0], [y for _, y in finite] or [0.0, 1.0]
+    x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
+    y_marks = ticks(0.0 if zero else min(ys), max(ys), 4)
+    y_low, y_high = y_marks[0], y_marks[-1]
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = left + (x - x_low) / (x_high - x_low) * (width - left - right)
+        return round(across, 1), round(bottom - (y - y_low) / (y_high - y_low) * (bottom - top), 1)
+
+    placed = [(*place(x, y), x, y) for x, y in finite]
+    path = " ".join(f"{'L' if index else 'M'}{point[0]},{point[1]}" for index, point in enumerate(placed))
+    area = f"{path} L{placed[-1][0]},{bottom} L{placed[0][0]},{bottom} Z" if len(placed) > 1 else ""
+    x_marks = [mark for mark in ticks(x_low, x_high, 5) if x_low <= mark <= x_high]
+    return Line(
+        width, height, left, bottom, path, area, placed,
+        [Tick(place(mark, y_low)[0], label(mark)) for mark in x_marks],
+        [Tick(place(x_low, mark)[1], label(mark)) for mark in y_marks],
+    )  # fmt: skip
+
+
+def forest(intervals: Sequence[tuple[float, float, float]], width: int = 360, margin: float | None = None) -> Forest:
+    """Rows of (estimate, low, high) on a common scale that always shows zero and, when given, the margin line."""
+    values = [value for row in intervals for value in row] + [0.0] + ([margin] if margin is not None else [])
+    marks = ticks(min(values), max(values), 5)
+    low, high = marks[0], marks[-1]
+
+    def place(value: float) -> float:
+        return round(14 + (value - low) / (high - low) * (width - 28), 1)
+
+    rows = [Interval(place(at), place(down), place(up)) for at, down, up in intervals]
+    labels = [Tick(place(mark), f"{100 * mark:+.0f}".replace("-", "−") if mark else "0") for mark in marks]
+    return Forest(width, place(0.0), rows, labels, None if margin is None else place(margin))
+
+
+def ticks(low: float, high: float, wanted: int) -> list[float]:
+    """Round numbers that cover [low, high], about `wanted` of them."""
+    if high <= low:
+        high = low + (abs(low) or 1.0)
+    rough = (high - low) / wanted
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(index * step, 12) for index in range(first, last + 1)]
+
+
+def label(value: float) -> str:
+    """A tick's label without needless digits."""
+    if value and abs(value) < 1e-3:
+        return f"{value:.0e}".replace("e-0", "e−").replace("e-", "e−")
+    return f"{value:,.4g}".replace("-", "−")

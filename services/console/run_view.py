@@ -1,0 +1,166 @@
+"""A run as its page shows it: steps taken, curves, the preflight's findings, the gate's decision and its rows."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from sqlalchemy.orm import Session
+
+from services.console import charts
+from services.store import datasets, evaluations, runs
+from services.store.models import Artifact, Dataset, Evaluation, EvaluationRow, Project, Revision, Run, RunEvent
+
+# The path of a run that succeeds, and the words in `run.phase` that belong to each step.
+STEPS: Mapping[str, tuple[str, ...]] = {
+    "Queued": ("queued",),
+    "Build": ("building",),
+    "Preflight": ("checking",),
+    "Train": ("training",),
+    "Evaluate": ("evaluating", "refused"),
+    "Deploy": ("deploying", "staging", "quarantined", "superseded"),
+    "Live": ("live",),
+}
+TARGET = "target"
+MARGIN_POINTS = 3
+EVENT_LIMIT = 5000
+ROW_LIMIT = 40
+LOG_LINES = 40
+
+
+class Step(NamedTuple):
+    """One step of a run's path. `state` is done, now, failed, or ahead."""
+
+    name: str
+    state: str
+    at: datetime | None
+
+
+class Score(NamedTuple):
+    """The deciding metric on one slice under both, with the interval of the difference. Shares, not percentages."""
+
+    slice: str
+    rows: int
+    baseline: float
+    candidate: float
+    delta: float
+    low: float
+    high: float
+
+
+class Outcomes(NamedTuple):
+    """How many held-out rows the candidate won, tied and lost."""
+
+    win: int
+    tie: int
+    loss: int
+
+
+def describe(session: Session, run: Run, show: str = "") -> dict[str, Any]:
+    """Everything the run's templates use. `show` narrows the rows to win, tie or loss."""
+    events = runs.events(session, run.id, limit=EVENT_LIMIT)
+    evaluation = evaluations.of_run(session, run.id)
+    revision = session.get(Revision, run.revision_id) if run.revision_id else None
+    scores = _scores(evaluation)
+    margin = float(session.get_one(Project, run.project_id).config.get("margin_points", MARGIN_POINTS)) / 100
+    return {
+        "run": run,
+        "active": run.state in runs.UNFINISHED,
+        "steps": _steps(run, events),
+        "curves": _curves(events),
+        "latest": _latest(events),
+        "logs": [event for event in events if event.kind == "log"][-LOG_LINES:],
+        "revision": revision,
+        "dataset": session.get(Dataset, revision.dataset_id) if revision else None,
+        "counts": datasets.counts(session, revision.id) if revision else None,
+        "artifact": session.get(Artifact, run.artifact_digest) if run.artifact_digest else None,
+        "evaluation": evaluation,
+        "scores": scores,
+        "metric": evaluation.summary.get("metric", "exact_match") if evaluation else "",
+        "means": evaluation.summary.get("means", {}) if evaluation else {},
+        "plot": charts.forest([(score.delta, score.low, score.high) for score in scores], margin=-margin),
+        "rows": evaluations.rows(session, evaluation.id, outcome=show or None, limit=ROW_LIMIT) if evaluation else [],
+        "outcomes": _outcomes(evaluation),
+        "outcome_of": outcome_of,
+        "show": show,
+    }
+
+
+def step_of(phase: str) -> str | None:
+    """Which step a phase's words belong to; endings like cancelled belong to none."""
+    return next((name for name, words in STEPS.items() if any(phase.startswith(word) for word in words)), None)
+
+
+def _steps(run: Run, events: Sequence[RunEvent]) -> list[Step]:
+    reached: dict[str, datetime] = {}
+    for event in events:
+        name = step_of(str(event.payload.get("phase", ""))) if event.kind == "phase" else None
+        if name is not None:
+            reached.setdefault(name, event.at)
+    names = list(STEPS)
+    furthest = max((names.index(name) for name in reached), default=0)
+    steps = []
+    for index, name in enumerate(names):
+        if index < furthest or run.phase == "live":
+            state = "done"
+        elif index > furthest:
+            state = "ahead"
+        else:
+            state = "now" if run.state in runs.UNFINISHED else "failed" if run.state == "failed" else "done"
+        steps.append(Step(name, state, reached.get(name)))
+    return steps
+
+
+def _curves(events: Sequence[RunEvent]) -> list[tuple[str, charts.Line]]:
+    """A chart for each thing the trainer reports, in this order, when it does."""
+    curves = []
+    for title, name in (
+        ("Loss", "loss"),
+        ("Learning rate", "lr"),
+        ("Tokens per second", "tokens_per_second"),
+    ):
+        points = [point for event in events if (point := _point(event, name)) is not None]
+        if points:
+            curves.append((title, charts.line_chart(points)))
+    return curves
+
+
+def _point(event: RunEvent, name: str) -> tuple[float, float] | None:
+    value = event.payload.get(name)
+    if event.kind != "progress" or event.step is None or not isinstance(value, int | float):
+        return None
+    return float(event.step), float(value)
+
+
+def _latest(events: Sequence[RunEvent]) -> dict[str, Any] | None:
+    progress = [event for event in events if event.kind == "progress"]
+    return {"step": progress[-1].step, **progress[-1].payload} if progress else None
+
+
+# --- the evaluation ---------------------------------------------------------------------------------------
+
+
+def _scores(evaluation: Evaluation | None) -> list[Score]:
+    """One row a slice, the target first."""
+    slices: dict[str, dict[str, Any]] = evaluation.summary.get("slices", {}) if evaluation else {}
+    ordered = sorted(slices.items(), key=lambda pair: (pair[0] != TARGET, pair[0]))
+    return [
+        Score(name, row["rows"], row["baseline"], row["candidate"], row["delta"], row["low"], row["high"])
+        for name, row in ordered
+    ]
+
+
+def _outcomes(evaluation: Evaluation | None) -> Outcomes:
+    slices = evaluation.summary.get("slices", {}).values() if evaluation else ()
+    return Outcomes(*(sum(row[name] for row in slices) for name in ("wins", "ties", "losses")))
+
+
+def outcome_of(row: EvaluationRow, metric: str) -> str:
+    """ "win", "tie" or "loss" of the candidate on a row."""
+    ours, theirs = row.candidate_scores.get(metric, 0.0), row.baseline_scores.get(metric, 0.0)
+    return "win" if ours > theirs else "loss" if ours < theirs else "tie"
+
+
+def before_and_after(summary: dict[str, Any] | None) -> tuple[float | None, float | None]:
+    """The deciding metric on the target slice, under the baseline and under the candidate."""
+    target = (summary or {}).get("slices", {}).get(TARGET)
+    return (target["baseline"], target["candidate"]) if target else (None, None)

@@ -1,0 +1,119 @@
+"""Figures and times in words, for people; every template filter of the console is here."""
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+STRATEGIES = {
+    "negative_feedback": "negative feedback",
+    "low_confidence": "low confidence",
+    "schema_failure": "schema failure",
+    "disagreement": "disagreement",
+    "novelty": "novelty",
+    "uniform": "uniform audit",
+}
+VERDICTS = {
+    "accept": "accepted",
+    "correct": "corrected",
+    "reject": "rejected",
+    "skip": "skipped",
+    "escalate": "escalated",
+    "undo": "undone",
+}
+SPLITS = {"train": "train", "held_out": "held-out"}
+
+
+def short(digest: str | None, length: int = 10) -> str:
+    """A digest as people recognise it; no digest is the base model."""
+    return digest[:length] if digest else "base"
+
+
+def count(value: float | None) -> str:
+    """1284 as 1,284."""
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share as a percentage."""
+    return "–" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def points(value: float | None, digits: int = 1) -> str:
+    """A difference of shares in percentage points, with its sign."""
+    return "–" if value is None else f"{100 * value:+.{digits}f}".replace("-", "−")
+
+
+def figure(value: float | None, digits: int = 3) -> str:
+    """A number to `digits` significant places."""
+    if value is None:
+        return "–"
+    return f"{value:.{digits}g}".replace("-", "−")
+
+
+def milliseconds(value: float | None) -> str:
+    """A duration given in milliseconds."""
+    return "–" if value is None else duration(value / 1000)
+
+
+def duration(seconds: float | None) -> str:
+    """A duration in the unit that suits it."""
+    if seconds is None:
+        return "–"
+    if seconds < 0.0995:
+        return f"{seconds * 1000:.1f} ms"
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def ago(moment: datetime | None, now: datetime | None = None) -> str:
+    """How long since a moment, coarsely."""
+    if moment is None:
+        return "never"
+    seconds = ((now or datetime.now(UTC)) - moment).total_seconds()
+    for limit, size, unit in ((60, 1, "s"), (3600, 60, "min"), (86_400, 3600, "h"), (float("inf"), 86_400, "d")):
+        if seconds < limit:
+            return "just now" if seconds < 5 else f"{int(seconds // size)} {unit} ago"
+    raise AssertionError("every span is below infinity")
+
+
+def stamp(moment: datetime | None) -> str:
+    """A moment in UTC, for a tooltip or a table."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC") if moment else "–"
+
+
+def iso(moment: datetime | None) -> str:
+    """A moment for a `datetime` attribute."""
+    return moment.isoformat() if moment else ""
+
+
+def took(start: datetime | None, end: datetime | None) -> str:
+    """From one moment to another, or to now while there is no end."""
+    return duration(((end or datetime.now(UTC)) - start).total_seconds()) if start else "–"
+
+
+def content_text(content: object) -> str:
+    """A message's content as text: plain strings as they are, parts joined, anything else as JSON."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
+        return "\n".join(str(part["text"]) for part in content)
+    return "" if content is None else pretty(content)
+
+
+def pretty(value: object) -> str:
+    """A document as indented JSON."""
+    return json.dumps(value, indent=2, ensure_ascii=False, default=str)
+
+
+FILTERS: dict[str, Any] = {
+    "short": short, "count": count, "percent": percent, "points": points, "figure": figure, "ms": milliseconds,
+    "duration": duration, "ago": ago, "stamp": stamp, "iso": iso, "content_text": content_text, "pretty": pretty,
+    "strategy": lambda name: STRATEGIES.get(name, name),
+    "verdict": lambda name: VERDICTS.get(name, name),
+    "split": lambda name: SPLITS.get(name, name),
+}  # fmt: skip

@@ -1,0 +1,52 @@
+// Talking to the review endpoints. `Offline` means nothing is known about what the server did: ask again with the
+// same idempotency key.
+
+export class Offline extends Error {}
+
+export class Refused extends Error {
+  constructor(status, error) {
+    super(error?.message ?? `the server answered ${status}`);
+    this.status = status;
+    this.code = error?.code ?? "";
+  }
+}
+
+export class Transport {
+  constructor(slug) {
+    this.base = `/p/${slug}/review`;
+  }
+
+  lease(escalated) {
+    return this.#ask("POST", "/lease", { count: 5, escalated });
+  }
+
+  annotate(itemId, body) {
+    return this.#ask("POST", `/items/${itemId}/annotations`, body);
+  }
+
+  undo(annotationId) {
+    return this.#ask("POST", "/undo", { annotation_id: annotationId });
+  }
+
+  progress() {
+    return this.#ask("GET", "/progress");
+  }
+
+  async #ask(method, path, body) {
+    let response;
+    try {
+      response = await fetch(this.base + path, {
+        method,
+        headers: { "content-type": "application/json", accept: "application/json" },
+        body: body === undefined ? undefined : JSON.stringify(body),
+        signal: AbortSignal.timeout(15000),
+      });
+    } catch {
+      throw new Offline("the console cannot be reached");
+    }
+    if (response.status >= 500) throw new Offline(`the console answered ${response.status}`);
+    const answer = await response.json().catch(() => null);
+    if (!response.ok) throw new Refused(response.status, answer?.error);
+    return answer;
+  }
+}
