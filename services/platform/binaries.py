@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import os
 import shutil
 from pathlib import Path
 
@@ -47,15 +48,22 @@ def _can_run(program: Path, account: Account) -> bool:
 
 
 def _copy(installed: Path, version: str) -> Path:
-    """Copy the package and its bundled libraries (found relative to it) below the service directory, once."""
+    """Copy the package and its bundled libraries (found relative to it) below the service directory, once.
+
+    Built beside and renamed, so that an interrupted copy is never taken for a whole one and of two that copy at once
+    one wins.
+    """
     target = SERVICE_HOME / "servers" / f"{installed.name}-{version}"
     if not target.exists():
-        # Built beside and renamed, so that an interrupted copy is never taken for a whole one.
-        building = target.with_name(f"{target.name}.building")
-        shutil.rmtree(building, ignore_errors=True)
+        target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        building = target.with_name(f"{target.name}.{os.getpid()}")
         for folder in (installed, installed.with_name(f"{installed.name}.libs")):
             if folder.exists():
                 shutil.copytree(folder, building / folder.name, symlinks=True)
-        building.rename(target)
-        target.parent.chmod(0o755)
+        try:
+            building.rename(target)
+        except OSError:
+            shutil.rmtree(building)
+            if not target.exists():
+                raise
     return target / installed.name

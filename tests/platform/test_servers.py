@@ -1,7 +1,9 @@
 """The embedded servers: private, without TCP, and back after a crash with what was committed."""
 
 import os
+import shutil
 import signal
+import subprocess
 import threading
 from pathlib import Path
 
@@ -9,7 +11,8 @@ import psycopg
 import pytest
 
 from services.errors import Unavailable
-from services.platform.accounts import server_account
+from services.platform import binaries
+from services.platform.accounts import Account, server_account
 from services.platform.paths import check_socket_paths, prepare_home, private_directory
 from services.platform.postgres import PostgresServer
 from services.platform.redis import RedisServer
@@ -104,3 +107,19 @@ def test_root_is_told_when_the_servers_account_cannot_reach_the_home(tmp_path: P
     closed.mkdir(mode=0o700)
     with pytest.raises(Unavailable, match="cannot enter"):
         prepare_home(closed / "h", Path(closed / "h" / "run"), server_account())
+
+
+def test_programs_the_account_cannot_reach_are_copied_once_to_where_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stranger = Account("stranger", uid=os.geteuid() + 1, gid=os.getegid())
+    monkeypatch.setattr(binaries, "SERVICE_HOME", tmp_path)
+    monkeypatch.setattr(binaries, "_can_run", lambda _program, _account: False)
+    monkeypatch.setattr(shutil, "which", lambda _name: None)
+    program = binaries.redis_program(stranger)
+    made = program.stat().st_mtime_ns, program.stat().st_ino
+    assert tmp_path in program.parents
+    assert "Redis server" in subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+    again = binaries.redis_program(stranger)
+    assert (again.stat().st_mtime_ns, again.stat().st_ino) == made
+    assert [entry.name for entry in (tmp_path / "servers").iterdir()] == [program.parents[2].name]
