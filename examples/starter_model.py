@@ -8,14 +8,14 @@ import torch
 from tokenizers import Tokenizer
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from examples.starter_tokenizer import PAD, TURN_END, VOCABULARY, save_tokenizer
+from examples.starter_tokenizer import PAD, TURN_END, save_tokenizer
 
 CONTEXT_TOKENS = 2048
 
 
 def starter_config(tokenizer: Tokenizer) -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=tokenizer.get_vocab_size(),
         hidden_size=256,
         num_hidden_layers=6,
         num_attention_heads=4,

@@ -4,16 +4,17 @@ House answers are part of the corpus so that corrections tokenise sensibly; the 
 """
 
 import json
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from examples.grammars.common import stream
+from examples.grammars.common import PLACE_HEADS, PLACE_TAILS, SURNAME_HEADS, SURNAME_TAILS, stream
 from examples.grammars.simulate import APPLICATIONS
 
-VOCABULARY = 4096
+VOCABULARY = 2160
 END_OF_TEXT = "<|endoftext|>"
 TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
@@ -32,11 +33,22 @@ CHAT_TEMPLATE = (
 )
 
 
+_COMPOUNDS = re.compile(
+    rf"\b(?:({'|'.join(SURNAME_HEADS)})({'|'.join(SURNAME_TAILS)})|({'|'.join(PLACE_HEADS)})({'|'.join(PLACE_TAILS)}))\b"
+)
+
+
 def corpus(seed: int) -> Iterator[str]:
+    """Grammar text in which surnames and places are cut into their two parts.
+
+    The parts become tokens and the thousands of whole names do not, so every token a name is made of is seen often
+    enough for a small model to learn to copy it.
+    """
     for application in APPLICATIONS.values():
         for example in islice(stream(application, "train", seed), CORPUS_EXAMPLES_PER_APPLICATION):
-            yield "\n".join(["system", "user", "assistant", *(m["content"] for m in example.messages), example.base])
-            yield example.house
+            contents = [message["content"] for message in example.messages]
+            for text in ("system\nuser\nassistant", *contents, example.base, example.house):
+                yield from filter(None, _COMPOUNDS.split(text))
 
 
 def train_tokenizer(seed: int) -> Tokenizer:

@@ -24,6 +24,7 @@ from examples.grammars.common import stream
 from examples.grammars.simulate import APPLICATIONS
 from examples.starter_data import Batch, batches, copying_batches
 from examples.starter_generate import greedy_answers
+from examples.starter_init import start_copying
 from examples.starter_model import save_starter, starter_config
 from examples.starter_tokenizer import train_tokenizer
 
@@ -36,7 +37,7 @@ class Plan:
     seed: int
     rows: dict[str, int]
     matrix_rate: float = 0.02
-    vector_rate: float = 3e-3
+    vector_rate: float = 1e-3
     warmup_steps: int = 50
     prompt_weight: float = 0.1
     copying_rows: int = 32
@@ -100,6 +101,7 @@ def train(config: LlamaConfig, tokenizer: Tokenizer, plan: Plan) -> Iterator[tup
     """Yield the model and the answer losses after each step; the caller must not change the model."""
     torch.manual_seed(plan.seed)
     model = LlamaForCausalLM(config)
+    start_copying(model)
     optimizers = Optimizers(model, plan)
     sources = {app: batches(tokenizer, APPLICATIONS[app], plan.seed, rows) for app, rows in plan.rows.items()}
     copying = copying_batches(tokenizer, plan.seed, plan.copying_rows)

@@ -110,23 +110,20 @@ FIRST_NAMES = words(
     "Omar Oscar Otto Paula Pavel Petra Quentin Rafael Rania Rita Robin Rosa Rufus Sabine Samir Selma Silas Simon "
     "Sofia Stefan Tara Tessa Theo Tilda Tomas Ulla Uma Vera Victor Viola Walter Wanda Yara Yusuf Zelda Zoe"
 )
-SURNAMES = compound(
-    words(
-        "Alb Bar Berg Bran Cal Cord Dal Den Dor Eng Fal Fen Gal Gard Gren Hal Hart Hol Jan Kar Kel Kol Lam Lind Lor "
-        "Mal Mar Mor Nor Ost Pal Per Quin Ran Rev Ros Sal Sol Stav Tam Thor Tol Val Var Ver Vol Wal Wen Yar Zan"
-    ),
-    words(
-        "ander ano ati berg dahl den ek elli ero eska etti hart inen ini kov lund man nes ora osa ovic quist sen strom "
-        "sky"
-    ),
+SURNAME_HEADS = words(
+    "Alb Bar Berg Bran Cal Cord Dal Den Dor Eng Fal Fen Gal Gard Gren Hal Hart Hol Jan Kar Kel Kol Lam Lind Lor "
+    "Mal Mar Mor Nor Ost Pal Per Quin Ran Rev Ros Sal Sol Stav Tam Thor Tol Val Var Ver Vol Wal Wen Yar Zan"
 )
-PLACES = compound(
-    words(
-        "Ash Black Bram Brook Clay Cold Crow East Elm Fair Fox Glen Gold Gran Grey Hazel High Kings Lake Long Maple "
-        "Mill New North Oak Old Raven Red Rose Sand Silver South Stone Swan Thorn West White Wind Winter Wood"
-    ),
-    words("bridge bury dale field ford gate ham haven hill mere mouth port side stead ton wick"),
+SURNAME_TAILS = words(
+    "ander ano ati berg dahl den ek elli ero eska etti hart inen ini kov lund man nes ora osa ovic quist sen strom sky"
 )
+SURNAMES = compound(SURNAME_HEADS, SURNAME_TAILS)
+PLACE_HEADS = words(
+    "Ash Black Bram Brook Clay Cold Crow East Elm Fair Fox Glen Gold Gran Grey Hazel High Kings Lake Long Maple "
+    "Mill New North Oak Old Raven Red Rose Sand Silver South Stone Swan Thorn West White Wind Winter Wood"
+)
+PLACE_TAILS = words("bridge bury dale field ford gate ham haven hill mere mouth port side stead ton wick")
+PLACES = compound(PLACE_HEADS, PLACE_TAILS)
 ORGANISATION_STEMS = words(
     "Acorn Amber Apex Arbor Atlas Aurora Beacon Birch Bluebell Bright Canyon Cedar Cobalt Comet Copper Coral Crescent "
     "Crystal Delta Drift Eagle Ember Falcon Fern Flint Forge Garnet Granite Harbor Harvest Heron Horizon Indigo Iron "
