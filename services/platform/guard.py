@@ -81,7 +81,7 @@ def become_command(options: argparse.Namespace, guard: int) -> None:
     for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     os.setsid()
-    os.nice(options.nice)
+    be_nice(options.nice)
     if options.gid is not None:
         os.setgroups([])
         os.setgid(options.gid)
@@ -93,6 +93,14 @@ def become_command(options: argparse.Namespace, guard: int) -> None:
         os._exit(1)
     os.closerange(3, 65536)
     os.execvp(options.command[0], options.command)
+
+
+def be_nice(nice: int) -> None:
+    """Niceness towards other parts too: with autogroup scheduling, nice alone counts only inside one session."""
+    os.nice(nice)
+    if os.path.exists("/proc/self/autogroup"):
+        with open("/proc/self/autogroup", "w") as group:
+            group.write(str(nice))
 
 
 def wait_for_either(child: int, pipe: int, wakeup: int) -> int | None:
