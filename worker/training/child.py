@@ -72,7 +72,7 @@ def _started(spec_file: Path, errors: IO[bytes]) -> Iterator[subprocess.Popen[by
         stderr=errors,
         env=_environment(),
         cwd=spec_file.parent,
-        start_new_session=True,
+        process_group=0,  # not a new session: that would leave the worker's autogroup, and with it its niceness
     )
     try:
         yield process
