@@ -151,7 +151,7 @@ def _show_event(progress: Progress, task: TaskID, event: dict[str, Any]) -> None
         progress.update(task, description=payload["phase"], total=None, numbers="")
     elif event["kind"] == "progress":
         numbers = " ".join(f"{name} {value:.4g}" for name, value in payload.items() if isinstance(value, int | float))
-        progress.update(task, completed=event["step"], total=payload.get("total_steps"), numbers=numbers)
+        progress.update(task, completed=event["step"], total=payload.get("steps"), numbers=numbers)
     elif "line" in payload:
         progress.console.print(str(payload["line"]), markup=False, highlight=False)
 

@@ -43,6 +43,14 @@ def create_project(caller: Admin, sent: shapes.NewProject) -> dict[str, Any]:
     return shapes.project(made)
 
 
+@router.patch("/projects/{slug}")
+def configure_project(caller: Admin, slug: str, sent: shapes.ProjectChanges) -> dict[str, Any]:
+    """Change the configuration keys sent, null removes one; 400 naming a key that is unknown or out of range."""
+    project = projects.configure(caller.session, caller.project(slug), sent.config)
+    audit.record(caller.session, caller.actor, "project.configure", f"project:{project.id}", {"config": sent.config})
+    return shapes.project(project)
+
+
 @router.post("/users", status_code=201)
 def invite(request: Request, caller: Admin, sent: shapes.NewUser) -> dict[str, Any]:
     """An account with a role and its one-time sign-in link. Sending it again gives a new link and sets the role."""

@@ -20,6 +20,10 @@ class NewProject(Body):
     config: dict[str, Any] = Field(default_factory=dict)
 
 
+class ProjectChanges(Body):
+    config: dict[str, Any]
+
+
 class NewUser(Body):
     """`project` None gives the role on every project."""
 

@@ -97,10 +97,28 @@ def become_command(options: argparse.Namespace, guard: int) -> None:
 
 def be_nice(nice: int) -> None:
     """Niceness towards other parts too: with autogroup scheduling, nice alone counts only inside one session."""
+    if nice == 0:
+        return
     os.nice(nice)
-    if os.path.exists("/proc/self/autogroup"):
-        with open("/proc/self/autogroup", "w") as group:
-            group.write(str(nice))
+    if not os.path.exists("/proc/self/autogroup"):
+        return
+    try:
+        set_autogroup(nice)
+    except OSError as error:
+        print(f"cannot be nice to other sessions: {error}", file=sys.stderr, flush=True)
+
+
+def set_autogroup(nice: int) -> None:
+    for attempt in (1, 2, 3):
+        try:
+            with open("/proc/self/autogroup", "w") as group:
+                group.write(str(nice))
+            return
+        except BlockingIOError:
+            # The kernel lets unprivileged processes do this ten times a second, all of them together.
+            if attempt == 3:
+                raise
+            time.sleep(0.15)
 
 
 def wait_for_either(child: int, pipe: int, wakeup: int) -> int | None:

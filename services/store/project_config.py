@@ -1,0 +1,42 @@
+"""What a project may be configured with: every key, its type and its range. Kept as JSON in `project.config`."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from services.errors import InvalidRequest
+
+# The names in `worker.gate.metrics`, which the store may not import; a test compares them.
+Metric = Literal["exact_match", "json_valid", "field_f1", "similarity"]
+
+
+class ProjectConfig(BaseModel):
+    """Absent keys take their reader's default, so only what somebody chose is stored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tags: list[str] | None = Field(None, max_length=40, description="What reviewers may tag an answer with.")
+    guidelines: str | None = Field(None, max_length=20_000, description="What reviewers read beside an answer.")
+    held_out_share: float | None = Field(None, ge=0, le=0.9, description="Share of groups kept for evaluation.")
+    window_seconds: int | None = Field(None, ge=1, le=30 * 86_400, description="Length of a sampling window.")
+    window_grace_seconds: int | None = Field(None, ge=0, le=86_400, description="Wait for late rows of a window.")
+    review_budget: int | None = Field(None, ge=0, le=100_000, description="Answers chosen for review per window.")
+    uniform_share: float | None = Field(None, ge=0, le=1, description="Share of the budget drawn uniformly.")
+    accepted_share: float | None = Field(None, ge=0, le=1, description="Largest share of accepted rows in training.")
+    margin_points: float | None = Field(None, ge=0, le=100, description="How much worse a guarded slice may get.")
+    min_held_out: int | None = Field(None, ge=2, description="Fewer held-out groups than this decide nothing.")
+    metrics: list[Metric] | None = Field(None, min_length=1, description="What the gate scores by.")
+    train: dict[str, Any] | None = Field(None, description="Training parameters that differ from the defaults.")
+    max_tokens_default: int | None = Field(None, ge=1, description="Completion length when a request names none.")
+
+
+def checked(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration as stored. Raises InvalidRequest naming the first bad key."""
+    try:
+        return ProjectConfig.model_validate(config).model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        known = ", ".join(ProjectConfig.model_fields)
+        hint = f" (known: {known})" if first["type"] == "extra_forbidden" else ""
+        raise InvalidRequest(f"project configuration {name}: {first['msg']}{hint}", param=f"config.{name}") from error
