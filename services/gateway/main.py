@@ -14,7 +14,8 @@ from services.gateway.routes import ROUTES
 from services.gateway.service import Gateway
 from services.settings import Settings
 
-GRACE_SECONDS = 10
+# Less than the supervisor waits before it kills: streams that have not ended by then are cancelled, and logged so.
+GRACE_SECONDS = 5
 
 
 def build_app(gateway: Gateway) -> ASGIApp:

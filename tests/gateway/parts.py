@@ -27,7 +27,7 @@ from services.store.base import Sessions, make_sessions, uuid7
 from services.store.models import SCOPES, Artifact, Deployment
 from tests.gateway.tiny_model import write_model, write_tokenizer
 
-START_SECONDS = 30.0
+START_SECONDS = 90.0
 TEMPLATE = "whet_template"
 
 
@@ -66,7 +66,7 @@ class Process:
         return self._child.wait(timeout=seconds)
 
 
-def eventually(condition: Callable[[], object], seconds: float = 10.0, every: float = 0.02) -> None:
+def eventually(condition: Callable[[], object], seconds: float = 30.0, every: float = 0.02) -> None:
     """Return once `condition` holds; fail the test when it does not in time."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -169,7 +169,7 @@ class World:
             )  # fmt: skip
         eventually(lambda: self.get(f"/v1/models/{project}").json()["whet"]["adapter"] == active)
 
-    def interaction(self, interaction_id: str, seconds: float = 10.0) -> interactions.Logged:
+    def interaction(self, interaction_id: str, seconds: float = 30.0) -> interactions.Logged:
         """What the log says of an answer, once it has landed."""
         bare = UUID(interaction_id.removeprefix("chatcmpl-").removeprefix("cmpl-"))
         found: dict[UUID, interactions.Logged] = {}
