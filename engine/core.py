@@ -19,7 +19,7 @@ from engine.adapters.manager import AdapterManager
 from engine.adapters.slots import AdapterSlots
 from engine.config import EngineConfig
 from engine.digest import base_digest
-from engine.layers.attention import choose_attention
+from engine.layers.backends import choose_attention
 from engine.layers.sampler import invalid_sampling
 from engine.memory.blocks import BlockPool
 from engine.memory.cache import KVCache
@@ -61,7 +61,7 @@ class Engine:
             spec, config.model, dtype=dtype, device=device, positions=self.max_context, pack=config.pack
         )
         cache = KVCache(spec, pool.total, size, dtype, device)
-        self.runner = Runner(self.decoder, cache, choose_attention(spec, cache, device, dtype))
+        self.runner = Runner(self.decoder, cache, choose_attention(spec, cache, device))
         self.scheduler = Scheduler(
             pool, max_running=config.max_running, step_tokens=config.step_tokens, max_context=self.max_context
         )

@@ -190,7 +190,7 @@ def main() -> int:
     keep_heap()
     try:
         process = EngineProcess(config)
-    except (ValueError, OSError, zmq.ZMQError) as error:
+    except (ValueError, OSError, RuntimeError, zmq.ZMQError) as error:
         log("engine_failed", error=str(error))
         return 1
     process.heed_signals()

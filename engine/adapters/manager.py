@@ -24,7 +24,7 @@ class AdapterManager:
 
     def __init__(self, reader: AdapterReader, slots: AdapterSlots, wake: Callable[[], None]) -> None:
         self.slots = slots
-        self._reader = reader
+        self.reader = reader
         self._wake = wake
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-reader")
         self._loads: dict[str, Load] = {}
@@ -43,7 +43,7 @@ class AdapterManager:
         elif self.slots.get(digest) is not None:
             answer("this adapter is being unloaded; load it again when its last request has finished")
         else:
-            future = self._thread.submit(self._reader.read, digest, path)
+            future = self._thread.submit(self.reader.read, digest, path)
             self._loads[digest] = Load(future, [answer])
             future.add_done_callback(lambda _: self._wake())
 

@@ -146,11 +146,6 @@ def _tokens(members: Sequence[Span], device: torch.device) -> slice | torch.Tens
     return (offsets[:, None] + torch.arange(fresh, device=device)).reshape(-1)
 
 
-def choose_attention(spec: DecoderSpec, cache: KVCache, device: torch.device, dtype: torch.dtype) -> Attention:
-    """The backend for this device."""
-    return GatherAttention(spec, cache, device, dtype)
-
-
 def reference_attention(q_THD: torch.Tensor, k_LKD: torch.Tensor, v_LKD: torch.Tensor, start: int) -> torch.Tensor:
     """One row in fp32, head by head: what every backend is tested against. Queries sit at positions `start ..`."""
     fresh, heads, head_dim = q_THD.shape

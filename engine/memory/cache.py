@@ -18,6 +18,7 @@ class KVCache:
     ) -> None:
         self.blocks = blocks + 1
         self.block_size = block_size
+        self.dtype = dtype
         self._kv_heads = spec.kv_heads
         lanes = 2 * spec.kv_heads
         shape = (spec.layers, lanes * self.blocks, block_size, spec.head_dim)

@@ -40,6 +40,11 @@ class Runner:
         hidden_RE = self.decoder.final(h_TE[last_R])
         return StepOutput(ordered, self._sample([ordered[index] for index in sampling], hidden_RE), hidden_RE)
 
+    @torch.inference_mode()
+    def hidden(self, rows: Rows[Row]) -> torch.Tensor:
+        """Head input [T, E] for every token of the rows, in their order; they must be sorted by slot."""
+        return self.decoder.final(self.decoder.forward(self.prepare(rows), self.cache, self.attention))
+
     def prepare(self, rows: Rows[Row]) -> StepInput:
         """Flatten rows that are sorted by slot; see StepInput."""
         device, size = self.decoder.device, self.cache.block_size

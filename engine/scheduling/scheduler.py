@@ -13,6 +13,9 @@ import numpy as np
 from engine.memory.blocks import BlockPool
 from engine.sequence import Sequence
 
+# Tokens every running sequence may still add before a newcomer's blocks could be wanted back.
+GROWTH_TOKENS = 16
+
 
 class Row(NamedTuple):
     """`length` tokens of a sequence, starting with the first that is not cached."""
@@ -85,10 +88,10 @@ class Scheduler:
             self._give(head, self.pool.needed(len(head.tokens)))
 
     def _fits(self, sequence: Sequence) -> bool:
-        """One block per running sequence is kept back, or the newcomer would be preempted at the next boundary."""
+        """Some room to grow is kept for those running, or the newcomer would be preempted at the next boundary."""
         if not self.running:
             return True
-        reserve = len(self.running)
+        reserve = self.pool.needed(GROWTH_TOKENS * len(self.running))
         room = self.pool.free >= self.pool.needed(len(sequence.tokens)) + reserve
         return room and len(self.running) < self._max_running
 

@@ -1,0 +1,159 @@
+"""The engine inside this process: for tests, training and benchmarks. The same scheduler, runner and slots."""
+
+import hashlib
+from collections.abc import Sequence as Many
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from engine.adapters.loading import MANIFEST, AdapterRefused
+from engine.client import Completion
+from engine.config import Device, EngineConfig, Precision
+from engine.core import Engine
+from engine.layers.lora import lora_batch
+from engine.messages import Finished, Generate, Sampling, Tokens
+from engine.scheduling.scheduler import Row
+from engine.sequence import Sequence
+
+CLIENT = b"offline"
+
+
+class LocalEngine:
+    """One model, driven synchronously. Not thread-safe; close it, or use it in `with`."""
+
+    def __init__(
+        self,
+        model: Path | str,
+        *,
+        precision: Precision = "auto",
+        device: Device = "auto",
+        threads: int = 0,
+        kv_tokens: int = 32768,
+        max_context: int = 0,
+        max_running: int = 64,
+        step_tokens: int = 512,
+        adapter_slots: int = 8,
+        adapter_rank: int = 32,
+        pack: bool = True,
+    ) -> None:
+        config = EngineConfig(
+            model=Path(model),
+            artifacts=Path(model),
+            precision=precision,
+            device=device,
+            threads=threads,
+            kv_tokens=kv_tokens,
+            max_context=max_context,
+            max_running=max_running,
+            step_tokens=step_tokens,
+            adapter_slots=adapter_slots,
+            adapter_rank=adapter_rank,
+            pack=pack,
+        )
+        self.core = Engine(config)
+        self._ids = count()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let the engine's thread end."""
+        self.core.close()
+
+    def generate(
+        self, requests: Many[Generate | list[int]], sampling: Sampling | None = None, adapter: str | None = None
+    ) -> list[Completion]:
+        """Run all to their end, batched, answers in order. Bare prompts take `sampling` and `adapter`."""
+        asked = [self._request(request, sampling, adapter) for request in requests]
+        for request in asked:
+            self.core.submit(CLIENT, request)
+        while self.core.step():
+            continue
+        done = collect(self.core)
+        return [done[request.id] for request in asked]
+
+    def load_adapter(self, directory: Path | str) -> str:
+        """Load an artefact directory now; returns its digest. Raises AdapterRefused."""
+        path = Path(directory).absolute()
+        manifest = path / MANIFEST
+        if not manifest.is_file():
+            raise AdapterRefused(f"{path.name} holds no {MANIFEST}")
+        digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
+        slots = self.core.adapters.slots
+        if slots.ready(digest):
+            return digest
+        adapter = replace(self.core.adapters.reader, root=path.parent).read(digest, path.name)
+        if not slots.make_room():
+            raise AdapterRefused("every slot is in use")
+        slots.install(adapter)
+        return digest
+
+    def hidden_states(
+        self, token_ids: list[int], adapter: str | None = None, chunks: Many[int] | None = None
+    ) -> torch.Tensor:
+        """The LM head's input [tokens, hidden]; `chunks` says how many tokens each step takes."""
+        sequence = self._alone(token_ids, adapter)
+        scheduler = self.core.scheduler
+        parts = []
+        for chunk in chunks or self._default_chunks(len(token_ids)):
+            scheduled = scheduler.schedule()[0]
+            parts.append(self.core.runner.hidden([Row(scheduled.sequence, chunk)]))
+            sequence.computed += chunk
+        scheduler.remove(sequence)
+        if adapter is not None:
+            self.core.adapters.slots.release(adapter)
+        return torch.cat(parts)
+
+    @torch.inference_mode()
+    def logits(self, token_ids: list[int], adapter: str | None = None, chunks: Many[int] | None = None) -> torch.Tensor:
+        """Logits [tokens, vocabulary] as fp32."""
+        hidden = self.hidden_states(token_ids, adapter, chunks)
+        resident = self.core.adapters.slots.get(adapter) if adapter is not None else None
+        lora = lora_batch([resident.slot], [len(token_ids)], hidden.device) if resident else None
+        return self.core.decoder.logits(hidden, lora).float()
+
+    def _request(self, request: Generate | list[int], sampling: Sampling | None, adapter: str | None) -> Generate:
+        if isinstance(request, Generate):
+            return request
+        if sampling is None:
+            raise ValueError("bare prompts need sampling parameters")
+        return Generate(id=f"local-{next(self._ids)}", prompt=request, sampling=sampling, adapter=adapter)
+
+    def _alone(self, token_ids: list[int], adapter: str | None) -> Sequence:
+        """A running sequence for these tokens; nothing else may be running."""
+        assert not self.core.busy, "hidden states are computed between generations"
+        if not 0 < len(token_ids) <= self.core.max_context:
+            raise ValueError(f"between 1 and {self.core.max_context} tokens, not {len(token_ids)}")
+        sampling = Sampling(temperature=0.0, seed=0, max_tokens=1)
+        request = Generate(id=f"hidden-{next(self._ids)}", prompt=token_ids, sampling=sampling, adapter=adapter)
+        sequence = Sequence(CLIENT, request, arrival=next(self._ids), limit=self.core.max_context)
+        if adapter is not None:
+            sequence.slot = self.core.adapters.slots.acquire(adapter)
+        self.core.scheduler.add(sequence)
+        return sequence
+
+    def _default_chunks(self, tokens: int) -> list[int]:
+        budget = self.core.config.step_tokens
+        return [budget] * (tokens // budget) + ([tokens % budget] if tokens % budget else [])
+
+
+def collect(core: Engine) -> dict[str, Completion]:
+    """Empty the outbox into one completion per request that ended."""
+    tokens: dict[str, list[int]] = {}
+    logprobs: dict[str, list[float]] = {}
+    done: dict[str, Completion] = {}
+    for _, message in core.outbox:
+        if isinstance(message, Tokens):
+            tokens.setdefault(message.id, []).extend(message.token_ids)
+            logprobs.setdefault(message.id, []).extend(message.logprobs)
+        elif isinstance(message, Finished):
+            done[message.id] = Completion(tokens.pop(message.id, []), logprobs.pop(message.id, []), message)
+    core.outbox = []
+    return done
