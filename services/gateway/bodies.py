@@ -60,6 +60,7 @@ class Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     safety_identifier: Any = None
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
+    prompt_cache_options: Any = None
     # Refused unless neutral: honouring them silently wrongly would be worse than an error.
     response_format: Any = None
     logit_bias: Any = None

@@ -1,7 +1,8 @@
 """A fast stand-in for the engine: speaks its messages, computes nothing.
 
-`python -m tests.gateway.fake_engine SOCKET [--step-ms N] [--context N]`. Token `i` of a request is a visible one that
-depends on seed, choice and `i` alone. An adapter loads when its directory holds `adapter.ok`. Ends with its parent.
+`python -m tests.gateway.fake_engine SOCKET [--step-ms N] [--context N] [--stamp]`. Token `i` of a request is a visible
+one that depends on seed, choice and `i` alone. An adapter loads when its directory holds `adapter.ok`. With `--stamp`
+the log-probability of a token is the monotonic time it was sent. Ends with its parent.
 """
 
 import argparse
@@ -44,6 +45,7 @@ class FakeEngine:
     socket: zmq.Socket[bytes]
     step_seconds: float
     context: int
+    stamp: bool = False
     epoch: int = field(default_factory=lambda: secrets.randbits(60))
     loaded: set[str] = field(default_factory=set)
     running: dict[str, Running] = field(default_factory=dict)
@@ -94,9 +96,10 @@ class FakeEngine:
         for request_id, run in list(self.running.items()):
             frames = replies.setdefault(run.client, [])
             token = FIRST_VISIBLE + (run.message.sampling.seed + 7 * run.message.choice + run.produced) % VISIBLE
+            logprob = time.monotonic() if self.stamp else -0.25
             run.produced += 1
             self.generated += 1
-            frames.append(encode(Tokens(epoch=self.epoch, id=request_id, token_ids=[token], logprobs=[-0.25])))
+            frames.append(encode(Tokens(epoch=self.epoch, id=request_id, token_ids=[token], logprobs=[logprob])))
             if run.produced >= run.message.sampling.max_tokens:
                 frames.append(encode(self._finished(run.message, "length", run.produced)))
                 del self.running[request_id]
@@ -130,12 +133,13 @@ def main() -> None:
     parser.add_argument("socket")
     parser.add_argument("--step-ms", type=float, default=1.0)
     parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--stamp", action="store_true")
     options = parser.parse_args()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket = context.socket(zmq.ROUTER)
     socket.setsockopt(zmq.LINGER, 0)
     socket.bind(options.socket)
-    FakeEngine(socket, options.step_ms / 1000, options.context).serve()
+    FakeEngine(socket, options.step_ms / 1000, options.context, options.stamp).serve()
 
 
 if __name__ == "__main__":

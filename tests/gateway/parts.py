@@ -43,6 +43,10 @@ class Process:
             )  # fmt: skip
 
     @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    @property
     def alive(self) -> bool:
         return self._child.poll() is None
 
@@ -103,11 +107,13 @@ class World:
         self.processes.append(process)
         return process
 
-    def start_engine(self) -> Process:
+    def start_engine(self, *fake_options: str) -> Process:
         """The real one, or the fake."""
         settings = self.settings
         if not self.real_engine:
-            return self.start("tests.gateway.fake_engine", settings.engine_socket, f"--step-ms={self.step_ms}")
+            return self.start(
+                "tests.gateway.fake_engine", settings.engine_socket, f"--step-ms={self.step_ms}", *fake_options
+            )
         options = {"model": settings.model_path, "socket": settings.engine_socket, "artifacts": settings.artifacts,
                    "precision": "fp32", "threads": 1}  # fmt: skip
         return self.start("engine.process", *(f"--{name}={value}" for name, value in options.items()))
