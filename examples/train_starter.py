@@ -45,7 +45,7 @@ class Plan:
     clip: float = 1.0
 
 
-STANDARD_ROWS = {"match": 8, "entities": 16, "chat": 16}
+STANDARD_ROWS = {"match": 12, "entities": 16, "chat": 6}
 
 
 class Optimizers:
@@ -140,7 +140,7 @@ def _format(values: dict[str, float]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train the starter model from scratch.")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--score-every", type=int, default=200, help="steps between held-out scores and checkpoints")

@@ -80,7 +80,7 @@ REMARKS = (
 _VALUES = "|".join(
     sorted({re.escape(value) for values in CRITERIA.values() for value in values}, key=len, reverse=True)
 )
-_NOTE = re.compile(r"^\d\. (?P<criterion>[A-Z][a-z]+): (?P<said>[^.]+\.)", re.MULTILINE)
+_NOTE = re.compile(r"^\d\. (?P<criterion>[A-Z][a-z]+), (?:met|open): (?P<said>[^.]+\.)", re.MULTILINE)
 _HEADER = re.compile(
     rf"Person: (?P<name>(?:{'|'.join(FIRST_NAMES)}) (?:{'|'.join(SURNAMES)}))\n"
     rf"Offer: (?:a|an) (?P<family>{'|'.join(FAMILIES)}) of (?P<offerer>{'|'.join(ORGANISATIONS)})\n"
@@ -121,7 +121,8 @@ def sample(random: Random) -> Example:
     lines = []
     for index, (criterion, remark) in enumerate(zip(criteria, remarks, strict=True), start=1):
         said = _note(random, criterion, name, family, criterion in against)
-        lines.append(f"{index}. {criterion.capitalize()}: {said} {remark}")
+        mark = "open" if criterion in against else "met"
+        lines.append(f"{index}. {criterion.capitalize()}, {mark}: {said} {remark}")
     article = "an" if family == "advert" else "a"
     user = f"Person: {name}\nOffer: {article} {family} of {organisation(random)}\n" + "\n".join(lines)
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}]
