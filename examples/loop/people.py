@@ -110,7 +110,7 @@ class Reviewer:
                 time.sleep(0.3)
 
     def lease(self) -> list[dict[str, Any]]:
-        answer = self._http.post(f"/p/{self._project}/review/lease")
+        answer = self._http.post(f"/p/{self._project}/review/lease", json={})
         answer.raise_for_status()
         items: list[dict[str, Any]] = answer.json()["items"]
         return items
