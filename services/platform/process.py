@@ -43,7 +43,7 @@ class Part:
     nice: int = 0
     prepare: Callable[[], None] = _nothing
     ready: Callable[[], bool] = _always
-    ready_seconds: float = 60.0
+    ready_seconds: float = 120.0
     settle_seconds: float = 0.0
 
 
