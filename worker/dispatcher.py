@@ -29,6 +29,8 @@ from worker.tasks import make_app, ring
 LEADER_LOCK = 0x77686574_64697370  # Any fixed number; this one spells "whetdisp".
 TICK_SECONDS = 1.0
 REPUBLISH_SECONDS = 10.0
+# After an outage of Postgres every lease looks expired, until the workers' heartbeats have had their turn.
+PATIENCE_SECONDS = 20.0
 HEARTBEAT_SECONDS = 60.0
 SCHEDULE_SECONDS = 5.0
 HOUSEKEEPING_SECONDS = 3600.0
@@ -37,11 +39,15 @@ log = structlog.get_logger()
 
 
 class Every:
-    """True at once and then every `seconds`."""
+    """True after `first` seconds and then every `seconds`; `restart` begins anew."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, *, first: float = 0.0) -> None:
         self._seconds = seconds
-        self._next = 0.0
+        self._first = first
+        self.restart()
+
+    def restart(self) -> None:
+        self._next = time.monotonic() + self._first
 
     def due(self) -> bool:
         now = time.monotonic()
@@ -54,7 +60,13 @@ class Every:
 class Dispatcher:
     """One process's dispatcher; `run` returns after `stop`."""
 
-    def __init__(self, settings: Settings, *, republish_seconds: float = REPUBLISH_SECONDS) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        republish_seconds: float = REPUBLISH_SECONDS,
+        patience_seconds: float = PATIENCE_SECONDS,
+    ) -> None:
         self._settings = settings
         self._sessions: Sessions = make_sessions(settings.database_dsn, pool_size=3)
         self._app = make_app(settings)
@@ -62,6 +74,8 @@ class Dispatcher:
         self._sampler = schedule.Sampler()
         self._stopped = threading.Event()
         self._leading = threading.Event()
+        self._failed = False
+        self._expiry = Every(0.0, first=patience_seconds)
         self._heartbeat = Every(HEARTBEAT_SECONDS)
         self._schedule = Every(SCHEDULE_SECONDS)
         self._housekeeping = Every(HOUSEKEEPING_SECONDS)
@@ -71,8 +85,11 @@ class Dispatcher:
         self._stopped.set()
 
     def run(self) -> None:
-        """Wait for the leadership, lead, and start over when Postgres goes away, until stopped."""
-        reconciler = threading.Thread(target=self._reconcile, name="reconcile", daemon=True)
+        """Wait for the leadership, lead, and start over when Postgres goes away, until stopped.
+
+        Raises RuntimeError when the reconciling thread met a bug: a fresh process is better than half of one.
+        """
+        reconciler = threading.Thread(target=self._reconcile_or_stop, name="reconcile", daemon=True)
         reconciler.start()
         while not self._stopped.is_set():
             try:
@@ -83,6 +100,8 @@ class Dispatcher:
                 self._stopped.wait(1.0)
         reconciler.join(timeout=5.0)
         log.info("dispatcher stopped")
+        if self._failed:
+            raise RuntimeError("the reconciliation failed; see the log")
 
     @contextmanager
     def _leadership(self) -> Iterator[psycopg.Connection]:
@@ -94,6 +113,8 @@ class Dispatcher:
                 self._stopped.wait(TICK_SECONDS)
             if not self._stopped.is_set():
                 log.info("dispatcher leads")
+                for timer in (self._expiry, self._heartbeat, self._schedule, self._housekeeping):
+                    timer.restart()
                 self._leading.set()
             try:
                 yield connection
@@ -108,9 +129,10 @@ class Dispatcher:
                 pass
 
     def _tick(self) -> None:
-        with self._sessions.begin() as session:
-            for job_id in jobs.expire(session):
-                log.warning("lease expired", job=str(job_id))
+        if self._expiry.due():
+            with self._sessions.begin() as session:
+                for job_id in jobs.expire(session):
+                    log.warning("lease expired", job=str(job_id))
         with self._sessions.begin() as session:
             for run in runs.settle(session):
                 log.warning("run ended with its job", run=str(run.id), state=run.state)
@@ -141,6 +163,14 @@ class Dispatcher:
                 with self._sessions.begin() as session:
                     jobs.unpublish(session, [missed.job_id for missed in due[position:]])
                 return
+
+    def _reconcile_or_stop(self) -> None:
+        try:
+            self._reconcile()
+        except Exception:
+            log.exception("reconciliation failed")
+            self._failed = True
+            self.stop()
 
     def _reconcile(self) -> None:
         """Its own thread, because loading an adapter may take seconds that due jobs should not wait."""

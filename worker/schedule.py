@@ -5,7 +5,7 @@ from typing import NamedTuple
 from uuid import UUID
 
 import structlog
-from sqlalchemy import exists, select
+from sqlalchemy import exists, func, select
 from sqlalchemy.orm import Session
 
 from services.errors import Conflict
@@ -48,12 +48,20 @@ class Sampler:
 
 
 def heartbeat(session: Session) -> None:
-    """One heartbeat job a queue; the last one unfinished means that nobody serves the queue, or all hands are busy."""
+    """One heartbeat job a queue; if the last one is unfinished and nothing runs there, nobody serves the queue."""
     for queue in HEARTBEAT_QUEUES:
         try:
             jobs.enqueue(session, "heartbeat", {}, queue=queue, dedupe_key=f"heartbeat:{queue}", priority=100)
         except Conflict:
-            log.error("the last heartbeat job is unfinished: no worker answers", alarm=True, queue=queue)
+            _report_unanswered(session, queue)
+
+
+def _report_unanswered(session: Session, queue: str) -> None:
+    busy = session.scalar(select(func.count()).where(Job.queue == queue, Job.state == "running"))
+    if busy:
+        log.info("the heartbeat job waits: all hands are busy", queue=queue, running=busy)
+    else:
+        log.error("the last heartbeat job is unfinished: no worker answers", alarm=True, queue=queue)
 
 
 def prune(session: Session) -> int:

@@ -17,7 +17,7 @@ from worker.dispatcher import Dispatcher
 ROOT = Path(__file__).parents[2]
 
 
-def eventually(happened: Callable[[], bool], seconds: float = 20.0) -> None:
+def eventually(happened: Callable[[], bool], seconds: float = 60.0) -> None:
     """Wait until something is true; fail when it does not become true."""
     deadline = time.monotonic() + seconds
     while not happened():
@@ -73,7 +73,7 @@ def start(home: Path) -> Iterator[Callable[..., Process]]:
 @pytest.fixture
 def dispatcher(settings: Settings) -> Iterator[Dispatcher]:
     """A leading dispatcher that rings again after half a second."""
-    made = Dispatcher(settings, republish_seconds=0.5)
+    made = Dispatcher(settings, republish_seconds=0.5, patience_seconds=0.0)
     thread = threading.Thread(target=made.run, name="dispatcher")
     thread.start()
     yield made

@@ -9,7 +9,7 @@ from pathlib import Path
 from uuid import UUID
 
 import pytest
-from sqlalchemy import func, select, update
+from sqlalchemy import func, select, text, update
 
 from services.platform.accounts import server_account
 from services.platform.process import Guarded
@@ -49,7 +49,7 @@ class Ledger:
         with self.sessions() as session:
             return jobs.get(session, job_id)
 
-    def ends(self, job_id: UUID, state: str, seconds: float = 20.0) -> Job:
+    def ends(self, job_id: UUID, state: str, seconds: float = 60.0) -> Job:
         eventually(lambda: self.read(job_id).state not in ("queued", "running"), seconds)
         job = self.read(job_id)
         assert job.state == state, job.error
@@ -170,12 +170,24 @@ def test_jobs_wait_while_redis_is_away_and_run_when_it_is_back(
             assert ledger.read(job_id).state == "queued"
             running = Guarded(own_redis.part(), home / "logs" / "redis.log")
             running.wait_ready()
-            ledger.ends(job_id, "succeeded", 30)
+            ledger.ends(job_id, "succeeded")
             running.stop()
     finally:
         dispatcher.stop()
         thread.join(15)
     assert not thread.is_alive()
+
+
+def test_cut_connections_to_postgres_cost_nothing(ledger: Ledger, dispatcher: Dispatcher, worker: Process) -> None:
+    ledger.ends(ledger.add("effect"), "succeeded")
+
+    with ledger.sessions() as session:
+        cut = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = current_database()"
+        assert session.scalar(text(f"{cut} AND pid <> pg_backend_pid()")) >= 3
+    job_id = ledger.add("effect")
+
+    ledger.ends(job_id, "succeeded")
+    assert ledger.effects(job_id) == ["attempt 1"]
 
 
 def test_one_dispatcher_leads_and_the_next_takes_over_when_it_is_killed(settings: Settings, start: Start) -> None:

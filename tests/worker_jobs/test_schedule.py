@@ -78,6 +78,16 @@ def test_an_unanswered_heartbeat_raises_the_alarm(sessions: Sessions) -> None:
     assert [(line["log_level"], line["alarm"]) for line in said] == [("error", True)]
 
 
+def test_a_heartbeat_that_waits_for_busy_workers_raises_no_alarm(sessions: Sessions) -> None:
+    with capture_logs() as said, sessions.begin() as session:
+        schedule.heartbeat(session)
+        running = jobs.enqueue(session, "train", {}).id
+        session.execute(update(Job).where(Job.id == running).values(state="running"))
+        schedule.heartbeat(session)
+
+    assert [line["log_level"] for line in said] == ["info"]
+
+
 def rung_long_ago(sessions: Sessions) -> UUID:
     with sessions.begin() as session:
         job_id = jobs.enqueue(session, "heartbeat", {}).id
