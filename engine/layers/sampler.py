@@ -74,11 +74,11 @@ def _top_k_floor(scaled_RV: torch.Tensor, top_ks: Sequence[int]) -> torch.Tensor
     """The k-th best value of each row; equal values stay together, so the cut never depends on the batch."""
     vocabulary = scaled_RV.shape[1]
     ks = [min(k, vocabulary) if k > 0 else vocabulary for k in top_ks]
-    wanted = [k for k in ks if k < vocabulary]
-    if not wanted:
+    widest = max((k for k in ks if k < vocabulary), default=0)
+    if not widest:
         return scaled_RV.new_full((len(ks), 1), float("-inf"))
-    best_RK = scaled_RV.topk(max(wanted), dim=-1).values
-    index = torch.tensor([min(k, max(wanted)) - 1 for k in ks], device=scaled_RV.device)
+    best_RK = scaled_RV.topk(widest, dim=-1).values
+    index = torch.tensor([min(k, widest) - 1 for k in ks], device=scaled_RV.device)
     kth_R1 = best_RK.gather(1, index[:, None])
     unlimited = torch.tensor([k == vocabulary for k in ks], device=scaled_RV.device)
     return kth_R1.masked_fill(unlimited[:, None], float("-inf"))
