@@ -30,7 +30,7 @@ STAGES = {
     "deploy": "verified, flipped",
     "serving": "traffic on the new weights",
 }
-STAGE_OF_PHASE = {"evaluating": "evaluate", "deploying": "deploy", "live": "deploy", "refused": "evaluate"}
+STAGE_OF_PHASE = {"evaluating": "evaluate", "refused": "evaluate", "staging": "deploy", "live": "deploy"}
 
 
 class Display:

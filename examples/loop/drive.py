@@ -35,12 +35,11 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What is happening now, for whoever draws it. `run` is the admin API's row of the run, once there is one."""
+    """What is happening now, for whoever draws it; during a run, `stage` is the run's phase."""
 
     stage: str
     done: int
     total: int
-    run: dict[str, Any] | None = None
 
 
 Tell = Callable[[Progress], None]
@@ -54,6 +53,7 @@ def configure(platform: Platform, plan: Plan) -> None:
     """Short sampling windows, so that a few minutes hold several of them."""
     config: dict[str, Any] = {
         "window_seconds": plan.window_seconds,
+        "window_grace_seconds": 2,
         "review_budget": plan.judgements,
         "held_out_share": plan.held_out_share,
     }
@@ -75,7 +75,7 @@ def reviewers(platform: Platform, plan: Plan) -> Iterator[list[Reviewer]]:
             }  # fmt: skip
             answer = admin.post("/api/users", json=body)
             answer.raise_for_status()
-            link = urlsplit(answer.json()["sign_in_link"]).path
+            link = urlsplit(answer.json()["sign_in_url"]).path
             people.append(Reviewer(platform.console_url, link, plan.application, plan.application))
     try:
         yield people
@@ -124,10 +124,16 @@ def train(platform: Platform, plan: Plan, tell: Tell) -> UUID:
         answer.raise_for_status()
         run_id = UUID(answer.json()["id"])
         deadline = time.monotonic() + RUN_SECONDS
+        step, steps, seen = 0, 0, 0
         while time.monotonic() < deadline:
-            run = admin.get(f"/api/runs/{run_id}").raise_for_status().json()
-            progress = run.get("progress") or {}
-            tell(Progress(run["phase"], int(progress.get("step") or 0), int(progress.get("steps") or 0), run))
+            run = admin.get(f"/api/runs/{run_id}", params={"after": seen}).raise_for_status().json()
+            for event in run["events"]:
+                seen = event["id"]
+                if event["kind"] == "phase":
+                    step, steps = 0, 0
+                if event["kind"] == "progress":
+                    step, steps = event["payload"].get("step", 0), event["payload"].get("steps", 0)
+            tell(Progress(run["phase"], step, steps))
             if run["state"] not in UNFINISHED:
                 return run_id
             time.sleep(0.4)

@@ -115,7 +115,7 @@ def collect(session: Session, run_id: UUID, application: str) -> Report:
     flip = session.scalars(
         select(DeploymentEvent).where(
             DeploymentEvent.project_id == run.project_id, DeploymentEvent.to_digest == evaluation.candidate_digest,
-            DeploymentEvent.kind == "flipped",
+            DeploymentEvent.kind == "flip",
         )
     ).first()  # fmt: skip
     training = _training_span(session, run)
@@ -201,7 +201,7 @@ def _learned_from(session: Session, run: Run) -> dict[str, Any]:
         select(Annotation.id).where(Annotation.project_id == run.project_id, Annotation.verdict == "correct")
     ).all()
     report = run.preflight or {}
-    return {"corrections": len(corrections), "train_examples": int(report.get("train_rows", 0))}
+    return {"corrections": len(corrections), "train_examples": int(report.get("rows_trained", 0))}
 
 
 def _share(rows: list[Served]) -> Share:
