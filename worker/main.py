@@ -23,6 +23,7 @@ def main(arguments: list[str] | None = None, *, handlers: Mapping[str, Handler] 
     settings = Settings()
     logs.configure(settings.log_level)
     # Celery's own choice is to wait for running jobs, which may train for hours; ours can always be run again.
+    # It reads this when its worker is first imported, which `app.Worker` below does.
     os.environ["REMAP_SIGTERM"] = "SIGQUIT"
     app = make_app(settings, handlers=handlers)
     Watchdog(settings.database_dsn, options.queue, options.concurrency).start()
