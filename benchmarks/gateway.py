@@ -19,6 +19,9 @@ from typing import Any
 import psutil
 from sqlalchemy import func, select
 
+from engine.client import EngineClient
+from engine.messages import Generate, Sampling
+from engine.text.tokenizer import Tokenizer
 from migrations.run import upgrade
 from services.gateway.log_spool import LogSpool
 from services.gateway.spool_format import frame
@@ -27,7 +30,7 @@ from services.platform.paths import prepare_home, temporary_home
 from services.platform.postgres import PostgresServer
 from services.platform.process import Guarded
 from services.store import partitions
-from services.store.base import make_sessions
+from services.store.base import make_sessions, uuid7
 from services.store.models import Interaction
 from tests.gateway.parts import TEMPLATE, World, make_world
 from tests.gateway.test_spool import admitted, final
@@ -35,6 +38,7 @@ from tests.gateway.test_spool import admitted, final
 CONCURRENCY = 16
 TOKENS = 50
 STEP_MS = 5.0
+CONTENT = "Anna Berg met the council of Oslo on 3 May. " * 6
 
 
 def main() -> None:
@@ -49,6 +53,7 @@ def main() -> None:
             "spool": measure_spool(seconds / 2),
             "http": measure_requests(postgres, seconds),
             "token_latency": measure_tokens(postgres, seconds),
+            "share_of_engine": measure_share(postgres, seconds),
         }
     print(json.dumps(report, indent=1))
 
@@ -132,6 +137,42 @@ def measure_tokens(postgres: PostgresServer, seconds: float) -> dict[str, Any]:
     }
 
 
+def measure_share(postgres: PostgresServer, seconds: float) -> dict[str, Any]:
+    """The starter model at full speed: asked over the engine's socket, then through the gateway with its log."""
+    with make_world(postgres, real_engine=True, WHET_MODEL="starter", WHET_PRECISION="auto") as world:
+        gateway = start_all(world)
+        alone = asyncio.run(engine_alone(world, seconds))
+        spent = cpu_seconds(gateway)
+        body = {"max_tokens": TOKENS, "stream": True, "ignore_eos": True}
+        through = asyncio.run(closed_loop(world, seconds, body))
+        spent = cpu_seconds(gateway) - spent
+    return {
+        "concurrency": CONCURRENCY,
+        "engine_tokens_per_second": round(alone),
+        "gateway_tokens_per_second": round(len(through) / seconds),
+        "share": round(len(through) / seconds / alone, 3),
+        "gateway_cpu_us_per_token": round(spent / len(through) * 1e6, 1),
+    }
+
+
+async def engine_alone(world: World, seconds: float) -> float:
+    """Tokens a second over the engine's own socket, with the gateway's prompt and no sampling differences."""
+    tokenizer = Tokenizer.load(world.settings.model_path)
+    prompt = tokenizer.encode_chat([{"role": "user", "content": CONTENT}])
+    until = time.monotonic() + seconds
+    counts: list[int] = []
+
+    async def one(client: EngineClient) -> None:
+        while time.monotonic() < until:
+            sampling = Sampling(seed=len(counts), max_tokens=TOKENS)
+            done = await client.complete(Generate(id=uuid7().hex, prompt=prompt, sampling=sampling))
+            counts.append(len(done.token_ids))
+
+    async with EngineClient(world.settings.engine_socket) as client:
+        await asyncio.gather(*(one(client) for _ in range(CONCURRENCY)))
+    return sum(counts) / seconds
+
+
 def start_all(world: World, *engine_options: str) -> psutil.Process:
     """Everything up; returns the gateway's process."""
     world.start_engine(*engine_options)
@@ -151,8 +192,7 @@ def landed(world: World) -> int:
 
 async def closed_loop(world: World, seconds: float, fields: dict[str, Any]) -> list[float]:
     """Seconds each request took, or of a stream, seconds each token was on its way."""
-    content = "the meeting with Anna Berg in Oslo is on 3 May" * 4
-    body = {"model": "entities", "messages": [{"role": "user", "content": content}], **fields}
+    body = {"model": "entities", "messages": [{"role": "user", "content": CONTENT}], **fields}
     payload = json.dumps(body).encode()
     head = (
         f"POST /v1/chat/completions HTTP/1.1\r\nHost: bench\r\nAuthorization: Bearer {world.keys['app']}\r\n"
@@ -186,13 +226,15 @@ async def one_client(port: int, request: bytes, until: float) -> list[float]:
 
 
 async def read_stream(reader: asyncio.StreamReader, seen: list[float]) -> None:
-    """Chunks to the end; every one that carries a stamped token adds its delay."""
+    """Chunks to the end: every one with text adds its delay when the engine stamped it, else the time it came."""
     while size := int(await reader.readline(), 16):
         data = await reader.readexactly(size + 2)
         now = time.monotonic()
-        _, found, rest = data.partition(b'"logprob":')
-        if found:
+        _, stamped, rest = data.partition(b'"logprob":')
+        if stamped:
             seen.append(now - float(rest[: rest.index(b",")]))
+        elif b'"content":"' in data and b'"role"' not in data:
+            seen.append(now)
     await reader.readline()
 
 

@@ -115,7 +115,7 @@ class World:
                 "tests.gateway.fake_engine", settings.engine_socket, f"--step-ms={self.step_ms}", *fake_options
             )
         options = {"model": settings.model_path, "socket": settings.engine_socket, "artifacts": settings.artifacts,
-                   "precision": "fp32", "threads": 1}  # fmt: skip
+                   "precision": settings.precision, "threads": 1}  # fmt: skip
         return self.start("engine.process", *(f"--{name}={value}" for name, value in options.items()))
 
     def start_gateway(self, **environment: str) -> Process:
@@ -202,7 +202,7 @@ def make_world(
         write_model(home / "model") if real_engine else write_tokenizer(home / "model")
         environment = _inherited() | {
             "WHET_HOME": str(home), "DATABASE_URL": url, "WHET_MODEL": str(home / "model"),
-            "WHET_GATEWAY_PORT": str(free_port()), **environment,
+            "WHET_GATEWAY_PORT": str(free_port()), "WHET_PRECISION": "fp32", **environment,
         }  # fmt: skip
         world = World(_settings(environment), sessions, environment, real_engine, step_ms)
         try:
