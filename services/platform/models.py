@@ -1,5 +1,7 @@
 """Makes sure the chosen model is on this machine before anything starts."""
 
+from pathlib import Path
+
 from services.errors import Unavailable
 from services.settings import Settings
 
@@ -8,14 +10,22 @@ WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
 def ensure(settings: Settings) -> None:
-    """Download a Hugging Face model that is not here yet. Raises Unavailable when it cannot be had."""
-    try:
-        path = settings.model_path
-    except ValueError:
+    """Download a Hugging Face model that is not here, or only in part. Raises Unavailable when it cannot be had."""
+    local = settings.model == "starter" or Path(settings.model).expanduser().is_dir()
+    if not local and not _is_whole(settings):
         _download(settings.model)
-        path = settings.model_path
+    path = settings.model_path
     if not (path / "config.json").is_file():
         raise Unavailable(f"{path} holds no model: config.json is missing")
+    if not any(path.glob("*.safetensors")):
+        raise Unavailable(f"{path} holds no weights as safetensors, the only form Whet loads")
+
+
+def _is_whole(settings: Settings) -> bool:
+    try:
+        return any(settings.model_path.glob("*.safetensors"))
+    except ValueError:
+        return False
 
 
 def _download(model: str) -> None:

@@ -82,6 +82,19 @@ def test_up_refuses_a_directory_without_a_model(home: Path, tmp_path: Path) -> N
     assert "config.json is missing" in result.stderr
 
 
+def test_up_refuses_weights_that_are_not_safetensors(home: Path, model_directory: Path) -> None:
+    (model_directory / "model.safetensors").rename(model_directory / "pytorch_model.bin")
+    result = whet("up", "--home", str(home), "--model", str(model_directory))
+    assert result.exit_code == 1
+    assert "no weights as safetensors" in result.stderr
+
+
+def test_up_says_when_a_model_is_nowhere(home: Path) -> None:
+    result = whet("up", "--home", str(home), "--model", "nobody/no-such-model")
+    assert result.exit_code == 1
+    assert "'nobody/no-such-model' is neither `starter`, nor a directory, nor could it be downloaded" in result.stderr
+
+
 def test_commands_without_credentials_say_where_they_come_from(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WHET_HOME", str(home))
     result = whet("runs")
@@ -156,4 +169,5 @@ def model_directory(tmp_path: Path) -> Path:
     made = tmp_path / "model"
     made.mkdir()
     (made / "config.json").write_text("{}")
+    (made / "model.safetensors").touch()
     return made
