@@ -12,6 +12,7 @@ from services.store.base import Base, Key, Now, one_of, uuid7
 
 ROLES = ("viewer", "reviewer", "lead", "operator", "admin")
 SCOPES = ("infer", "feedback", "review", "train", "admin")
+ENDPOINTS = ("chat.completions", "completions")
 ORIGINS = ("live", "pinned", "cached", "shadow", "evaluation")
 VERDICTS = ("accept", "correct", "reject", "skip", "escalate", "undo")
 STRATEGIES = ("negative_feedback", "low_confidence", "schema_failure", "disagreement", "novelty", "uniform")
@@ -111,6 +112,7 @@ class Interaction(Base):
     __tablename__ = "interaction"
     __table_args__ = (
         one_of("origin", *ORIGINS),
+        one_of("endpoint", *ENDPOINTS),
         Index(None, "project_id", text("id DESC")),
         {"postgresql_partition_by": "RANGE (id)"},
     )

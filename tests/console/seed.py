@@ -4,7 +4,7 @@ import random
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sqlalchemy.orm import Session
 
@@ -21,6 +21,7 @@ from services.store.models import (
     InteractionBody,
     Project,
     ReviewItem,
+    Revision,
     Run,
     UserAccount,
 )
@@ -41,7 +42,7 @@ class Person(NamedTuple):
     token: str
 
 
-def project(session: Session, slug: str = "entities", name: str = "Named entities", **config: Any) -> Project:
+def project(session: Session, slug: str = "entities", name: str = "Named entities", **config: object) -> Project:
     """A project with tags and guidelines."""
     return projects.create(session, slug, name, config={"tags": TAGS, "guidelines": GUIDELINES} | config)
 
@@ -62,14 +63,14 @@ def interaction(
     messages: list[dict[str, str]] | None = None,
     ago: timedelta = timedelta(),
     digest: str | None = None,
-    **values: Any,
+    **values: object,
 ) -> Interaction:
     """One logged answer, `ago` before now."""
     started = datetime.now(UTC) - ago
     identity = uuid7(started.timestamp())
     row = {
         "origin": "live", "base_digest": BASE, "generation": 1, "namespace": str(project_id),
-        "endpoint": "/v1/chat/completions", "stream": True, "finish_reason": "stop", "prompt_tokens": 84,
+        "endpoint": "chat.completions", "stream": True, "finish_reason": "stop", "prompt_tokens": 84,
         "completion_tokens": max(1, len(output) // 4), "cached_tokens": 0, "drafted_tokens": 0, "accepted_tokens": 0,
         "ttft_ms": 21.5, "latency_ms": 143.0, "longest_gap_ms": 9.1, "mean_logprob": -0.21, "min_logprob": -2.4,
         "group_key": str(identity), "config_hash": "c" * 64, "started_at": started,
@@ -88,7 +89,7 @@ def interaction(
     return made
 
 
-def item(session: Session, logged: Interaction, *, overlap: int = 1, priority: int = 0, **values: Any) -> ReviewItem:
+def item(session: Session, logged: Interaction, *, overlap: int = 1, priority: int = 0, **values: object) -> ReviewItem:
     """A place in the queue for an interaction."""
     row = {
         "strategy": "uniform", "window": "2026-01-01T00:00:00Z/2026-01-01T01:00:00Z", "stratum_size": 10,
@@ -192,7 +193,7 @@ def _judged(
     return drafts
 
 
-def _revision(session: Session, made: Project, drafts: Sequence[datasets.Draft]) -> Any:
+def _revision(session: Session, made: Project, drafts: Sequence[datasets.Draft]) -> Revision:
     golden = datasets.get_or_create(session, made.id, "golden")
     report = {"left_out": {"repeats another example": 3, "accepted beyond their share": 2}}
     first = datasets.add_examples(session, made.id, drafts[: len(drafts) // 2])
@@ -200,7 +201,7 @@ def _revision(session: Session, made: Project, drafts: Sequence[datasets.Draft])
     return datasets.create_revision(session, golden, datasets.add_examples(session, made.id, drafts), report)
 
 
-def _run(session: Session, made: Project, revision: Any, dice: random.Random, *, digest: str, loss: float) -> Run:
+def _run(session: Session, made: Project, revision: Revision, dice: random.Random, *, digest: str, loss: float) -> Run:
     run = runs.start(session, made, params={}, created_by="lead@example.org", revision=revision)
     for phase in ("building the revision", "checking", "training"):
         runs.enter_phase(session, run, phase)
@@ -227,7 +228,7 @@ def _run(session: Session, made: Project, revision: Any, dice: random.Random, *,
     return run
 
 
-def _evaluate(session: Session, run: Run, revision: Any, dice: random.Random, *, share: float) -> Evaluation:
+def _evaluate(session: Session, run: Run, revision: Revision, dice: random.Random, *, share: float) -> Evaluation:
     evaluation = evaluations.create(
         session, run, revision_id=revision.id, candidate_digest=run.artifact_digest or "", baseline_digest=None
     )
@@ -270,7 +271,7 @@ def _evaluate(session: Session, run: Run, revision: Any, dice: random.Random, *,
     return evaluation
 
 
-def _promoted(session: Session, made: Project, revision: Any, dice: random.Random) -> None:
+def _promoted(session: Session, made: Project, revision: Revision, dice: random.Random) -> None:
     run = _run(session, made, revision, dice, digest=uuid.uuid5(made.id, "good").hex * 2, loss=1.6)
     _evaluate(session, run, revision, dice, share=0.92)
     digest = run.artifact_digest or ""
@@ -286,7 +287,7 @@ def _promoted(session: Session, made: Project, revision: Any, dice: random.Rando
     interaction(session, made.id, output='{"people": ["Ivy Stone"]}', messages=messages, digest=digest, generation=2)
 
 
-def _refused(session: Session, made: Project, revision: Any, dice: random.Random) -> None:
+def _refused(session: Session, made: Project, revision: Revision, dice: random.Random) -> None:
     run = _run(session, made, revision, dice, digest=uuid.uuid5(made.id, "bad").hex * 2, loss=0.9)
     _evaluate(session, run, revision, dice, share=0.05)
     runs.finish(session, run, "succeeded", "refused")
