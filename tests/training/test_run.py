@@ -23,7 +23,7 @@ from worker.curation.build import build_revision
 from worker.training.child import TrainerDied
 from worker.training.run import train_job
 
-QUICK = {"rank": 8, "alpha": 16, "lr": 0.02, "epochs": 10, "batch_size": 8, "max_length": 64}
+QUICK = {"rank": 8, "alpha": 16, "lr": 0.01, "epochs": 10, "batch_size": 8, "max_length": 64}
 ENDLESS = QUICK | {"epochs": 100, "batch_size": 1}
 
 

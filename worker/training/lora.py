@@ -23,6 +23,7 @@ from worker.training.spec import REFUSED, Progress, Report, Spec, Stage, decode_
 REPORTS = 50
 PR_SET_PDEATHSIG = 1
 NICENESS = 10
+EAGER_TOKENS = 512
 
 
 class Refused(RuntimeError):
@@ -76,7 +77,10 @@ def train(spec: Spec, report: Callable[[Report], None]) -> None:
     if spec.device == "cuda" and not on_gpu:
         raise Refused("WHET_DEVICE is cuda, but torch sees no CUDA device")
     dtype = torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(spec.model, dtype=dtype)
+    longest = max(len(row["input_ids"]) for row in rows)
+    model = AutoModelForCausalLM.from_pretrained(
+        spec.model, dtype=dtype, attn_implementation=_attention(longest, on_gpu=on_gpu)
+    )
     trainer = _trainer(spec, model, tokenizer, Dataset.from_list(rows), report, on_gpu=on_gpu)
     if len(trainer.train_dataset) != len(rows):  # TRL drops rows it finds fully masked, silently
         raise Refused(f"{len(rows)} rows went in, {len(trainer.train_dataset)} would be trained")
@@ -157,6 +161,12 @@ def planned_steps(rows: int, spec: Spec) -> int:
     """Optimiser steps of the whole run."""
     steps = max(1, math.ceil(spec.epochs * math.ceil(rows / spec.batch_size)))
     return min(steps, spec.max_steps) if spec.max_steps else steps
+
+
+def _attention(longest: int, *, on_gpu: bool) -> str:
+    """On CPU the plain kernel took 0.31 s of processor time a step of 8 x 150 tokens, torch's fused one 0.40; it needs
+    memory for the square of the length, though."""
+    return "sdpa" if on_gpu or longest > EAGER_TOKENS else "eager"
 
 
 def _bf16_pays(on_gpu: bool) -> bool:
