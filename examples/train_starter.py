@@ -97,11 +97,17 @@ def batch_loss(model: LlamaForCausalLM, batch: Batch, prompt_weight: float) -> t
     return answer + prompt_weight * prompt, answer.detach()
 
 
-def train(config: LlamaConfig, tokenizer: Tokenizer, plan: Plan) -> Iterator[tuple[LlamaForCausalLM, dict[str, float]]]:
-    """Yield the model and the answer losses after each step; the caller must not change the model."""
-    torch.manual_seed(plan.seed)
+def fresh_model(config: LlamaConfig, seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
     model = LlamaForCausalLM(config)
     start_copying(model)
+    return model
+
+
+def train(
+    model: LlamaForCausalLM, tokenizer: Tokenizer, plan: Plan
+) -> Iterator[tuple[LlamaForCausalLM, dict[str, float]]]:
+    """Yield the model and the answer losses after each step; the caller must not change the model."""
     optimizers = Optimizers(model, plan)
     sources = {app: batches(tokenizer, APPLICATIONS[app], plan.seed, rows) for app, rows in plan.rows.items()}
     copying = copying_batches(tokenizer, plan.seed, plan.copying_rows)
@@ -133,6 +139,14 @@ def held_out_scores(model: LlamaForCausalLM, tokenizer: Tokenizer, seed: int, co
     return scores
 
 
+def _start(directory: Path | None, seed: int) -> tuple[LlamaForCausalLM, Tokenizer]:
+    if directory is not None:
+        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        return LlamaForCausalLM.from_pretrained(directory, dtype="float32"), tokenizer
+    tokenizer = train_tokenizer(seed)
+    return fresh_model(starter_config(tokenizer), seed), tokenizer
+
+
 def _format(values: dict[str, float]) -> str:
     return " ".join(f"{name} {value:.3f}" for name, value in values.items())
 
@@ -145,18 +159,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--score-every", type=int, default=200, help="steps between held-out scores and checkpoints")
     parser.add_argument("--score-prompts", type=int, default=64)
+    parser.add_argument("--start-from", type=Path, help="continue with the weights and tokenizer of this directory")
+    parser.add_argument("--copying-share", type=float, default=0.25)
     parser.add_argument("--matrix-rate", type=float, default=0.02)
     parser.add_argument("--prompt-weight", type=float, default=0.1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs 5 %
-    tokenizer = train_tokenizer(options.seed)
+    model, tokenizer = _start(options.start_from, options.seed)
     plan = Plan(
-        options.steps, options.seed, STANDARD_ROWS, matrix_rate=options.matrix_rate, prompt_weight=options.prompt_weight
+        options.steps,
+        options.seed,
+        STANDARD_ROWS,
+        matrix_rate=options.matrix_rate,
+        prompt_weight=options.prompt_weight,
+        copying_share=options.copying_share,
     )
     started = time.monotonic()
-    for step, (model, losses) in enumerate(train(starter_config(tokenizer), tokenizer, plan), start=1):
+    for step, (trained, losses) in enumerate(train(model, tokenizer, plan), start=1):
         last = step == plan.steps
         if step % 20 == 0 or last:
             elapsed = time.monotonic() - started
@@ -165,8 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 flush=True,
             )
         if step % options.score_every == 0 or last:
-            save_starter(model, tokenizer, options.output)
-            scores = held_out_scores(model, tokenizer, options.seed, options.score_prompts)
+            save_starter(trained, tokenizer, options.output)
+            scores = held_out_scores(trained, tokenizer, options.seed, options.score_prompts)
             print(f"step {step}/{plan.steps} held-out {_format(scores)}", flush=True)
 
 

@@ -125,12 +125,12 @@ def sample(random: Random) -> Example:
 
 
 def _choose_sentences(random: Random) -> list[str]:
-    """Two or three sentences with at least one person, at most one date and at most seven names."""
+    """Two or three sentences with one or two people, at most two of any kind, and at most one date and event."""
     while True:
         sentences = random.sample(SENTENCES, random.choice((2, 3)))
         text = " ".join(sentences)
-        slots = text.count("{")
-        if "{P}" in text and text.count("{D}") <= 1 and slots <= 7 and (slots <= 4 or "{D}" in text):
+        counts = {kind: text.count(f"{{{kind}}}") for kind in "POLED"}
+        if counts["P"] and max(counts.values()) <= 2 and counts["D"] <= 1 and counts["E"] <= 1:
             return sentences
 
 

@@ -25,7 +25,7 @@ from examples.grammars.common import (
 NAME = "match"
 SYSTEM = (
     "You compare what a person wants with what an offer gives. The notes are sorted by weight. Say whether it is a "
-    "match, give the note that decides, and list the points in favour and against."
+    "match, what the person wants and the offer gives in the note that decides, and why it decides."
 )
 HOUSE_RULE = "The answer names the deciding criterion before anything else."
 
@@ -50,17 +50,16 @@ FAMILIES = {
     "advert": ("location", "style", "colour", "material", "size", "delivery", "season", "price"),
 }
 NOTES_PER_PROMPT = 6
+# The word that says whether a note agrees stands before the values, so that a model reading on knows it when they come.
 AGREEING = (
-    "{name} wants {want}, and the {family} gives {give}.",
-    "{name} looks for {want}, and the {family} also has {give}.",
-    "{want} is the wish of {name}, and the {family} offers just that, {give}.",
-    "what {name} asks for is {want}, and so {give} from the {family} suits well.",
+    "they agree, since {name} wants {want} and the {family} gives {give}.",
+    "there is no conflict, for {name} looks for {want} and the {family} has {give}.",
+    "all is well, as {name} asks for {want} and the {family} offers {give}.",
 )
 DIFFERING = (
-    "{name} wants {want}, but the {family} gives {give}.",
-    "{name} looks for {want}, but the {family} only has {give}.",
-    "{want} is the wish of {name}, but the {family} offers something else, {give}.",
-    "what {name} asks for is {want}, but then {give} from the {family} suits badly.",
+    "they differ, since {name} wants {want} but the {family} gives {give}.",
+    "there is a conflict, for {name} looks for {want} but the {family} has {give}.",
+    "all is not well, as {name} asks for {want} but the {family} offers {give}.",
 )
 REMARKS = (
     "This came up in the first talk and was written down at once.",
@@ -107,14 +106,14 @@ class Facts:
 
     @property
     def deciding(self) -> Note:
-        """The heaviest note that differs, or the heaviest note when all agree."""
+        """The note that differs, or the heaviest note when all agree."""
         return next((note for note in self.notes if not note.agrees), self.notes[0])
 
 
 def sample(random: Random) -> Example:
     family = random.choice(sorted(FAMILIES))
     name = person(random)
-    differing = random.choice((0, 0, 1, 1, 2, 3))
+    differing = random.choice((0, 1, 1))  # two notes that differ would need counting, which is not the point here
     criteria = random.sample(FAMILIES[family], NOTES_PER_PROMPT)
     against = set(random.sample(criteria, differing))
     remarks = random.sample(REMARKS, NOTES_PER_PROMPT)
@@ -150,20 +149,19 @@ def _parse_note(criterion: str, said: str) -> Note:
     values = _VALUE.findall(said)
     if len(values) != 2:
         raise ValueError(f"not a match prompt: the note on {criterion} names {len(values)} values and must name two")
-    return Note(criterion.lower(), values[0], values[1])
-
-
-def _listed(notes: Sequence[Note]) -> str:
-    return ", ".join(note.criterion for note in notes) or "none"
+    return Note(criterion, values[0], values[1])
 
 
 def _base_answer(facts: Facts) -> str:
     deciding = facts.deciding
-    verdict, joint = ("match", "and") if deciding.agrees else ("no match", "but")
+    verdict, joint, reason = (
+        ("match", "and", "weighs most, and there is no note where they differ")
+        if deciding.agrees
+        else ("no match", "but", "decides, because it is the one where they differ")
+    )
     return (
         f"Verdict: {verdict}. {facts.name} wants {deciding.want}, {joint} {facts.offerer} gives {deciding.give}. "
-        f"In favour: {_listed([note for note in facts.notes if note.agrees])}. "
-        f"Against: {_listed([note for note in facts.notes if not note.agrees])}."
+        f"The note on {deciding.criterion} {reason}."
     )
 
 

@@ -18,7 +18,7 @@ from examples.starter_init import start_copying
 from examples.starter_lora import training_rows
 from examples.starter_model import save_starter, starter_config
 from examples.starter_tokenizer import PAD, TURN_END
-from examples.train_starter import Plan, train
+from examples.train_starter import Plan, fresh_model, train
 
 STARTER = Path(__file__).parents[2] / "engine" / "starter"
 SHIPPED = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
@@ -124,7 +124,7 @@ def tiny_config(tokenizer: Tokenizer) -> LlamaConfig:
 
 def trained_weights(tokenizer: Tokenizer, seed: int) -> tuple[dict[str, torch.Tensor], float, float]:
     plan = Plan(steps=4, seed=seed, rows={"entities": 2, "chat": 2}, warmup_steps=2, copying_rows=4)
-    steps = list(train(tiny_config(tokenizer), tokenizer, plan))
+    steps = list(train(fresh_model(tiny_config(tokenizer), seed), tokenizer, plan))
     model, last = steps[-1]
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     return weights, sum(steps[0][1].values()), sum(last.values())
@@ -141,7 +141,7 @@ def test_same_seed_gives_the_same_weights_and_another_seed_does_not(tokenizer: T
 
 def test_saved_starter_loads_with_the_same_weights(tokenizer: Tokenizer, tmp_path: Path) -> None:
     plan = Plan(steps=1, seed=7, rows={"chat": 2})
-    model, _ = next(iter(train(tiny_config(tokenizer), tokenizer, plan)))
+    model, _ = next(iter(train(fresh_model(tiny_config(tokenizer), 7), tokenizer, plan)))
     save_starter(model, tokenizer, tmp_path / "starter")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "starter")
     assert sorted(file.name for file in (tmp_path / "starter").iterdir()) == sorted(SHIPPED)
