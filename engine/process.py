@@ -13,6 +13,7 @@ import time
 from contextlib import suppress
 from types import FrameType
 
+BEGAN = time.monotonic()  # before torch, whose import is most of the start
 # Two torch processes that spin while waiting starve each other; this must be set before OpenMP starts.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -184,10 +185,11 @@ def keep_heap() -> None:
 
 def main() -> int:
     """Load, say so, serve until SIGTERM or SIGINT."""
-    began = time.monotonic()
     config = parse()
     os.umask(0o077)
     keep_heap()
+    # The thread that reads adapters may hold the interpreter this long while a step wants to launch its next kernel.
+    sys.setswitchinterval(0.0005)
     try:
         process = EngineProcess(config)
     except (ValueError, OSError, RuntimeError, zmq.ZMQError) as error:
@@ -196,7 +198,7 @@ def main() -> int:
     process.heed_signals()
     status = msgspec.to_builtins(process.engine.status("start"))
     kept = ("base", "model", "dtype", "device", "threads", "max_context", "blocks_total", "slots_total", "pid")
-    log("engine_ready", seconds=round(time.monotonic() - began, 2), **{name: status[name] for name in kept})
+    log("engine_ready", seconds=round(time.monotonic() - BEGAN, 2), **{name: status[name] for name in kept})
     try:
         process.run()
     finally:

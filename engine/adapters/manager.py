@@ -35,13 +35,17 @@ class AdapterManager:
         return digest in self._loads
 
     def load(self, digest: str, path: str, answer: Answer) -> None:
-        """Make `digest` ready. Loading one that is ready answers at once; a second load joins the first."""
+        """Make `digest` ready. One that is ready or draining is answered at once; a second load joins the first."""
         if self.slots.ready(digest):
             answer("")
         elif digest in self._loads:
             self._loads[digest].answers.append(answer)
         elif self.slots.get(digest) is not None:
-            answer("this adapter is being unloaded; load it again when its last request has finished")
+            # A roll-back right after a swap: the old adapter is still here, serving its last requests.
+            self.slots.revive(digest)
+            for waiting in self._unloads.pop(digest, []):
+                waiting("the adapter was loaded again before its last request had finished")
+            answer("")
         else:
             future = self._thread.submit(self.reader.read, digest, path)
             self._loads[digest] = Load(future, [answer])

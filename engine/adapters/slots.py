@@ -65,6 +65,10 @@ class AdapterSlots:
         if not resident.references:
             self._evict(resident)
 
+    def revive(self, digest: str) -> None:
+        """Open a draining adapter for new requests again."""
+        self._residents[digest].draining = False
+
     def make_room(self) -> bool:
         """Whether a slot is free now, after evicting the least recently used unreferenced adapter if need be.
 

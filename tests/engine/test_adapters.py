@@ -196,6 +196,18 @@ def test_an_unload_is_answered_when_the_last_request_has_finished(core: Engine, 
     assert core.adapters.slots.get(digest) is None
 
 
+def test_an_adapter_loaded_again_while_draining_serves_on(core: Engine, make_artifact: ArtifactMaker) -> None:
+    digest = make_artifact(1)
+    load(core, digest)
+    core.submit(b"c", Generate(id="running", prompt=[5, 6, 7], adapter=digest, sampling=GREEDY))
+    core.step()
+    core.unload_adapter(b"c", UnloadAdapter(id="u", digest=digest))
+    assert load(core, digest) == ""
+    assert "loaded again" in settle(core, "u")
+    assert run(core, "next", digest).finished.reason == "length"
+    assert core.adapters.slots.ready(digest)
+
+
 def test_the_least_recently_used_idle_adapter_makes_room(core: Engine, make_artifact: ArtifactMaker) -> None:
     first, second, third = (make_artifact(seed) for seed in (1, 2, 3))
     load(core, first)
