@@ -13,11 +13,11 @@ import time
 from contextlib import suppress
 from types import FrameType
 
-BEGAN = time.monotonic()  # before torch, whose import is most of the start
 # Two torch processes that spin while waiting starve each other; this must be set before OpenMP starts.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import msgspec
+import psutil
 import zmq
 
 from engine.config import EngineConfig, parse
@@ -198,7 +198,9 @@ def main() -> int:
     process.heed_signals()
     status = msgspec.to_builtins(process.engine.status("start"))
     kept = ("base", "model", "dtype", "device", "threads", "max_context", "blocks_total", "slots_total", "pid")
-    log("engine_ready", seconds=round(time.monotonic() - BEGAN, 2), **{name: status[name] for name in kept})
+    # Importing torch is most of the start, so the clock starts with the process.
+    seconds = round(time.time() - psutil.Process().create_time(), 2)
+    log("engine_ready", seconds=seconds, **{name: status[name] for name in kept})
     try:
         process.run()
     finally:
