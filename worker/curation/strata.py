@@ -60,7 +60,8 @@ def quotas(sizes: Mapping[str, int], budget: int, uniform_share: float) -> dict[
     at least its share, the rest by precedence."""
     quota = {name: min(size, max(1, ceil(LEAST_SHARE * budget))) for name, size in sizes.items() if size}
     if UNIFORM in quota:
-        quota[UNIFORM] = max(quota[UNIFORM], min(sizes[UNIFORM], ceil(uniform_share * budget)))
+        left = budget - sum(count for name, count in quota.items() if name != UNIFORM)
+        quota[UNIFORM] = max(quota[UNIFORM], min(sizes[UNIFORM], ceil(uniform_share * budget), left))
     for name in PRECEDENCE:
         if name in quota:
             quota[name] += max(0, min(sizes[name] - quota[name], budget - sum(quota.values())))
