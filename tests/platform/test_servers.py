@@ -102,8 +102,8 @@ def test_a_link_in_place_of_the_socket_directory_is_refused(tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("as_root")
-def test_root_is_told_when_the_servers_account_cannot_reach_the_home(tmp_path: Path) -> None:
-    closed = tmp_path / "closed"
+def test_root_is_told_when_the_servers_account_cannot_reach_the_home(home: Path) -> None:
+    closed = home / "closed"
     closed.mkdir(mode=0o700)
     with pytest.raises(Unavailable, match="cannot enter"):
         prepare_home(closed / "h", Path(closed / "h" / "run"), server_account())
