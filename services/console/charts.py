@@ -4,6 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+# The smallest span drawn, relative to the numbers: below it floats run out of steps between two ticks.
+FINEST = 1e-9
+
 
 class Spark(NamedTuple):
     """Bars of a sparkline: x, y, width, height."""
@@ -62,15 +65,14 @@ def spark(values: Sequence[float], width: int = 120, height: int = 28) -> Spark:
     return Spark(width, height, bars)
 
 
-def line_chart(
-    points: Sequence[tuple[float, float]], width: int = 520, height: int = 190, *, zero: bool = True
-) -> Line:
-    """A line through (x, y) points in order. `zero` lets the y axis start at 0."""
-    left, right, top, bottom = 46, 12, 12, height - 26
+def line_chart(points: Sequence[tuple[float, float]], width: int = 320, height: int = 170) -> Line:
+    """A line through (x, y) points in order, over a y axis that holds 0. Points that are no numbers are left out."""
+    left, right, top, bottom = 46, 8, 10, height - 26
     finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
     xs, ys = [x for x, _ in finite] or [0.0, 1.0], [y for _, y in finite] or [0.0, 1.0]
-    x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
-    y_marks = ticks(0.0 if zero else min(ys), max(ys), 4)
+    x_low = min(xs)
+    x_high = max(max(xs), x_low + max(1.0, FINEST * abs(x_low)))
+    y_marks = ticks(min(0.0, *ys), max(0.0, *ys), 4)
     y_low, y_high = y_marks[0], y_marks[-1]
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -104,8 +106,7 @@ def forest(intervals: Sequence[tuple[float, float, float]], width: int = 360, ma
 
 def ticks(low: float, high: float, wanted: int) -> list[float]:
     """Round numbers that cover [low, high], about `wanted` of them."""
-    if high <= low:
-        high = low + (abs(low) or 1.0)
+    high = max(high, low + FINEST * max(1.0, abs(low), abs(high)))
     rough = (high - low) / wanted
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
@@ -115,6 +116,6 @@ def ticks(low: float, high: float, wanted: int) -> list[float]:
 
 def label(value: float) -> str:
     """A tick's label without needless digits."""
-    if value and abs(value) < 1e-3:
+    if value and abs(value) < 1e-4:
         return f"{value:.0e}".replace("e-0", "e−").replace("e-", "e−")
     return f"{value:,.4g}".replace("-", "−")

@@ -16,7 +16,7 @@ router = APIRouter()
 @router.get("/sign-in")
 def ask(request: Request, here: Anyone) -> Response:
     """Where somebody without a session lands."""
-    if here.user_or_none is not None:
+    if access.signed_in(request, here.session) is not None:
         return RedirectResponse("/", status_code=303)
     return page(request, here, "sign_in.html", {"token": None, "refused": None})
 

@@ -1,0 +1,210 @@
+"""The JSON API: what the CLI asks for, and everything it must refuse."""
+
+from collections.abc import Callable, Sequence
+from uuid import UUID, uuid4
+
+import pytest
+from sqlalchemy import select
+from starlette.testclient import TestClient
+
+from services.store import keys, people
+from services.store.base import Sessions
+from services.store.models import AuditEvent, Job, Project, Run
+from tests.console import seed
+from tests.console.conftest import PEPPER
+
+MakeApi = Callable[..., TestClient]
+
+
+@pytest.fixture
+def api_of(client: TestClient, sessions: Sessions) -> MakeApi:
+    """`api_of(["train"], project.id)` is a client with such a key."""
+
+    def made(scopes: Sequence[str], project_id: UUID | None = None) -> TestClient:
+        with sessions.begin() as session:
+            _, key = keys.create(session, pepper=PEPPER.encode(), name="t", scopes=scopes, project_id=project_id)
+        other = TestClient(client.app, base_url="http://console")
+        other.headers["authorization"] = f"Bearer {key}"
+        return other
+
+    return made
+
+
+@pytest.fixture
+def admin(api_of: MakeApi) -> TestClient:
+    return api_of(["admin"])
+
+
+# --- the happy path ---------------------------------------------------------------------------------------
+
+
+def test_a_run_is_started_followed_and_cancelled(api_of: MakeApi, project: Project) -> None:
+    trainer = api_of(["train"])
+    started = trainer.post("/api/p/entities/runs", json={"params": {"epochs": 1}})
+    assert started.status_code == 201
+    run = started.json()
+    assert (run["state"], run["params"]["epochs"]) == ("queued", 1)
+    assert trainer.post("/api/p/entities/runs", json={}).status_code == 409
+    shown = trainer.get(f"/api/runs/{run['id']}").json()
+    assert [event["kind"] for event in shown["events"]] == ["phase"]
+    newest = shown["events"][-1]["id"]
+    assert trainer.get(f"/api/runs/{run['id']}?after={newest}").json()["events"] == []
+    assert trainer.post(f"/api/runs/{run['id']}/cancel").json()["state"] == "cancelled"
+    assert trainer.post(f"/api/runs/{run['id']}/cancel").status_code == 409
+    assert [row["id"] for row in trainer.get("/api/p/entities/runs").json()["runs"]] == [run["id"]]
+
+
+def test_datasets_and_sampling_are_queued_once(api_of: MakeApi, sessions: Sessions, project: Project) -> None:
+    trainer = api_of(["train"])
+    for path in ("/api/p/entities/datasets/golden/build", "/api/p/entities/sample"):
+        first = trainer.post(path)
+        assert first.status_code == 202
+        assert trainer.get(f"/api/jobs/{first.json()['id']}").json()["state"] == "queued"
+        assert trainer.post(path).status_code == 409
+    with sessions() as session:
+        assert sorted(session.scalars(select(Job.kind))) == ["dataset.build", "review.sample"]
+
+
+def test_a_lived_in_project_is_told_in_full(api_of: MakeApi, sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        seed.lived_in(session, size=24)
+    trainer = api_of(["train"])
+    dataset = trainer.get("/api/p/entities/datasets/golden").json()
+    assert len(dataset["revisions"]) == 2
+    assert dataset["counts"]["train"]
+    assert trainer.get("/api/p/entities/datasets").json()["datasets"][0]["name"] == "golden"
+    deployment = trainer.get("/api/p/entities/deployment").json()
+    assert (deployment["generation"], len(deployment["events"])) == (2, 1)
+    back = trainer.post("/api/p/entities/deployment/rollback", json={"reason": "worse"}).json()
+    assert (back["generation"], back["active_digest"]) == (3, None)
+    assert trainer.post("/api/p/entities/deployment/rollback", json={}).status_code == 409
+    with sessions() as session:
+        promoted = session.scalars(select(Run.id).where(Run.phase == "live")).one()
+    assert trainer.get(f"/api/runs/{promoted}").json()["evaluation"]["decision"] == "promote"
+
+
+def test_an_invited_person_can_sign_in_with_the_role_given(
+    admin: TestClient, client: TestClient, project: Project
+) -> None:
+    body = {"email": "Ada@Example.org", "name": "Ada", "role": "reviewer", "project": "entities"}
+    invited = admin.post("/api/users", json=body)
+    assert invited.status_code == 201
+    path = invited.json()["sign_in_url"].removeprefix("http://console")
+    assert client.post(path, follow_redirects=False).status_code == 303
+    assert client.post("/p/entities/review/lease", json={}).status_code == 200
+    assert client.post("/p/entities/runs").status_code == 403
+    again = admin.post("/api/users/link", json={"email": "ada@example.org"})
+    assert again.json()["id"] == invited.json()["id"]
+    assert again.json()["sign_in_url"] != invited.json()["sign_in_url"]
+    assert admin.post("/api/users/link", json={"email": "nobody@example.org"}).status_code == 404
+
+
+def test_a_key_is_shown_once_and_stops_when_revoked(
+    admin: TestClient, client: TestClient, sessions: Sessions, project: Project
+) -> None:
+    made = admin.post("/api/keys", json={"name": "ci", "scopes": ["train"], "project": "entities"}).json()
+    bearer = {"authorization": f"Bearer {made['key']}"}
+    assert client.get("/api/p/entities/runs", headers=bearer).status_code == 200
+    assert made["key"] not in admin.get("/api/keys").text
+    assert admin.delete(f"/api/keys/{made['id']}").json()["revoked_at"]
+    assert client.get("/api/p/entities/runs", headers=bearer).status_code == 401
+    with sessions() as session:
+        told = session.execute(select(AuditEvent.action, AuditEvent.detail)).all()
+    assert [row.action for row in told] == ["key.create", "key.revoke"]
+    assert made["key"] not in str(told)
+
+
+def test_projects_are_made_and_listed(admin: TestClient) -> None:
+    assert admin.post("/api/projects", json={"slug": "new", "name": "New"}).status_code == 201
+    assert admin.post("/api/projects", json={"slug": "new"}).status_code == 409
+    assert admin.post("/api/projects", json={"slug": "Not A Slug"}).status_code == 400
+    assert [row["slug"] for row in admin.get("/api/projects").json()["projects"]] == ["new"]
+
+
+# --- refusals ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["", "Basic dXNlcg==", "Bearer", "Bearer wh_short", f"Bearer wh_abcdefgh_{'x' * 43}", "Bearer ключ"],
+)
+def test_without_a_live_key_nothing_is_told(client: TestClient, project: Project, header: str) -> None:
+    answer = client.get("/api/projects", headers={"authorization": header.encode()})  # type: ignore[dict-item]
+    assert answer.status_code == 401
+    assert answer.json()["error"]["type"] == "authentication_error"
+
+
+def test_a_session_cookie_is_no_api_key(client: TestClient, sessions: Sessions, project: Project) -> None:
+    with sessions.begin() as session:
+        token = seed.person(session, "boss@example.org", "admin").token
+    client.post(f"/sign-in/{token}", follow_redirects=False)
+    assert client.get("/api/projects").status_code == 401
+
+
+def test_a_key_without_the_scope_is_refused(api_of: MakeApi, project: Project) -> None:
+    apps, trainer = api_of(["infer", "feedback", "review"]), api_of(["train"])
+    assert apps.get("/api/p/entities/runs").status_code == 403
+    assert trainer.post("/api/keys", json={"name": "x", "scopes": ["admin"]}).status_code == 403
+    assert trainer.post("/api/users", json={"email": "a@b.c"}).status_code == 403
+
+
+def test_a_key_of_one_project_reaches_nothing_beyond_it(api_of: MakeApi, sessions: Sessions, project: Project) -> None:
+    with sessions.begin() as session:
+        other = seed.project(session, "other", "Another")
+        run = Run(project_id=other.id, kind="sft", params={}, created_by="x")
+        job = Job(kind="heartbeat", payload={}, project_id=other.id)
+        session.add_all([run, job])
+        session.flush()
+        insider = seed.person(session, "both@example.org", "admin", other.id).user.email
+        everywhere = seed.person(session, "boss@example.org", "admin").user.email
+        foreign = keys.create(session, pepper=PEPPER.encode(), name="f", scopes=["train"], project_id=other.id)[0].id
+    local = api_of(["admin"], project.id)
+    assert [row["slug"] for row in local.get("/api/projects").json()["projects"]] == ["entities"]
+    refused = [
+        local.get("/api/p/other/runs"),
+        local.get("/api/p/other/deployment"),
+        local.post("/api/p/other/runs", json={}),
+        local.post("/api/projects", json={"slug": "mine"}),
+        local.post("/api/keys", json={"name": "x", "scopes": ["admin"]}),
+        local.post("/api/keys", json={"name": "x", "scopes": ["admin"], "project": "other"}),
+        local.post("/api/users", json={"email": "a@b.cd", "role": "admin"}),
+        local.post("/api/users", json={"email": insider, "project": "entities"}),
+        local.post("/api/users", json={"email": everywhere, "project": "entities"}),
+        local.post("/api/users/link", json={"email": everywhere}),
+    ]
+    assert [answer.status_code for answer in refused] == [403] * len(refused)
+    hidden = [
+        local.get(f"/api/runs/{run.id}"),
+        local.post(f"/api/runs/{run.id}/cancel"),
+        local.get(f"/api/jobs/{job.id}"),
+        local.delete(f"/api/keys/{foreign}"),
+    ]
+    assert [answer.status_code for answer in hidden] == [404] * len(hidden)
+    assert str(foreign) not in local.get("/api/keys").text
+    with sessions() as session:
+        assert people.role_on(session, people.find_user(session, insider).id, project.id) is None
+
+
+def test_bad_requests_get_the_right_status_and_a_sentence(admin: TestClient, project: Project) -> None:
+    answers = {
+        admin.get("/api/p/nowhere/runs"): 404,
+        admin.get(f"/api/runs/{uuid4()}"): 404,
+        admin.get("/api/runs/not-an-id"): 422,
+        admin.get("/api/p/entities/datasets/missing"): 404,
+        admin.get("/api/p/entities/datasets/..%2f..%2fetc"): 404,
+        admin.get("/api/p/entities/runs?limit=0"): 422,
+        admin.post("/api/p/entities/runs", json={"params": {"rank": 0}}): 400,
+        admin.post("/api/p/entities/runs", json={"params": {"command": "rm"}}): 400,
+        admin.post("/api/p/entities/runs", json={"kind": "dpo"}): 400,
+        admin.post("/api/p/entities/runs", json={"surprise": 1}): 422,
+        admin.post("/api/p/entities/runs", content=b"{", headers={"content-type": "application/json"}): 400,
+        admin.post("/api/users", json={"email": "not an address"}): 400,
+        admin.post("/api/users", json={"email": "a@b.cd", "role": "god"}): 400,
+        admin.post("/api/keys", json={"name": "x", "scopes": ["everything"]}): 400,
+        admin.post("/api/keys", json={"name": " ", "scopes": ["train"]}): 400,
+        admin.delete(f"/api/keys/{uuid4()}"): 404,
+        admin.post("/api/p/entities/deployment/rollback", json={}): 409,
+    }
+    wrong = [(a.request.url, a.status_code, expected) for a, expected in answers.items() if a.status_code != expected]
+    assert wrong == []
+    assert all(answer.json()["error"]["message"] for answer in answers)

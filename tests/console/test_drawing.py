@@ -1,0 +1,102 @@
+"""Geometry, differences, words, and the files that came from elsewhere."""
+
+import hashlib
+import math
+import re
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.console import charts, wording
+from services.console.views import WEB
+from services.console.worddiff import diff
+
+
+def test_vendored_files_are_the_published_ones() -> None:
+    vendor = WEB / "static" / "vendor"
+    listed = dict(reversed(line.split("  ")) for line in (vendor / "MANIFEST.sha256").read_text().splitlines())
+    present = {path.name for path in vendor.iterdir()} - {"MANIFEST.sha256", "README.md"}
+    assert set(listed) == present
+    for name, digest in listed.items():
+        assert hashlib.sha256((vendor / name).read_bytes()).hexdigest() == digest, name
+        assert name in (vendor / "README.md").read_text()
+
+
+def test_every_static_file_a_page_names_exists() -> None:
+    named = set()
+    for template in (WEB / "templates").glob("*.html"):
+        named |= set(re.findall(r'"/static/([^"]+)"', template.read_text()))
+    for sheet in (WEB / "static").glob("*.css"):
+        named |= set(re.findall(r'url\("([^"]+)"\)', sheet.read_text()))
+    for module in (WEB / "static").rglob("[!v]*/*.js"):
+        named |= {f"review/{name}" for name in re.findall(r'from "\./([^"]+)"', module.read_text())}
+    assert len(named) > 8
+    assert [name for name in named if not (WEB / "static" / name).is_file()] == []
+
+
+@given(st.text(max_size=200), st.text(max_size=200))
+def test_a_difference_rebuilds_both_texts(old: str, new: str) -> None:
+    pieces = diff(old, new)
+    assert "".join(piece.text for piece in pieces if piece.kind != "new") == old
+    assert "".join(piece.text for piece in pieces if piece.kind != "gone") == new
+
+
+def test_a_difference_marks_words_and_not_letters() -> None:
+    assert [(piece.kind, piece.text) for piece in diff("a big dog", "a small dog")] == [
+        ("same", "a "), ("gone", "big"), ("new", "small"), ("same", " dog"),
+    ]  # fmt: skip
+
+
+@given(
+    st.floats(-1e6, 1e6), st.floats(-1e6, 1e6), st.integers(2, 8),
+)  # fmt: skip
+def test_ticks_cover_the_range_with_few_marks(one: float, other: float, wanted: int) -> None:
+    low, high = min(one, other), max(one, other)
+    marks = charts.ticks(low, high, wanted)
+    slack = 1e-6 * max(1.0, abs(low), abs(high))
+    assert marks[0] <= low + slack
+    assert marks[-1] >= high - slack
+    assert 2 <= len(marks) <= wanted + 3
+
+
+@given(st.lists(st.tuples(st.floats(), st.floats()), max_size=20))
+def test_a_chart_of_any_numbers_stays_inside_its_frame(points: list[tuple[float, float]]) -> None:
+    bounded = [(x, y) for x, y in points if not (abs(x) > 1e100 or abs(y) > 1e100)]
+    line = charts.line_chart(bounded)
+    for x, y, *_ in line.points:
+        assert math.isfinite(x)
+        assert -1 <= x <= line.width + 1
+        assert -1 <= y <= line.height + 1
+
+
+def test_a_forest_always_shows_zero_and_the_margin() -> None:
+    drawn = charts.forest([(0.5, 0.4, 0.6)], margin=-0.03)
+    row = drawn.rows[0]
+    assert 0 < (drawn.margin or 0) < drawn.zero < row.low < row.at < row.high < drawn.width
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(0.0042, "4.2 ms"), (0.34, "340 ms"), (12.345, "12.3 s"), (125, "2 min 05 s"), (7260, "2 h 01 min"), (None, "–")],
+)
+def test_durations_in_the_unit_that_suits(seconds: float | None, expected: str) -> None:
+    assert wording.duration(seconds) == expected
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(1, "just now"), (42, "42 s ago"), (61, "1 min ago"), (7300, "2 h ago"), (900_000, "10 d ago")],
+)
+def test_how_long_ago(seconds: float, expected: str) -> None:
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    assert wording.ago(now - timedelta(seconds=seconds), now) == expected
+
+
+def test_figures_in_words() -> None:
+    assert [wording.count(1284), wording.percent(0.912), wording.points(-0.031), wording.figure(0.00214)] == [
+        "1,284", "91.2 %", "−3.1", "0.00214",
+    ]  # fmt: skip
+    assert wording.short(None) == "base"
+    assert wording.content_text([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]) == "a\nb"
