@@ -66,7 +66,7 @@ class Engine:
             pool, max_running=config.max_running, step_tokens=config.step_tokens, max_context=self.max_context
         )
         self.base = base_digest(config.model)
-        reader = AdapterReader(config.artifacts, self.base, spec, config.adapter_rank, dtype)
+        reader = AdapterReader(config.artifacts.absolute(), self.base, spec, config.adapter_rank, dtype)
         slots = AdapterSlots(self.decoder, config.adapter_slots, config.adapter_rank)
         self.adapters = AdapterManager(reader, slots, wake)
         self._sequences: dict[tuple[bytes, str], Sequence] = {}
