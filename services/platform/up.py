@@ -128,7 +128,9 @@ def _stop_on_signals() -> threading.Event:
         stop.set()
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, set_stop)
+        # `nohup whet up` means to outlive its terminal.
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, set_stop)
     return stop
 
 
