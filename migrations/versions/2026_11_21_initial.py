@@ -92,7 +92,9 @@ def upgrade() -> None:
         sa.Column("config_hash", sa.Text(), nullable=False),
         sa.Column("started_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("finished_at", sa.DateTime(timezone=True), nullable=True),
-        sa.CheckConstraint("endpoint IN ('chat.completions', 'completions')", name=op.f("ck_interaction_endpoint")),
+        sa.CheckConstraint(
+            "endpoint IN ('/v1/chat/completions', '/v1/completions')", name=op.f("ck_interaction_endpoint")
+        ),
         sa.CheckConstraint(
             "origin IN ('live', 'pinned', 'cached', 'shadow', 'evaluation')", name=op.f("ck_interaction_origin")
         ),

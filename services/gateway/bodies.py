@@ -19,7 +19,9 @@ LONGEST_STOP = 1000
 LONGEST_LABEL = 512
 DEEPEST_EXTRA = 16
 MOST_TAGS = 64
-Endpoint = Literal["chat.completions", "completions"]
+Endpoint = Literal["/v1/chat/completions", "/v1/completions"]
+CHAT: Endpoint = "/v1/chat/completions"
+TEXT: Endpoint = "/v1/completions"
 Label = Annotated[str, msgspec.Meta(max_length=LONGEST_LABEL)]
 
 
@@ -188,7 +190,7 @@ def parse_chat(raw: bytes) -> Ask:
         raise InvalidRequest("max_tokens and max_completion_tokens disagree", param="max_tokens")
     messages = [_message(message, index) for index, message in enumerate(body.messages)]
     limit = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
-    return _ask("chat.completions", body, messages, None, limit, bool(body.logprobs))
+    return _ask(CHAT, body, messages, None, limit, bool(body.logprobs))
 
 
 def parse_text(raw: bytes) -> Ask:
@@ -197,7 +199,7 @@ def parse_text(raw: bytes) -> Ask:
     prompt = _prompt(body.prompt)
     if body.logprobs is not None and body.logprobs != 0:
         raise InvalidRequest("only logprobs=0, the chosen token's, is supported", param="logprobs")
-    return _ask("completions", body, [], prompt, body.max_tokens, body.logprobs is not None)
+    return _ask(TEXT, body, [], prompt, body.max_tokens, body.logprobs is not None)
 
 
 def _ask(

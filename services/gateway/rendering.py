@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from engine.text.tokenizer import Tokenizer
+from services.gateway.bodies import CHAT
 from services.gateway.generation import Choice, Piece
 from services.gateway.planning import Plan
 
@@ -25,7 +26,8 @@ def event(body: object) -> bytes:
 
 def answer_id(plan: Plan) -> str:
     """The id a client sees: OpenAI's prefix before the first choice's interaction id."""
-    return f"{'chatcmpl' if plan.ask.endpoint == 'chat.completions' else 'cmpl'}-{plan.ids[0]}"
+    prefix = "chatcmpl" if plan.ask.endpoint == CHAT else "cmpl"
+    return f"{prefix}-{plan.ids[0]}"
 
 
 def headers(plan: Plan, choice: Choice, durability: str) -> dict[str, str]:
@@ -62,7 +64,7 @@ def _interactions(plan: Plan) -> dict[str, list[str]]:
 
 def whole(plan: Plan, choices: Sequence[Choice], tokenizer: Tokenizer) -> bytes:
     """The body of an answer that is not streamed."""
-    chat = plan.ask.endpoint == "chat.completions"
+    chat = plan.ask.endpoint == CHAT
     head = _head(plan, "chat.completion" if chat else "text_completion")
     listed = []
     for choice in choices:
@@ -87,7 +89,7 @@ def _logprobs(plan: Plan, piece: Piece, tokenizer: Tokenizer) -> dict[str, Any] 
     ]
     texts = [tokenizer.decode([token_id], skip_special_tokens=False) for token_id, _ in pairs]
     values = [value for _, value in pairs]
-    if plan.ask.endpoint == "completions":
+    if plan.ask.endpoint != CHAT:
         offsets = [sum(map(len, texts[:place])) for place in range(len(texts))]
         return {"tokens": texts, "token_logprobs": values, "top_logprobs": None, "text_offset": offsets}
     content = [
@@ -109,7 +111,7 @@ class ChunkWriter:
         plan = choice.plan
         self._choice = choice
         self._tokenizer = tokenizer
-        self._chat = plan.ask.endpoint == "chat.completions"
+        self._chat = plan.ask.endpoint == CHAT
         self._head = _head(plan, "chat.completion.chunk" if self._chat else "text_completion")
         if plan.ask.include_usage:
             # OpenAI: every chunk but the last then says explicitly that it carries no usage.
@@ -146,5 +148,5 @@ class ChunkWriter:
 
 def usage_chunk(plan: Plan, choices: Sequence[Choice]) -> bytes:
     """The last chunk when `stream_options.include_usage` asks for it."""
-    kind = "chat.completion.chunk" if plan.ask.endpoint == "chat.completions" else "text_completion"
+    kind = "chat.completion.chunk" if plan.ask.endpoint == CHAT else "text_completion"
     return event(_head(plan, kind) | {"choices": [], "usage": usage(choices), "whet": _interactions(plan)})

@@ -11,7 +11,7 @@ from starlette.routing import Route
 from engine.client import EngineGone
 from services.app import PUBLIC, declared_scope, needs
 from services.gateway import access, feedback
-from services.gateway.bodies import Ask, parse_chat, parse_text
+from services.gateway.bodies import CHAT, TEXT, Ask, parse_chat, parse_text
 from services.gateway.planning import make_plan
 from services.gateway.service import Gateway
 from services.gateway.snapshot import KnownKey, KnownProject
@@ -121,8 +121,8 @@ async def metrics(request: Request) -> Response:
 
 
 ROUTES = [
-    Route("/v1/chat/completions", chat_completions, methods=["POST"]),
-    Route("/v1/completions", completions, methods=["POST"]),
+    Route(CHAT, chat_completions, methods=["POST"]),
+    Route(TEXT, completions, methods=["POST"]),
     Route("/v1/models", list_models, methods=["GET"]),
     Route("/v1/models/{model}", get_model, methods=["GET"]),
     Route("/v1/feedback", give_feedback, methods=["POST"]),

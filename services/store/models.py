@@ -12,7 +12,7 @@ from services.store.base import Base, Key, Now, one_of, uuid7
 
 ROLES = ("viewer", "reviewer", "lead", "operator", "admin")
 SCOPES = ("infer", "feedback", "review", "train", "admin")
-ENDPOINTS = ("chat.completions", "completions")
+ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
 ORIGINS = ("live", "pinned", "cached", "shadow", "evaluation")
 VERDICTS = ("accept", "correct", "reject", "skip", "escalate", "undo")
 STRATEGIES = ("negative_feedback", "low_confidence", "schema_failure", "disagreement", "novelty", "uniform")

@@ -70,7 +70,7 @@ def interaction(
     identity = uuid7(started.timestamp())
     row = {
         "origin": "live", "base_digest": BASE, "generation": 1, "namespace": str(project_id),
-        "endpoint": "chat.completions", "stream": True, "finish_reason": "stop", "prompt_tokens": 84,
+        "endpoint": "/v1/chat/completions", "stream": True, "finish_reason": "stop", "prompt_tokens": 84,
         "completion_tokens": max(1, len(output) // 4), "cached_tokens": 0, "drafted_tokens": 0, "accepted_tokens": 0,
         "ttft_ms": 21.5, "latency_ms": 143.0, "longest_gap_ms": 9.1, "mean_logprob": -0.21, "min_logprob": -2.4,
         "group_key": str(identity), "config_hash": "c" * 64, "started_at": started,

@@ -105,7 +105,7 @@ def test_rejections_cut_off_answers_and_plain_completions_are_left_out_and_count
     world.corrected("kept", "wrong", "right")
     world.judge(world.item(world.log("bad")), "reject")
     world.accepted("cut", "and then", finish_reason="length")
-    world.corrected("plain", "wrong", "right", endpoint="completions")
+    world.corrected("plain", "wrong", "right", endpoint="/v1/completions")
 
     revision = build(world)
 

@@ -37,7 +37,7 @@ class World:
         interaction_id = uuid7((at or datetime.now(UTC)).timestamp())
         values: dict[str, Any] = {
             "origin": "live", "base_digest": "base", "generation": 1, "namespace": "n",
-            "endpoint": "chat.completions", "stream": False, "finish_reason": "stop", "prompt_tokens": 3,
+            "endpoint": "/v1/chat/completions", "stream": False, "finish_reason": "stop", "prompt_tokens": 3,
             "completion_tokens": 2, "cached_tokens": 0, "drafted_tokens": 0, "accepted_tokens": 0,
             "group_key": group or prompt, "config_hash": "c", "started_at": uuid7_time(interaction_id),
         }  # fmt: skip

@@ -27,7 +27,7 @@ def test_everything_later_diagnosis_needs_is_logged(world: World) -> None:
     assert wide is not None
     assert response.json()["id"] == f"chatcmpl-{row.id}"
     assert (row.project_id, row.origin, row.arm, row.endpoint, row.stream) == (
-        world.projects["entities"], "live", "active", "chat.completions", False,
+        world.projects["entities"], "live", "active", "/v1/chat/completions", False,
     )  # fmt: skip
     assert (row.session_key, row.end_user, row.group_key, row.tags) == ("s1", "mia", "s1", {"route": "a"})
     assert (row.finish_reason, row.prompt_tokens, row.completion_tokens) == ("length", 8, 5)

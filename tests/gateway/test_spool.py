@@ -20,7 +20,7 @@ from services.store.base import uuid7
 
 def admitted(text: str = "hello") -> Admitted:
     return Admitted(
-        id=uuid7(), project_id=uuid7(), api_key_id=None, endpoint="chat.completions", stream=False,
+        id=uuid7(), project_id=uuid7(), api_key_id=None, endpoint="/v1/chat/completions", stream=False,
         adapter_digest=None, base_digest="b", generation=1, namespace="n", session_key=None, end_user=None,
         group_key="g", tags={}, config_hash="c", started_at=1.0, messages=[{"role": "user", "content": text}],
         parameters={}, prompt_token_ids=[1, 2], prompt_hash="p", template_hash="t", tokenizer_hash="k", retrieved=[],

@@ -85,7 +85,7 @@ def _draft(one: Judged, logged: Logged | None, earlier: Example | None) -> Draft
     if logged is None or logged.body is None:
         same = earlier is not None and tuple(earlier.annotation_ids) == one.annotation_ids
         return _from_example(earlier) if earlier is not None and same else "the log no longer holds it"
-    if logged.interaction.endpoint != "chat.completions":
+    if logged.interaction.endpoint != "/v1/chat/completions":
         return "not a chat"
     accepted = first.verdict == "accept"
     if accepted and logged.interaction.finish_reason == "length":
