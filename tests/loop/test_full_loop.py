@@ -3,6 +3,7 @@
 The tests run in order on one platform: each leaves it serving for the next.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -12,8 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import UUID
 
+import psutil
 import pytest
 from openai import APIError, OpenAI
+from redis import Redis
 from sqlalchemy import func, select
 
 from examples.grammars.common import stream
@@ -171,6 +174,17 @@ def test_a_killed_engine_fails_what_it_was_running_and_comes_back_with_the_live_
     eventually(lambda: _answers(running), 40)
 
     assert ask(running, 4)[1] == live
+
+
+def part_pids(running: Platform, name: str) -> list[int]:
+    """The part's own processes, without the guard that would tell the supervisor."""
+    guard = json.loads((Settings(home=running.home).sockets / "platform.json").read_text())["parts"][name]["guard"]
+    return [process.pid for process in psutil.Process(guard).children(recursive=True)]
+
+
+def flush_redis(running: Platform) -> None:
+    with Redis(unix_socket_path=str(Settings(home=running.home).sockets / "redis.sock")) as redis:
+        redis.flushall()
 
 
 def _answers(running: Platform) -> bool:
