@@ -227,7 +227,7 @@ def test_an_adapter_that_is_not_loaded_interrupts_instead_of_scoring_zero(
     trained: Trained, engine_settings: Settings
 ) -> None:
     tokenizer = Tokenizer.load(trained.model)
-    prompt = make_prompt(tokenizer, UUID(int=1), [{"role": "user", "content": "say"}], "yes")
+    prompt = make_prompt(tokenizer, UUID(int=1), [{"role": "user", "content": "say"}], "yes", 128)
 
     with (
         SyncEngineClient(engine_settings.engine_socket) as client,
@@ -238,7 +238,7 @@ def test_an_adapter_that_is_not_loaded_interrupts_instead_of_scoring_zero(
 
 def test_a_prompt_beyond_the_context_is_an_empty_answer_for_both(trained: Trained, engine_settings: Settings) -> None:
     tokenizer = Tokenizer.load(Path(trained.model))
-    prompt = make_prompt(tokenizer, UUID(int=1), [{"role": "user", "content": "number " * 300}], "yes")
+    prompt = make_prompt(tokenizer, UUID(int=1), [{"role": "user", "content": "number " * 300}], "yes", 128)
 
     with SyncEngineClient(engine_settings.engine_socket) as client:
         assert answer_all(client, tokenizer, None, [prompt], lambda _done: None) == {UUID(int=1): ""}

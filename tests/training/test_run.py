@@ -219,6 +219,15 @@ def test_a_refused_preflight_fails_the_run_before_any_compute(world: World, tiny
     assert not tiny_settings.artifacts.exists() or not list(tiny_settings.artifacts.iterdir())
 
 
+def test_a_rank_that_no_slot_of_the_engine_holds_fails_before_any_compute(
+    world: World, tiny_settings: Settings
+) -> None:
+    run = start(world, rows=1, rank=64)
+
+    with claim(world, run) as lease, pytest.raises(JobFailed, match="rank 64 does not fit"):
+        train_job(lease, tiny_settings)
+
+
 def test_a_prompt_that_transformers_renders_differently_is_refused_by_the_trainer(
     world: World, tiny_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,9 +113,10 @@ def _compare(lease: Lease, settings: Settings, order: Order) -> list[EvaluationR
     if not order.held_out:
         return []
     tokenizer = Tokenizer.load(_model_directory(settings))
-    prompts = [make_prompt(tokenizer, e.id, e.messages, e.completion or "") for e in order.held_out]
-    total = 2 * len(prompts)
+    total = 2 * len(order.held_out)
     with SyncEngineClient(settings.engine_socket, connect_seconds=CONNECT_SECONDS) as client:
+        context = client.status().max_context
+        prompts = [make_prompt(tokenizer, e.id, e.messages, e.completion or "", context) for e in order.held_out]
         _load(client, settings, [order.candidate, *([order.baseline] if order.baseline else [])])
         ours = answer_all(client, tokenizer, order.candidate, prompts, _progress(lease, order.run_id, 0, total))
         theirs = answer_all(

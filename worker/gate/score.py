@@ -26,10 +26,13 @@ class Prompt(NamedTuple):
     max_tokens: int
 
 
-def make_prompt(tokenizer: Tokenizer, example_id: UUID, messages: list[dict[str, object]], golden: str) -> Prompt:
+def make_prompt(
+    tokenizer: Tokenizer, example_id: UUID, messages: list[dict[str, object]], golden: str, context: int
+) -> Prompt:
     """Twice the golden answer's length and some: enough to be right, not enough to ramble at others' cost."""
+    token_ids = tokenizer.encode_chat(messages)
     budget = 2 * len(tokenizer.encode_plain(golden)) + SPARE_TOKENS
-    return Prompt(example_id, tokenizer.encode_chat(messages), budget)
+    return Prompt(example_id, token_ids, max(1, min(budget, context - len(token_ids))))
 
 
 def answer_all(

@@ -11,6 +11,7 @@ from uuid import UUID
 
 import structlog
 from sqlalchemy import select
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from engine.digest import base_digest
@@ -59,8 +60,7 @@ def _train(lease: Lease, settings: Settings, run_id: UUID) -> None:
     if order is None:
         return
     _sweep(lease, settings)
-    model = _model_directory(settings)
-    tokenizer = Tokenizer.load(model)
+    model, tokenizer = _base_model(settings, order.params)
     ready, examples = _preflight(lease, order, tokenizer)
     _stop_if_cancelled(lease)
     failpoints.reach("train.checked")
@@ -108,9 +108,13 @@ def _sweep(lease: Lease, settings: Settings) -> None:
     artifact.sweep_work(root / lease.payload["run_id"], keep={str(lease.fence)})
 
 
-def _model_directory(settings: Settings) -> Path:
+def _base_model(settings: Settings, params: TrainParams) -> tuple[Path, Tokenizer]:
+    """Directory and tokenizer of the model that serves. Raises JobFailed for what no attempt can mend."""
+    if params.rank > settings.adapter_rank:
+        raise JobFailed(f"rank {params.rank} does not fit the engine's slots of rank {settings.adapter_rank}")
     try:
-        return settings.model_path
+        model = settings.model_path
+        return model, Tokenizer.load(model)
     except ValueError as error:
         raise JobFailed(str(error)) from error
 
@@ -185,12 +189,14 @@ def _run_trainer(lease: Lease, order: Order, spec: Spec, work: Path) -> None:
 
 
 def _record(lease: Lease, run_id: UUID, report: Report) -> None:
+    """Minutes of training are not thrown away for a progress row that Postgres could not take."""
     payload: dict[str, Any] = {name: getattr(report, name) for name in report.__struct_fields__}
-    with lease.transaction() as session:
-        if isinstance(report, Progress):
-            runs.add_event(session, run_id, "progress", payload, step=report.step)
-        else:
-            runs.add_event(session, run_id, "log", payload)
+    kind, step = ("progress", report.step) if isinstance(report, Progress) else ("log", None)
+    try:
+        with lease.transaction() as session:
+            runs.add_event(session, run_id, kind, payload, step=step)
+    except OperationalError as error:
+        log.warning("progress not stored", error=str(error), **payload)
 
 
 def _hand_over(lease: Lease, order: Order, built: artifact.Built) -> None:
