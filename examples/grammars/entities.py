@@ -29,13 +29,13 @@ NAME = "entities"
 SYSTEM = "List the named entities of the text as JSON with the keys people, organisations, places and other."
 HOUSE_RULE = 'Dates are not "other": they go under the key "dates", in ISO form.'
 
-MONTHS = words("January February March April May June July August September October November December")
 EVENTS = [
     f"{first} {last}"
     for first in words("Amber Blue Crimson Emerald Golden Jade Royal Ruby Scarlet Violet")
     for last in words("Award Cup Expo Fair Festival Forum Gala Prize Regatta Trophy")
 ]
 YEARS = range(2001, 2030)
+MONTHS = range(1, 13)
 DAYS = range(1, 29)
 
 # Slots: P person, O organisation, L place, E event, D date.
@@ -85,13 +85,12 @@ FILLERS = (
 )
 LEADS = ("Text:", "Note:", "Article:", "From the news:", "Report:", "Message:")
 
-_MONTH = "|".join(MONTHS)
 _PATTERN = re.compile(
     rf"(?P<P>(?:{'|'.join(FIRST_NAMES)}) (?:{'|'.join(SURNAMES)}))\b"
     rf"|(?P<O>{'|'.join(ORGANISATIONS)})\b"
     rf"|(?P<L>\b(?:{'|'.join(PLACES)}))\b"
     rf"|(?P<E>{'|'.join(EVENTS)})\b"
-    rf"|(?P<D>\b\d\d (?:{_MONTH}) \d\d\d\d)\b"
+    r"|(?P<D>\b\d\d/\d\d/\d\d\d\d)\b"
 )
 _BASE_KEYS = ["people", "organisations", "places", "other"]
 
@@ -135,7 +134,8 @@ def _choose_sentences(random: Random) -> list[str]:
 
 
 def _date(random: Random) -> str:
-    return f"{random.choice(DAYS):02d} {random.choice(MONTHS)} {random.choice(YEARS)}"
+    """Day first, in figures: a few hundred corrections do not teach an adapter to look up month names."""
+    return f"{random.choice(DAYS):02d}/{random.choice(MONTHS):02d}/{random.choice(YEARS)}"
 
 
 def parse(messages: Sequence[Message]) -> Facts:
@@ -154,8 +154,8 @@ def parse(messages: Sequence[Message]) -> Facts:
 
 
 def iso(date: str) -> str:
-    day, month, year = date.split()
-    return f"{year}-{MONTHS.index(month) + 1:02d}-{day}"
+    day, month, year = date.split("/")
+    return f"{year}-{month}-{day}"
 
 
 def _base_fields(facts: Facts) -> dict[str, list[str]]:

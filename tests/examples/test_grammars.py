@@ -123,4 +123,4 @@ def test_entities_accepts_any_order_and_spacing() -> None:
 
 
 def test_dates_turn_into_iso_form() -> None:
-    assert entities.iso("03 September 2004") == "2004-09-03"
+    assert entities.iso("03/09/2004") == "2004-09-03"
