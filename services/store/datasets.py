@@ -172,7 +172,9 @@ def find_revision(session: Session, dataset_id: UUID, digest: str) -> Revision |
     """By digest, or by a unique beginning of at least 8 characters."""
     if len(digest) < 8:
         return None
-    matching = select(Revision).where(Revision.dataset_id == dataset_id, Revision.digest.startswith(digest))
+    matching = select(Revision).where(
+        Revision.dataset_id == dataset_id, Revision.digest.startswith(digest, autoescape=True)
+    )
     found = session.scalars(matching.limit(2)).all()
     return found[0] if len(found) == 1 else None
 

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import func, select, update
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from services.errors import NotFound
@@ -73,12 +73,6 @@ def of_run(session: Session, run_id: UUID) -> Evaluation | None:
     return session.scalar(decided.order_by(Evaluation.id.desc()).limit(1))
 
 
-def list_(session: Session, project_id: UUID, *, limit: int = 50) -> list[Evaluation]:
-    """Newest first."""
-    newest = select(Evaluation).where(Evaluation.project_id == project_id).order_by(Evaluation.id.desc())
-    return list(session.scalars(newest.limit(limit)))
-
-
 def rows(
     session: Session, evaluation_id: UUID, *, outcome: str | None = None, limit: int = 50, offset: int = 0
 ) -> list[Row]:
@@ -96,8 +90,3 @@ def rows(
         theirs = EvaluationRow.baseline_scores[metric].as_float()
         wanted = wanted.where({"win": ours > theirs, "tie": ours == theirs, "loss": ours < theirs}[outcome])
     return [Row(row, example) for row, example in session.execute(wanted.limit(limit).offset(offset))]
-
-
-def row_count(session: Session, evaluation_id: UUID) -> int:
-    counted = select(func.count()).where(EvaluationRow.evaluation_id == evaluation_id)
-    return session.scalar(counted) or 0

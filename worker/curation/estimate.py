@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from services.store import reviews
 from services.store.models import Annotation, ReviewItem
-from worker.curation.sample import STAMP
+from worker.curation.strata import STAMP
 
 Z95 = 1.959964
 

@@ -21,11 +21,12 @@ from services.store import reviews
 from services.store.base import uuid7, uuid7_time
 from services.store.jobs import JobFailed, Lease
 from services.store.models import Annotation, Feedback, Interaction, Project, ReviewItem
-from worker.curation.strata import Candidate, Placed, plan, split_of
+from worker.curation.estimate import estimate_quality
+from worker.curation.strata import STAMP, Candidate, Placed, plan, split_of
 
 REVIEWABLE = ("stop", "length")
-STAMP = "%Y-%m-%dT%H:%M:%SZ"
 LONGEST_GRACE_SECONDS = 60
+ESTIMATED = timedelta(days=7)
 
 log = structlog.get_logger()
 
@@ -77,7 +78,8 @@ def sample_job(lease: Lease, settings: Settings) -> None:  # noqa: ARG001 - ever
         except (ValueError, NotFound) as error:
             raise JobFailed(f"cannot sample: {error}") from error
         realised(session, project_id)
-    log.info("sampled", project_id=str(project_id), items=added)
+        quality = estimate_quality(session, project_id, since=datetime.now(UTC) - ESTIMATED)
+    log.info("sampled", project_id=str(project_id), items=added, quality=quality._asdict() if quality else None)
 
 
 def sample(session: Session, project_id: UUID, *, now: datetime | None = None) -> int:

@@ -13,6 +13,7 @@ from uuid import UUID
 PRECEDENCE = ("negative_feedback", "uniform")
 UNIFORM = "uniform"
 LEAST_SHARE = 0.01
+STAMP = "%Y-%m-%dT%H:%M:%SZ"  # of window labels: their order as text is their order in time
 
 
 @dataclass(frozen=True)
