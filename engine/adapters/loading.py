@@ -54,7 +54,7 @@ class AdapterRefused(ValueError):
 
 @dataclass(frozen=True)
 class Adapter:
-    """A checked adapter in the engine's dtype: per projection stacked A [R, in], block-diagonal scaled B [R, out]."""
+    """A checked adapter, fp32: per projection stacked A [R, in], block-diagonal scaled B [R, out]."""
 
     digest: str
     rank: int
@@ -210,8 +210,7 @@ class AdapterReader:
                 row = rank * present.index(part)
                 b[row : row + rank, column : column + width] = placed[layer, part, "B"].float().T * scaling
             column += width
-        a, b = a.to(self.dtype), b.to(self.dtype)
-        if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
+        if not bool(torch.isfinite(a.to(self.dtype)).all() and torch.isfinite(b.to(self.dtype)).all()):
             raise AdapterRefused(f"LoRA matrices of {present[0]} in layer {layer} overflow the engine's precision")
         return a, b
 

@@ -12,6 +12,9 @@ from torch.nn import functional
 
 # Above this many runs of equal slots, gathering every token's matrices beats a product pair per run.
 MAX_RUNS = 12
+# On CPU, runs up to this length are multiplied in fp32 as stored: oneDNN's bf16 products of one token cost three times
+# as much (31 against 10 microseconds a pair); longer ones are converted first.
+MAX_PRECISE_TOKENS = 16
 
 
 class Run(NamedTuple):
@@ -30,13 +33,17 @@ class LoraBatch(NamedTuple):
 
 
 class LoraWeights:
-    """Slot tensors of one fused projection: fixed buffers, written in place by `engine.adapters.slots` only."""
+    """Slot tensors of one fused projection: fixed buffers, written in place by `engine.adapters.slots` only.
+
+    fp32 on CPU whatever the model computes in, the model's dtype on a GPU.
+    """
 
     def __init__(
         self, slots: int, ranks: int, in_size: int, out_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.a_SRI = torch.zeros(slots, ranks, in_size, dtype=dtype, device=device)
-        self.b_SRO = torch.zeros(slots, ranks, out_size, dtype=dtype, device=device)
+        stored = torch.float32 if device.type == "cpu" else dtype
+        self.a_SRI = torch.zeros(slots, ranks, in_size, dtype=stored, device=device)
+        self.b_SRO = torch.zeros(slots, ranks, out_size, dtype=stored, device=device)
         self.width = [0] * slots
 
     def fill(self, slot: int, a_RI: torch.Tensor, b_RO: torch.Tensor) -> None:
@@ -56,11 +63,16 @@ class LoraWeights:
         for start, stop, slot in batch.runs:
             width = self.width[slot]
             if width:
-                low_TR = functional.linear(x_TI[start:stop], self.a_SRI[slot, :width])
-                out_TO[start:stop].addmm_(low_TR, self.b_SRO[slot, :width])
+                a_RI, b_RO = self.a_SRI[slot, :width], self.b_SRO[slot, :width]
+                self._add_run(out_TO[start:stop], x_TI[start:stop], a_RI, b_RO)
+
+    def _add_run(self, out_TO: torch.Tensor, x_TI: torch.Tensor, a_RI: torch.Tensor, b_RO: torch.Tensor) -> None:
+        if len(x_TI) > MAX_PRECISE_TOKENS:
+            a_RI, b_RO = a_RI.to(x_TI.dtype), b_RO.to(x_TI.dtype)
+        out_TO += functional.linear(x_TI.to(a_RI.dtype), a_RI) @ b_RO
 
     def _add_gathered(self, out_TO: torch.Tensor, x_TI: torch.Tensor, slots_T: torch.Tensor) -> None:
-        low_TR1 = torch.bmm(self.a_SRI[slots_T], x_TI.unsqueeze(2))
+        low_TR1 = torch.bmm(self.a_SRI[slots_T], x_TI.to(self.a_SRI.dtype).unsqueeze(2))
         out_TO += torch.bmm(low_TR1.transpose(1, 2), self.b_SRO[slots_T]).squeeze(1)
 
 

@@ -201,3 +201,14 @@ def test_the_pool_gives_all_or_nothing_and_takes_back_once() -> None:
     pool.give_back(taken)
     with pytest.raises(AssertionError, match="returned twice"):
         pool.give_back(taken[:1])
+
+
+def test_a_sequence_ends_once_however_often_it_is_ended(engine: LocalEngine) -> None:
+    engine.core.submit(b"c", request("once", [5, 6, 7], max_tokens=30))
+    engine.core.step()
+    (sequence,) = engine.core.scheduler.running
+    engine.core._end(sequence, "cancelled")
+    engine.core._end(sequence, "error", "internal", "again")
+    ends = [message.reason for _, message in engine.core.outbox if isinstance(message, Finished)]
+    assert ends == ["cancelled"]
+    assert_nothing_is_held(engine)
