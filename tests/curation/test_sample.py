@@ -141,6 +141,11 @@ def test_probability_is_what_was_labelled_and_the_estimate_waits_for_every_strat
     assert found.low < 16 / 20 < found.high
     assert (found.labelled, found.population) == (10, 20)
 
+    world.log("in a window nobody has come to", at=start + 3 * HOUR)
+    run_sampler(world, start + 5 * HOUR)
+    with world.sessions() as session:
+        assert estimate_quality(session, world.project_id) == found
+
 
 def test_the_job_fills_the_queue_and_refuses_a_senseless_configuration(world: World, settings: Settings) -> None:
     world.configure(window_seconds=1, window_grace_seconds=0)

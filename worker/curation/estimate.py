@@ -60,7 +60,9 @@ def _variance(stratum: Stratum) -> float:
 def estimate_quality(
     session: Session, project_id: UUID, *, since: datetime | None = None, until: datetime | None = None
 ) -> Estimate | None:
-    """Of the windows that start in [since, until). An item with several judgements counts their mean."""
+    """Of the windows that start in [since, until) and have labels in every stratum; windows nobody has come to yet
+    are left out whole, which depends on the reviewers' pace and not on the answers. An item with several judgements
+    counts their mean."""
     score = case((Annotation.verdict == "accept", 1.0), (Annotation.verdict.is_not(None), 0.0))
     item = (
         select(
@@ -81,9 +83,11 @@ def estimate_quality(
     if until is not None:
         item = item.where(ReviewItem.window < until.strftime(STAMP))
     one = item.subquery()
+    labelled, right = func.count(one.c.score), func.coalesce(func.sum(one.c.score), 0.0)
     rows = session.execute(
-        select(
-            func.max(one.c.stratum_size), func.count(one.c.score), func.coalesce(func.sum(one.c.score), 0.0)
-        ).group_by(one.c.window, one.c.strategy)
+        select(one.c.window, func.max(one.c.stratum_size), labelled, right).group_by(one.c.window, one.c.strategy)
     )
-    return estimate([Stratum(int(size), int(labelled), float(right)) for size, labelled, right in rows])
+    windows: dict[str, list[Stratum]] = {}
+    for window, size, count, total in rows:
+        windows.setdefault(window, []).append(Stratum(int(size), int(count), float(total)))
+    return estimate([stratum for strata in windows.values() if estimate(strata) for stratum in strata])
