@@ -47,10 +47,9 @@ class LoraWeights:
         self.width = [0] * slots
 
     def fill(self, slot: int, a_RI: torch.Tensor, b_RO: torch.Tensor) -> None:
-        """Copy one adapter's stacked matrices in; unused ranks are zero."""
+        """Copy one adapter's stacked matrices in; the ranks it does not use contribute nothing."""
         used = a_RI.shape[0]
         self.a_SRI[slot, :used].copy_(a_RI)
-        self.a_SRI[slot, used:].zero_()
         self.b_SRO[slot, :used].copy_(b_RO)
         self.b_SRO[slot, used:].zero_()
         self.width[slot] = used

@@ -96,6 +96,25 @@ def test_logits_equal_peft_merged_weights(
 
 
 @pytest.mark.parametrize("max_runs", [12, 0])
+def test_a_smaller_adapter_in_a_used_slot_sees_nothing_of_the_larger_one(
+    max_runs: int, model_dir: Path, make_artifact: ArtifactMaker, artifacts: Path, make_engine: EngineMaker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(lora_module, "MAX_RUNS", max_runs)
+    engine = make_engine(model_dir)
+    slots = engine.core.adapters.slots
+    large = engine.load_adapter(artifacts / make_artifact(1, 8, ALL_TARGETS))
+    slot = slots.get(large).slot
+    slots.drain(large)
+    adapted = peft_model(model_dir, 5, 2, ["q_proj"])
+    small = engine.load_adapter(artifacts / write_artifact(artifacts, base_digest(model_dir), adapted))
+    token_ids = list(range(10, 40))
+    expected = reference_logits(adapted.merge_and_unload(), token_ids)
+    assert slots.get(small).slot == slot
+    assert (engine.logits(token_ids, small) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("max_runs", [12, 0])
 def test_rows_of_different_adapters_share_a_batch_without_touching_each_other(
     max_runs: int, model_dir: Path, make_artifact: ArtifactMaker, artifacts: Path, make_engine: EngineMaker,
     monkeypatch: pytest.MonkeyPatch,
