@@ -60,7 +60,7 @@ class Review {
       this.unreachable = error.message;
     }
     if (this.item?.id !== before || !this.item) this.show();
-    if (!this.item) this.again = setTimeout(() => this.fill(), LOOK_AGAIN_MS);
+    if (!this.item || this.unreachable) this.again = setTimeout(() => this.fill(), LOOK_AGAIN_MS);
     this.showSaving();
   }
 
@@ -248,6 +248,7 @@ class Review {
     }
     this.refreshProgress();
     this.render();
+    if (this.unreachable) this.fill();
   }
 
   refused(entry, error) {

@@ -1,0 +1,92 @@
+"""The console served on a free port, and a real Chromium that reports every violation of its content policy."""
+
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import uvicorn
+from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+
+from services.settings import Settings
+from services.store.base import Sessions
+from services.web import create_app
+from tests.console import seed
+
+WATCH_POLICY = """
+window.violations = [];
+document.addEventListener("securitypolicyviolation", (event) => {
+  window.violations.push(`${event.violatedDirective} ${event.blockedURI}`);
+});
+"""
+OpenAs = Callable[..., Page]
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Browser]:
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.fail("these tests drive a real browser and found none: `make test` installs Chromium on Debian")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def console_url(sessions: Sessions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The console in a thread of this process, on a port the system chose."""
+    monkeypatch.setenv("WHET_HOME", str(tmp_path))
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        config = uvicorn.Config(create_app(Settings(), sessions), log_level="warning", access_log=False)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            deadline = time.monotonic() + 30
+            while not server.started and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert server.started
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(30)
+
+
+@pytest.fixture
+def open_as(chromium: Browser, console_url: str, sessions: Sessions) -> Iterator[OpenAs]:
+    """`open_as("a@b.c", "/p/x/review")` signs a person in by their link and shows the page.
+
+    Afterwards: no script of a model's ran, no policy was violated, no page broke.
+    """
+    contexts: list[BrowserContext] = []
+    pages: list[Page] = []
+    trouble: list[str] = []
+
+    def opened(email: str, path: str, role: str = "reviewer") -> Page:
+        with sessions.begin() as session:
+            token = seed.person(session, email, role).token
+        context = chromium.new_context(base_url=console_url, viewport={"width": 1280, "height": 720})
+        contexts.append(context)
+        context.add_init_script(WATCH_POLICY)
+        page = context.new_page()
+        pages.append(page)
+        page.on("pageerror", lambda error: trouble.append(f"script error: {error}"))
+        page.on("dialog", lambda dialog: (trouble.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.goto(f"/sign-in/{token}")
+        page.keyboard.press("Enter")  # the button has the focus
+        page.wait_for_url(f"{console_url}/")
+        page.goto(path)
+        return page
+
+    yield opened
+    for page in pages:
+        trouble.extend(page.evaluate("window.violations"))
+    for context in contexts:
+        context.close()
+    assert trouble == []

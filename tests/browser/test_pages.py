@@ -1,0 +1,102 @@
+"""Every page in a real Chromium, full of hostile text: nothing runs, nothing overflows, the buttons work."""
+
+from playwright.sync_api import Page, expect
+from sqlalchemy import select
+
+from services.store import deployments
+from services.store.base import Sessions
+from services.store.models import Revision, Run
+from tests.browser.conftest import OpenAs
+from tests.browser.test_review_session import HOSTILE
+from tests.console import seed
+
+LONG = "supercalifragilistic" * 40
+NAMELESS = """
+() => [...document.querySelectorAll("a, button, input, select, textarea")]
+  .filter((one) => one.offsetParent && one.type !== "hidden")
+  .filter((one) => !(one.ariaLabel || one.textContent.trim() || one.labels?.length || one.title || one.placeholder))
+  .map((one) => one.outerHTML)
+"""
+
+
+def paths(sessions: Sessions) -> list[str]:
+    with sessions.begin() as session:
+        project = seed.lived_in(session, size=16)
+        for output in [*HOSTILE, LONG]:
+            logged = seed.interaction(
+                session, project.id, output=output, messages=[{"role": "user", "content": output}], error=output,
+                end_user=output, session_key=output, tags={output[:30]: output},
+            )  # fmt: skip
+        run_ids = [str(one) for one in session.scalars(select(Run.id))]
+        digest = session.scalars(select(Revision.digest).limit(1)).one()
+        interaction = logged.id
+    here = "/p/entities"
+    return [
+        "/", here, f"{here}/review", f"{here}/interactions", f"{here}/interactions?q=nothing-like-it",
+        f"{here}/interactions/{interaction}", f"{here}/datasets", f"{here}/datasets/golden/{digest}", f"{here}/runs",
+        *(f"{here}/runs/{one}" for one in run_ids), f"{here}/deployment", "/sign-in",
+    ]  # fmt: skip
+
+
+def test_no_page_breaks_its_frame_or_its_policy(sessions: Sessions, open_as: OpenAs) -> None:
+    visited = paths(sessions)
+    page = open_as("boss@example.org", "/", "admin")
+    page.emulate_media(color_scheme="dark")
+    for path in visited:
+        page.goto(path)
+        for width, height in ((1280, 720), (820, 1180)):
+            page.set_viewport_size({"width": width, "height": height})
+            wider = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+            assert wider <= 0, (path, width, wider)
+        assert page.evaluate("window.violations") == [], path
+        assert page.evaluate(NAMELESS) == [], path
+        assert page.locator("html").get_attribute("data-theme") == "dark", path
+
+
+def test_the_theme_chosen_stays_chosen(sessions: Sessions, open_as: OpenAs) -> None:
+    page = open_as("boss@example.org", "/", "admin")
+    before = page.locator("html").get_attribute("data-theme")
+    page.locator("[data-theme-toggle]").click()
+    page.reload()
+    assert page.locator("html").get_attribute("data-theme") not in (None, before)
+
+
+def test_roll_back_asks_first_then_shows_how_long_it_took(sessions: Sessions, open_as: OpenAs) -> None:
+    with sessions.begin() as session:
+        project = seed.lived_in(session, size=16)
+    page = open_as("boss@example.org", "/p/entities/deployment", "operator")
+    page.get_by_role("button", name="Roll back", exact=True).click()
+    page.get_by_role("button", name="Keep serving").click()
+    with sessions() as session:
+        assert deployments.get(session, project.id).generation == 2
+    page.get_by_role("button", name="Roll back", exact=True).click()
+    page.get_by_label("Why").fill("worse answers")
+    page.get_by_role("button", name="Roll back now").click()
+    expect(page.locator(".toast")).to_contain_text("Rolled back in")
+    expect(page.locator(".serving")).to_contain_text("The base model")
+    expect(page.locator(".timeline")).to_contain_text("worse answers")
+    with sessions() as session:
+        assert deployments.get(session, project.id).generation == 3
+
+
+def live_run(page: Page, sessions: Sessions) -> str:
+    page.get_by_role("button", name="Train now").click()
+    page.wait_for_url("**/runs/*-*")
+    return page.url.rsplit("/", 1)[1]
+
+
+def test_a_run_moves_on_its_page_without_a_reload(sessions: Sessions, open_as: OpenAs) -> None:
+    with sessions.begin() as session:
+        seed.project(session)
+    page = open_as("lea@example.org", "/p/entities/runs", "lead")
+    run_id = live_run(page, sessions)
+    with sessions.begin() as session:
+        run = session.scalars(select(Run)).one()
+        assert str(run.id) == run_id
+        seed.runs.enter_phase(session, run, "training")
+        for step in range(1, 4):
+            progress = {"steps": 9, "loss": 1.0 / step, "lr": 1e-3, "tokens_per_second": 100.0}
+            seed.runs.add_event(session, run.id, "progress", progress, step=step)
+    expect(page.locator(".step.now")).to_contain_text("Train", timeout=10_000)
+    expect(page.locator(".chart").first).to_contain_text("0.3333")
+    expect(page.locator("body")).to_contain_text("step 3 of 9")
