@@ -126,7 +126,7 @@ class Settings(BaseSettings):
 
     @property
     def redis_dsn(self) -> str:
-        """Celery and redis-py both understand this form."""
+        """The broker URL as Celery wants it."""
         return self.redis_url or f"redis+socket://{self.sockets / 'redis.sock'}?virtual_host=0"
 
     @property
