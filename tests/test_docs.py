@@ -4,8 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+from starlette.routing import Route
 from typer.main import get_command
 
+from services.admin import api
+from services.console import setup
+from services.gateway.routes import ROUTES as gateway_routes
 from services.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -61,9 +65,13 @@ def test_every_endpoint_named_in_the_docs_is_routed(routes: set[tuple[str, str]]
 
 @pytest.fixture(scope="module")
 def routes() -> set[tuple[str, str]]:
-    from services.app import console_routes, gateway_routes
-
-    return {(method, path) for method, path in (*gateway_routes(), *console_routes())}
+    routers = [*(route for router in setup.ROUTERS for route in router.routes), *api.router.routes]
+    return {
+        (method, route.path)
+        for route in (*gateway_routes, *routers)
+        if isinstance(route, Route)
+        for method in route.methods or ()
+    }
 
 
 def test_every_file_named_in_the_docs_exists() -> None:
