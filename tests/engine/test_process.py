@@ -85,16 +85,19 @@ def test_tokens_arrive_one_by_one_and_end_once(server: Served) -> None:
 
 def test_closing_the_stream_cancels_the_request(server: Served) -> None:
     async def body(client: EngineClient) -> None:
+        before = (await client.status()).generated_tokens
         async with aclosing(client.generate(generate("left", LONG))) as stream:
             async for _ in stream:
                 break
         await settled(client)
+        assert (await client.status()).generated_tokens < before + LONG
 
     on_loop(server.address, body)
 
 
 def test_a_client_that_vanishes_has_its_requests_cancelled(server: Served) -> None:
     async def body(client: EngineClient) -> None:
+        before = (await client.status()).generated_tokens
         context = zmq.Context()
         other = context.socket(zmq.DEALER)
         other.connect(server.address)
@@ -103,6 +106,7 @@ def test_a_client_that_vanishes_has_its_requests_cancelled(server: Served) -> No
         other.close(linger=0)
         context.term()
         await settled(client)
+        assert (await client.status()).generated_tokens < before + LONG
 
     on_loop(server.address, body)
 
