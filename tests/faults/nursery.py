@@ -10,8 +10,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Self
+
+from tests.gateway.parts import World
 
 MODULES = ("services.gateway.main", "services.gateway.log_shipper")
 
@@ -57,11 +60,10 @@ def alive(pid: int) -> bool:
 
 
 class Nursery:
-    """The test's side of it."""
+    """The tests' side of it; one serves them all."""
 
-    def __init__(self, environment: dict[str, str], logs: Path) -> None:
-        self._environment = environment
-        self._logs = logs
+    def __init__(self) -> None:
+        self._children: dict[Path, list[int]] = {}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.nursery"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -74,21 +76,31 @@ class Nursery:
         self._process.stdin.close()
         self._process.wait(timeout=60)
 
-    def start(self, module: str, **environment: str) -> int:
-        """Process id of a new child running `module`'s main."""
+    def start(self, world: World, module: str, **environment: str) -> int:
+        """Process id of a new child running `module`'s main in a world."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        log = str(self._logs / f"{module.rpartition('.')[2]}.log")
-        order = {"module": module, "log": log, "environment": json.dumps(self._environment | environment)}
+        log = str(world.settings.home / "logs" / f"{module.rpartition('.')[2]}.log")
+        order = {"module": module, "log": log, "environment": json.dumps(world.environment | environment)}
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
-        return int(self._process.stdout.readline())
+        pid = int(self._process.stdout.readline())
+        self._children.setdefault(world.settings.home, []).append(pid)
+        return pid
+
+    def children_of(self, world: World) -> list[int]:
+        """Process ids of everything started in a world."""
+        return self._children.get(world.settings.home, [])
 
 
 def kill(pid: int) -> None:
-    """kill -9, of a process this test started."""
+    """kill -9, of a process this test started; returns when it is gone, its port and locks with it."""
     if alive(pid):
         os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while alive(pid):
+        assert time.monotonic() < deadline, f"{pid} does not die"
+        time.sleep(0.001)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def spool_directories(world: World) -> int:
 
 def test_gateway_and_shipper_killed_twenty_times_each_under_load_lose_nothing(doomed: World, nursery: Nursery) -> None:
     chance = random.Random(11)
-    victims = {module: nursery.start(module) for module in (GATEWAY, SHIPPER)}
+    victims = {module: nursery.start(doomed, module) for module in (GATEWAY, SHIPPER)}
     order = [GATEWAY] * KILLS + [SHIPPER] * KILLS
     chance.shuffle(order)
     with Load(doomed.url, doomed.keys["app"]) as load:
@@ -45,7 +45,7 @@ def test_gateway_and_shipper_killed_twenty_times_each_under_load_lose_nothing(do
         for module in order:
             time.sleep(chance.uniform(0.02, 0.15))
             kill(victims[module])
-            victims[module] = nursery.start(module)
+            victims[module] = nursery.start(doomed, module)
             answered = len(load.seen.texts)
             if module == GATEWAY:
                 eventually(lambda answered=answered: len(load.seen.texts) > answered)
@@ -65,29 +65,29 @@ def test_gateway_and_shipper_killed_twenty_times_each_under_load_lose_nothing(do
 
 
 @pytest.mark.parametrize("place", ["shipper.before_commit", "shipper.landed", "shipper.placed"])
-def test_a_shipper_that_dies_at_any_step_repeats_it_harmlessly(doomed: World, nursery: Nursery, place: str) -> None:
-    spool = LogSpool(doomed.settings.spool, budget_bytes=1 << 30, segment_bytes=100_000)
+def test_a_shipper_that_dies_at_any_step_repeats_it_harmlessly(still: World, nursery: Nursery, place: str) -> None:
+    spool = LogSpool(still.settings.spool, budget_bytes=1 << 30, segment_bytes=100_000)
     records = [admitted(f"text {index}") for index in range(300)]
     for record in records:
         spool.admit(record)
         spool.finish(final(record))
     spool.close()
     for _ in range(5):
-        shipper = nursery.start(SHIPPER, WHET_FAILPOINT=place)
-        eventually(lambda shipper=shipper: not alive(shipper) or spool_directories(doomed) == 0)
-    shipper = nursery.start(SHIPPER)
-    eventually(lambda: spool_directories(doomed) == 0)
+        shipper = nursery.start(still, SHIPPER, WHET_FAILPOINT=place)
+        eventually(lambda shipper=shipper: not alive(shipper) or spool_directories(still) == 0)
+    shipper = nursery.start(still, SHIPPER)
+    eventually(lambda: spool_directories(still) == 0)
     kill(shipper)
-    assert stored(doomed) == {record.id: ("stop", "done") for record in records}
+    assert stored(still) == {record.id: ("stop", "done") for record in records}
 
 
 @pytest.mark.parametrize("place", ["gateway.admitted", "gateway.finished"])
 def test_a_gateway_that_dies_while_logging_leaves_an_honest_record(doomed: World, nursery: Nursery, place: str) -> None:
     with Load(doomed.url, doomed.keys["app"], clients=1) as load:
         for _ in range(3):
-            gateway = nursery.start(GATEWAY, WHET_FAILPOINT=place)
+            gateway = nursery.start(doomed, GATEWAY, WHET_FAILPOINT=place)
             eventually(lambda gateway=gateway: not alive(gateway))
-    nursery.start(SHIPPER)
+    nursery.start(doomed, SHIPPER)
     eventually(lambda: spool_directories(doomed) == 0)
     assert load.seen.texts == {}
     reasons = [reason for reason, _ in stored(doomed).values()]
