@@ -58,7 +58,7 @@ def children() -> list[psutil.Process]:
     return [child for child in psutil.Process().children() if "worker.training.lora" in " ".join(child.cmdline())]
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 40.0) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
