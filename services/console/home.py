@@ -1,11 +1,13 @@
 """The projects somebody may see, and one project's loop at a glance."""
 
 from typing import Any
+from uuid import UUID
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from services.console.access import Anyone, Here, SignedIn, Viewer
+from services.console.memo import Memo
 from services.console.views import fragment, page
 from services.store import browse, deployments, pages, people
 
@@ -15,38 +17,49 @@ router = APIRouter()
 @router.get("/")
 def home(request: Request, here: SignedIn) -> Response:
     """Every project with its live numbers."""
-    return page(request, here, "home.html", {"cards": _cards(here)})
+    return page(request, here, "home.html", _home(request, here))
 
 
 @router.get("/live")
-def home_live(here: SignedIn) -> Response:
+def home_live(request: Request, here: SignedIn) -> Response:
     """The same numbers again, for the page to swap in."""
-    return fragment("home_live.html", {"cards": _cards(here)})
+    return fragment("home_live.html", _home(request, here))
 
 
-def _cards(here: Here) -> list[pages.Card]:
-    return pages.cards(here.session, people.projects_of(here.session, here.user.id))
+def _home(request: Request, here: Here) -> dict[str, Any]:
+    projects = people.projects_of(here.session, here.user.id)
+    return {
+        "cards": pages.cards(here.session, projects),
+        "traffic": {project.id: _traffic(request, here, project.id) for project in projects},
+    }
+
+
+def _traffic(request: Request, here: Here, project_id: UUID) -> pages.Traffic:
+    memo: Memo[pages.Traffic] = request.app.state.traffic
+    return memo.get(project_id, lambda: pages.traffic(here.session, project_id))
 
 
 @router.get("/p/{slug}")
 def overview(request: Request, here: Viewer) -> Response:
     """The loop strip, the queue, the latest traffic and changes."""
-    return page(request, here, "overview.html", _overview(here))
+    return page(request, here, "overview.html", _overview(request, here))
 
 
 @router.get("/p/{slug}/live")
-def overview_live(here: Viewer) -> Response:
+def overview_live(request: Request, here: Viewer) -> Response:
     """The parts of the overview that move."""
-    return fragment("overview_live.html", {"project": here.project, **_overview(here)})
+    return fragment("overview_live.html", {"project": here.project, **_overview(request, here)})
 
 
-def _overview(here: Here) -> dict[str, Any]:
+def _overview(request: Request, here: Here) -> dict[str, Any]:
     project_id = here.project.id
+    queues: Memo[list[pages.Strategy]] = request.app.state.queues
     return {
         "loop": pages.loop(here.session, project_id),
-        "queue": pages.queue(here.session, project_id),
+        "traffic": _traffic(request, here, project_id),
+        "queue": queues.get(project_id, lambda: pages.queue(here.session, project_id)),
         "latest": browse.lines(here.session, project_id, browse.Search(origin="live"), limit=6),
-        "changes": deployments.events(here.session, project_id, limit=4),
+        "changes": deployments.events(here.session, project_id, limit=2),
         "run_lines": pages.run_lines(here.session, project_id, limit=3),
     }
 

@@ -37,7 +37,7 @@ def _list(here: Here) -> dict[str, Any]:
         "lines": lines,
         "scores": scores,
         "unfinished": unfinished,
-        "judged": pages.loop(here.session, here.project.id).reviewed,
+        "judged": pages.judgements(here.session, here.project.id),
     }
 
 

@@ -15,11 +15,14 @@ from starlette.types import ExceptionHandler
 from services.app import ERROR_HANDLERS, render
 from services.console import browsing, datasets, deployment, home, review, runs, sign_in
 from services.console.access import undeclared
+from services.console.memo import Memo
 from services.console.tokens import TokenReader
 from services.console.views import WEB, error_page, wants_page
 from services.errors import InvalidRequest, NotFound, Unauthenticated, Unavailable, Unprocessable, WhetError
 from services.settings import Settings
 
+TRAFFIC_SECONDS = 20.0
+QUEUE_SECONDS = 5.0
 log = structlog.get_logger()
 ROUTERS: tuple[APIRouter, ...] = (
     home.router, sign_in.router, review.router, browsing.router, datasets.router, runs.router, deployment.router,
@@ -35,6 +38,8 @@ def add_console(app: FastAPI) -> None:
         app.include_router(router)
     settings: Settings = app.state.settings
     app.state.token_reader = TokenReader(str(settings.model_path))
+    app.state.traffic = Memo(TRAFFIC_SECONDS)
+    app.state.queues = Memo(QUEUE_SECONDS)
     app.mount("/static", StaticFiles(directory=WEB / "static"), name="static")
     for kind, handler in _handlers().items():
         app.add_exception_handler(kind, handler)

@@ -4,6 +4,8 @@ import json
 from datetime import UTC, datetime
 from typing import Any
 
+from services.store.reviews import QUEUE_COUNTED_TO
+
 STRATEGIES = {
     "negative_feedback": "negative feedback",
     "low_confidence": "low confidence",
@@ -31,6 +33,11 @@ def short(digest: str | None, length: int = 10) -> str:
 def count(value: float | None) -> str:
     """1284 as 1,284."""
     return "–" if value is None else f"{value:,.0f}"
+
+
+def capped(value: int) -> str:
+    """A count that stopped at a limit, as "10,000+"."""
+    return f"{value:,}+" if value >= QUEUE_COUNTED_TO else f"{value:,}"
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -111,7 +118,8 @@ def pretty(value: object) -> str:
 
 
 FILTERS: dict[str, Any] = {
-    "short": short, "count": count, "percent": percent, "points": points, "figure": figure, "ms": milliseconds,
+    "short": short, "count": count, "capped": capped, "percent": percent, "points": points,
+    "figure": figure, "ms": milliseconds,
     "duration": duration, "ago": ago, "stamp": stamp, "iso": iso, "content_text": content_text, "pretty": pretty,
     "strategy": lambda name: STRATEGIES.get(name, name),
     "verdict": lambda name: VERDICTS.get(name, name),

@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, and_, case, func, select
+from sqlalchemy import ColumnElement, and_, case, func, select
 from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.orm import Session
 
@@ -23,17 +23,16 @@ from services.store.models import (
     RevisionExample,
     Run,
 )
-from services.store.reviews import COUNTED, standing
+from services.store.reviews import COUNTED, QUEUE_COUNTED_TO, standing
 
 SPARK_HOURS = 24
 
 
 class Card(NamedTuple):
-    """A project on the home page. `hours` are requests an hour over the last day, oldest first."""
+    """A project on the home page. `waiting` stops counting at QUEUE_COUNTED_TO."""
 
     project: Project
     requests_hour: int
-    hours: list[int]
     waiting: int
     digest: str | None
     generation: int
@@ -41,23 +40,28 @@ class Card(NamedTuple):
     running: str | None
 
 
+class Traffic(NamedTuple):
+    """A project's last day: requests, those that failed, and requests an hour, oldest hour first."""
+
+    requests: int
+    failed: int
+    hours: list[int]
+
+
 class Loop(NamedTuple):
-    """One turn of the loop in figures: served, logged, reviewed, learned, live."""
+    """One turn of the loop in figures: served, reviewed, learned, live; `Traffic` has what was logged.
+
+    `waiting` stops counting at QUEUE_COUNTED_TO.
+    """
 
     served_hour: int
-    logged_day: int
-    failed_day: int
-    median_ms: float | None
     waiting: int
     escalated: int
     reviewed: int
-    reviewed_day: int
     learned: int
     revision_digest: str | None
-    runs: int
     digest: str | None
     generation: int
-    live_since: datetime | None
 
 
 class Worked(NamedTuple):
@@ -81,11 +85,8 @@ def _since(moment: datetime) -> ColumnElement[bool]:
 
 
 def cards(session: Session, projects: Sequence[Project]) -> list[Card]:
-    """One card a project, in the order given; a handful of grouped queries whatever their number."""
+    """One card a project, in the order given."""
     ids = [project.id for project in projects]
-    hours = _hours(session, ids)
-    hour = _tally(session, select(Interaction.project_id).where(_since(_ago(timedelta(hours=1)))), ids)
-    waiting = _tally(session, select(ReviewItem.project_id).where(ReviewItem.state == "open"), ids)
     deployments = {
         row.project_id: row for row in session.scalars(select(Deployment).where(Deployment.project_id.in_(ids)))
     }
@@ -104,9 +105,8 @@ def cards(session: Session, projects: Sequence[Project]) -> list[Card]:
     return [
         Card(
             project=project,
-            requests_hour=hour.get(project.id, 0),
-            hours=hours.get(project.id, [0] * SPARK_HOURS),
-            waiting=waiting.get(project.id, 0),
+            requests_hour=_served_hour(session, project.id),
+            waiting=waiting(session, project.id),
             digest=deployments[project.id].active_digest if project.id in deployments else None,
             generation=deployments[project.id].generation if project.id in deployments else 1,
             last_swap=swaps.get(project.id),
@@ -120,27 +120,23 @@ def _ago(span: timedelta) -> datetime:
     return datetime.now(UTC) - span
 
 
-def _tally(session: Session, rows: Select[UUID], ids: Sequence[UUID]) -> dict[UUID, int]:
-    """How many of the rows each of these projects has."""
-    project_id = rows.selected_columns[0]
-    counted = rows.where(project_id.in_(ids)).group_by(project_id).add_columns(func.count())
-    return dict(session.execute(counted).all())
+def _served_hour(session: Session, project_id: UUID) -> int:
+    query = select(func.count()).where(Interaction.project_id == project_id, _since(_ago(timedelta(hours=1))))
+    return session.scalar(query) or 0
 
 
-def _hours(session: Session, ids: Sequence[UUID]) -> dict[UUID, list[int]]:
+def traffic(session: Session, project_id: UUID) -> Traffic:
+    """The last day, from every row of it: callers keep the answer for a while."""
     ago = func.floor(func.extract("epoch", func.now() - Interaction.started_at) / 3600)
     rows = session.execute(
-        select(Interaction.project_id, ago.label("ago"), func.count().label("requests"))
-        .where(Interaction.project_id.in_(ids), _since(_ago(timedelta(hours=SPARK_HOURS))))
-        .group_by(Interaction.project_id, "ago")
-    )
-    series: dict[UUID, list[int]] = {}
-    for project_id, hours_ago, requests in rows:
-        line = series.setdefault(project_id, [0] * SPARK_HOURS)
-        place = SPARK_HOURS - 1 - int(hours_ago)
-        if 0 <= place < SPARK_HOURS:
-            line[place] += requests
-    return series
+        select(ago.label("ago"), func.count(), func.count().filter(Interaction.finish_reason == "error"))
+        .where(Interaction.project_id == project_id, _since(_ago(timedelta(hours=SPARK_HOURS))))
+        .group_by("ago")
+    ).all()
+    hours = [0] * SPARK_HOURS
+    for hours_ago, requests, _ in rows:
+        hours[min(max(SPARK_HOURS - 1 - int(hours_ago), 0), SPARK_HOURS - 1)] += requests
+    return Traffic(sum(row[1] for row in rows), sum(row[2] for row in rows), hours)
 
 
 # --- one project ------------------------------------------------------------------------------------------
@@ -148,23 +144,7 @@ def _hours(session: Session, ids: Sequence[UUID]) -> dict[UUID, list[int]]:
 
 def loop(session: Session, project_id: UUID) -> Loop:
     """The figures under the loop strip."""
-    served, failed, logged, median = session.execute(
-        select(
-            func.count().filter(Interaction.id >= first_id(_ago(timedelta(hours=1)))),
-            func.count().filter(Interaction.finish_reason == "error"),
-            func.count(),
-            func.percentile_cont(0.5).within_group(Interaction.latency_ms),
-        ).where(Interaction.project_id == project_id, _since(_ago(timedelta(days=1))))
-    ).one()
-    waiting, escalated = session.execute(
-        select(
-            func.count().filter(ReviewItem.state == "open"), func.count().filter(ReviewItem.state == "escalated")
-        ).where(ReviewItem.project_id == project_id, ReviewItem.state.in_(("open", "escalated")))
-    ).one()
-    judged = select(
-        func.count(), func.count().filter(Annotation.created_at >= _ago(timedelta(days=1)))
-    ).where(Annotation.project_id == project_id, Annotation.verdict.in_(COUNTED), standing())  # fmt: skip
-    reviewed, reviewed_day = session.execute(judged).one()
+    escalated = select(func.count()).where(ReviewItem.project_id == project_id, ReviewItem.state == "escalated")
     revision = session.scalar(
         select(Revision)
         .join(Dataset, Dataset.id == Revision.dataset_id)
@@ -174,31 +154,34 @@ def loop(session: Session, project_id: UUID) -> Loop:
     )
     deployment = session.get(Deployment, project_id, populate_existing=True)
     return Loop(
-        served_hour=served,
-        logged_day=logged,
-        failed_day=failed,
-        median_ms=median,
-        waiting=waiting,
-        escalated=escalated,
-        reviewed=reviewed,
-        reviewed_day=reviewed_day,
+        served_hour=_served_hour(session, project_id),
+        waiting=waiting(session, project_id),
+        escalated=session.scalar(escalated) or 0,
+        reviewed=judgements(session, project_id),
         learned=revision.train_count + revision.held_out_count if revision else 0,
         revision_digest=revision.digest if revision else None,
-        runs=session.scalar(select(func.count()).select_from(Run).where(Run.project_id == project_id)) or 0,
         digest=deployment.active_digest if deployment else None,
         generation=deployment.generation if deployment else 1,
-        live_since=_last_change(session, project_id),
     )
 
 
-def _last_change(session: Session, project_id: UUID) -> datetime | None:
-    return session.scalar(select(func.max(DeploymentEvent.at)).where(DeploymentEvent.project_id == project_id))
+def judgements(session: Session, project_id: UUID) -> int:
+    """How many counted judgements stand."""
+    standing_ones = select(func.count()).where(
+        Annotation.project_id == project_id, Annotation.verdict.in_(COUNTED), standing()
+    )
+    return session.scalar(standing_ones) or 0
 
 
 def waiting(session: Session, project_id: UUID) -> int:
-    """The badge beside Review."""
-    open_items = select(func.count()).where(ReviewItem.project_id == project_id, ReviewItem.state == "open")
-    return session.scalar(open_items) or 0
+    """Open items, counted up to QUEUE_COUNTED_TO: on every page, so its cost must not grow with the queue."""
+    some = (
+        select(ReviewItem.id)
+        .where(ReviewItem.project_id == project_id, ReviewItem.state == "open")
+        .limit(QUEUE_COUNTED_TO)
+        .subquery()
+    )
+    return session.scalar(select(func.count()).select_from(some)) or 0
 
 
 class Strategy(NamedTuple):

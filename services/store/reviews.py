@@ -24,6 +24,7 @@ SUBMITTED = (*COUNTED, "skip", "escalate")
 TEXT_LIMIT = 100_000
 COMMENT_LIMIT = 10_000
 UNDO_PREFIX = "undo:"
+QUEUE_COUNTED_TO = 10_000
 
 
 class LostLease(Conflict):
@@ -317,9 +318,13 @@ def _hand_back(session: Session, item: ReviewItem, user_id: UUID) -> None:
 
 
 class Progress(NamedTuple):
-    """The bottom line of the review page. `median_seconds` is this person's, over their last 200 judgements."""
+    """The bottom line of the review page. `median_seconds` is this person's, over their last 200 judgements.
+
+    `waiting` counts up to QUEUE_COUNTED_TO; `capped` says that it got there.
+    """
 
     waiting: int
+    capped: bool
     escalated: int
     done_today: int
     median_seconds: float | None
@@ -327,13 +332,9 @@ class Progress(NamedTuple):
 
 def progress(session: Session, project_id: UUID, user_id: UUID) -> Progress:
     """How much waits for this person and how fast they went."""
-    states = dict(
-        session.execute(
-            select(ReviewItem.state, func.count())
-            .where(ReviewItem.project_id == project_id, ReviewItem.state.in_(("open", "escalated")))
-            .group_by(ReviewItem.state)
-        ).all()
-    )
+    queue = select(ReviewItem.id).where(ReviewItem.project_id == project_id)
+    waiting = queue.where(ReviewItem.state == "open", ~_judged_by(user_id)).limit(QUEUE_COUNTED_TO).subquery()
+    escalated = queue.where(ReviewItem.state == "escalated").subquery()
     mine = select(Annotation).where(
         Annotation.project_id == project_id, Annotation.author_id == user_id,
         Annotation.verdict.in_(COUNTED), standing(),
@@ -341,11 +342,11 @@ def progress(session: Session, project_id: UUID, user_id: UUID) -> Progress:
     today = mine.where(Annotation.created_at >= func.date_trunc("day", func.now())).subquery()
     recent = mine.where(Annotation.active_ms.is_not(None)).order_by(Annotation.created_at.desc()).limit(200).subquery()
     median = session.scalar(select(func.percentile_cont(0.5).within_group(recent.c.active_ms)))
-    judged = mine.join(ReviewItem, ReviewItem.id == Annotation.review_item_id).where(ReviewItem.state == "open")
-    mine_open = session.scalar(select(func.count()).select_from(judged.subquery())) or 0
+    count = session.scalar(select(func.count()).select_from(waiting)) or 0
     return Progress(
-        waiting=max(0, states.get("open", 0) - mine_open),
-        escalated=states.get("escalated", 0),
+        waiting=count,
+        capped=count >= QUEUE_COUNTED_TO,
+        escalated=session.scalar(select(func.count()).select_from(escalated)) or 0,
         done_today=session.scalar(select(func.count()).select_from(today)) or 0,
         median_seconds=None if median is None else float(median) / 1000,
     )

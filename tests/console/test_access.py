@@ -103,10 +103,10 @@ def test_a_disabled_account_loses_its_session_at_once(sign_in: SignIn, sessions:
     assert client.get("/live").status_code == 401
 
 
-@pytest.mark.parametrize("cookie", ["", "x", "é" * 40, "a" * 5000, "\udcff"])
-def test_a_forged_cookie_is_nobody(client: TestClient, project: Project, cookie: str) -> None:
-    header = b"whet_session=" + cookie.encode(errors="surrogateescape")
-    assert client.get("/live", headers={"cookie": header}).status_code == 401  # type: ignore[dict-item]
+def test_a_forged_cookie_is_nobody(client: TestClient, project: Project) -> None:
+    for cookie in ("", "x", "é" * 40, "a" * 5000, "\udcff"):
+        header = b"whet_session=" + cookie.encode(errors="surrogateescape")
+        assert client.get("/live", headers={"cookie": header}).status_code == 401, cookie  # type: ignore[dict-item]
 
 
 def test_a_page_sends_strangers_to_sign_in_and_a_script_gets_401(client: TestClient, project: Project) -> None:
@@ -118,26 +118,24 @@ def test_a_page_sends_strangers_to_sign_in_and_a_script_gets_401(client: TestCli
 # --- other sites ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("headers", "status"),
-    [
-        ({"sec-fetch-site": "cross-site"}, 403),
-        ({"sec-fetch-site": "same-site"}, 403),
-        ({"sec-fetch-site": "none"}, 403),
-        ({"sec-fetch-site": "cross-site", "origin": "http://console"}, 403),
-        ({"origin": "http://evil.example"}, 403),
-        ({"origin": "null"}, 403),
-        ({"origin": "http://console.evil.example"}, 403),
-        ({"sec-fetch-site": "same-origin"}, 200),
-        ({"origin": "http://console"}, 200),
-        ({}, 200),
-    ],
-)
-def test_a_request_another_site_made_the_browser_send_is_refused(
-    sign_in: SignIn, project: Project, headers: dict[str, str], status: int
-) -> None:
+ORIGINS: list[tuple[dict[str, str], int]] = [
+    ({"sec-fetch-site": "cross-site"}, 403),
+    ({"sec-fetch-site": "same-site"}, 403),
+    ({"sec-fetch-site": "none"}, 403),
+    ({"sec-fetch-site": "cross-site", "origin": "http://console"}, 403),
+    ({"origin": "http://evil.example"}, 403),
+    ({"origin": "null"}, 403),
+    ({"origin": "http://console.evil.example"}, 403),
+    ({"sec-fetch-site": "same-origin"}, 200),
+    ({"origin": "http://console"}, 200),
+    ({}, 200),
+]
+
+
+def test_a_request_another_site_made_the_browser_send_is_refused(sign_in: SignIn, project: Project) -> None:
     client = sign_in("ada@example.org", "reviewer")
-    assert client.post("/p/entities/review/lease", json={}, headers=headers).status_code == status
+    for headers, status in ORIGINS:
+        assert client.post("/p/entities/review/lease", json={}, headers=headers).status_code == status, headers
 
 
 def test_every_answer_carries_the_security_headers(client: TestClient, project: Project) -> None:

@@ -124,14 +124,12 @@ def test_projects_are_made_and_listed(admin: TestClient) -> None:
 # --- refusals ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "header",
-    ["", "Basic dXNlcg==", "Bearer", "Bearer wh_short", f"Bearer wh_abcdefgh_{'x' * 43}", "Bearer ключ"],
-)
-def test_without_a_live_key_nothing_is_told(client: TestClient, project: Project, header: str) -> None:
-    answer = client.get("/api/projects", headers={"authorization": header.encode()})  # type: ignore[dict-item]
-    assert answer.status_code == 401
-    assert answer.json()["error"]["type"] == "authentication_error"
+def test_without_a_live_key_nothing_is_told(client: TestClient, project: Project) -> None:
+    unknown = f"Bearer wh_abcdefgh_{'x' * 43}"
+    for header in ("", "Basic dXNlcg==", "Bearer", "Bearer wh_short", unknown, "Bearer ключ"):
+        answer = client.get("/api/projects", headers={"authorization": header.encode()})  # type: ignore[dict-item]
+        assert answer.status_code == 401, header
+        assert answer.json()["error"]["type"] == "authentication_error"
 
 
 def test_a_session_cookie_is_no_api_key(client: TestClient, sessions: Sessions, project: Project) -> None:

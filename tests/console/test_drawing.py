@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.console import charts, wording
+from services.console.memo import Memo
 from services.console.views import WEB
 from services.console.worddiff import diff
 
@@ -94,9 +95,27 @@ def test_how_long_ago(seconds: float, expected: str) -> None:
     assert wording.ago(now - timedelta(seconds=seconds), now) == expected
 
 
+def test_a_figure_is_computed_once_a_while_and_a_failure_is_not_kept() -> None:
+    now, calls = [0.0], []
+
+    def compute() -> int:
+        calls.append(now[0])
+        if len(calls) == 1:
+            raise OSError("away")
+        return len(calls)
+
+    memo: Memo[int] = Memo(10, clock=lambda: now[0])
+    with pytest.raises(OSError, match="away"):
+        memo.get("a", compute)
+    assert [memo.get("a", compute), memo.get("a", compute), memo.get("b", compute)] == [2, 2, 3]
+    now[0] = 10.0
+    assert memo.get("a", compute) == 4
+
+
 def test_figures_in_words() -> None:
     assert [wording.count(1284), wording.percent(0.912), wording.points(-0.031), wording.figure(0.00214)] == [
         "1,284", "91.2 %", "−3.1", "0.00214",
     ]  # fmt: skip
+    assert [wording.capped(9999), wording.capped(10_000)] == ["9,999", "10,000+"]
     assert wording.short(None) == "base"
     assert wording.content_text([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]) == "a\nb"

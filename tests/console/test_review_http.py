@@ -4,7 +4,6 @@ import uuid
 from datetime import timedelta
 from typing import Any
 
-import pytest
 from httpx import Response
 from sqlalchemy import func, select, update
 from starlette.testclient import TestClient
@@ -125,7 +124,7 @@ def test_progress_counts_what_waits_and_what_is_done(sign_in: SignIn, sessions: 
     client = sign_in("ada@example.org", "reviewer")
     send(client, held(client)[0], active_ms=4000)
     told = client.get("/p/entities/review/progress").json()
-    assert told == {"waiting": 2, "escalated": 0, "done_today": 1, "median_seconds": 4.0}
+    assert told == {"waiting": 2, "capped": False, "escalated": 0, "done_today": 1, "median_seconds": 4.0}
 
 
 def test_an_item_whose_text_is_past_retention_leaves_the_queue(
@@ -150,27 +149,25 @@ def test_one_project_never_shows_the_items_of_another(sign_in: SignIn, sessions:
     assert send(client, {"id": foreign.id, "lease_token": token}).status_code == 404
 
 
-@pytest.mark.parametrize(
-    ("body", "status"),
-    [
-        (b"{", 400),
-        (b"\xff\xfe", 400),
-        (b"[]", 422),
-        (b"{}", 422),
-        (b'{"verdict": "accept", "lease_token": "no uuid", "idempotency_key": "k"}', 422),
-        (b'{"verdict": "accept", "surprise": 1}', 422),
-        (b'{"a":' * 5000, 400),
-        (b"[" * 200_000 + b"]" * 200_000, 400),
-    ],
-)
-def test_a_bad_body_is_refused_with_a_sentence(
-    sign_in: SignIn, sessions: Sessions, project: Project, body: bytes, status: int
-) -> None:
+BAD_BODIES = [
+    (b"{", 400),
+    (b"\xff\xfe", 400),
+    (b"[]", 422),
+    (b"{}", 422),
+    (b'{"verdict": "accept", "lease_token": "no uuid", "idempotency_key": "k"}', 422),
+    (b'{"verdict": "accept", "surprise": 1}', 422),
+    (b'{"a":' * 5000, 400),
+    (b"[" * 200_000 + b"]" * 200_000, 400),
+]
+
+
+def test_a_bad_body_is_refused_with_a_sentence(sign_in: SignIn, project: Project) -> None:
     client = sign_in("ada@example.org", "reviewer")
     path = f"/p/entities/review/items/{uuid.uuid4()}/annotations"
-    answer = client.post(path, content=body, headers={"content-type": "application/json"})
-    assert answer.status_code == status
-    assert answer.json()["error"]["message"]
+    for body, status in BAD_BODIES:
+        answer = client.post(path, content=body, headers={"content-type": "application/json"})
+        assert answer.status_code == status, body[:40]
+        assert answer.json()["error"]["message"]
 
 
 def test_a_body_beyond_the_limit_is_refused(sign_in: SignIn, project: Project) -> None:

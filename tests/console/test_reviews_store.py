@@ -251,30 +251,28 @@ def test_an_escalated_item_leaves_the_queue_until_a_lead_decides(sessions: Sessi
         assert session.get_one(ReviewItem, held.id).state == "done"
 
 
-@pytest.mark.parametrize(
-    ("values", "sentence"),
-    [
-        ({"verdict": "praise"}, "unknown verdict"),
-        ({"verdict": "undo"}, "unknown verdict"),
-        ({"verdict": "correct"}, "cannot be empty"),
-        ({"verdict": "correct", "correction": "  \n"}, "cannot be empty"),
-        ({"verdict": "correct", "correction": "one"}, "equals the response"),
-        ({"verdict": "accept", "correction": "two"}, "takes no correction"),
-        ({"verdict": "accept", "tags": ["unheard of"]}, "no tag unheard of"),
-        ({"verdict": "correct", "correction": "a\x00b"}, "cannot be stored"),
-        ({"verdict": "correct", "correction": "\ud83d"}, "cannot be stored"),
-        ({"verdict": "correct", "correction": "x" * 100_001}, "end at"),
-        ({"verdict": "accept", "active_ms": -1}, "active_ms"),
-    ],
-)
-def test_a_judgement_that_says_nothing_or_cannot_be_kept_is_refused(
-    sessions: Sessions, project: Project, values: dict[str, object], sentence: str
-) -> None:
+MEANINGLESS: list[tuple[dict[str, object], str]] = [
+    ({"verdict": "praise"}, "unknown verdict"),
+    ({"verdict": "undo"}, "unknown verdict"),
+    ({"verdict": "correct"}, "cannot be empty"),
+    ({"verdict": "correct", "correction": "  \n"}, "cannot be empty"),
+    ({"verdict": "correct", "correction": "one"}, "equals the response"),
+    ({"verdict": "accept", "correction": "two"}, "takes no correction"),
+    ({"verdict": "accept", "tags": ["unheard of"]}, "no tag unheard of"),
+    ({"verdict": "correct", "correction": "a\x00b"}, "cannot be stored"),
+    ({"verdict": "correct", "correction": "\ud83d"}, "cannot be stored"),
+    ({"verdict": "correct", "correction": "x" * 100_001}, "end at"),
+    ({"verdict": "accept", "active_ms": -1}, "active_ms"),
+]
+
+
+def test_a_judgement_that_says_nothing_or_cannot_be_kept_is_refused(sessions: Sessions, project: Project) -> None:
     with sessions.begin() as session:
         seed.queue(session, project.id, ["one"])
         [ada] = people(session, 1)
         [held] = reviews.lease(session, project.id, ada)
-    with sessions.begin() as session, pytest.raises(Unprocessable, match=sentence):
-        judge(session, project, ada, held, **values)
+    for values, sentence in MEANINGLESS:
+        with sessions.begin() as session, pytest.raises(Unprocessable, match=sentence):
+            judge(session, project, ada, held, **values)
     with sessions.begin() as session:
         assert session.scalar(select(func.count()).select_from(Annotation)) == 0

@@ -132,7 +132,7 @@ export class View {
 
   #comment(state) {
     const comment = this.at("comment");
-    const wanted = { skip: "Comment, if a reason above does not say it", escalate: "What should the lead decide?" };
+    const wanted = { skip: "Or in your own words", escalate: "What should the lead decide?" };
     this.at("comment-label").textContent = wanted[state.draft.verdict] ?? "Comment";
     comment.disabled = Boolean(state.past);
     if (comment.value !== state.draft.comment) comment.value = state.draft.comment;
@@ -141,6 +141,7 @@ export class View {
   #pastNote(past) {
     const area = this.at("past");
     area.hidden = !past;
+    this.at("submit").hidden = Boolean(past);
     if (!past) return;
     const note = element("div", "note");
     const told = past.reveal ? `${this.#told(past.reveal)} ` : "";
@@ -168,7 +169,7 @@ export class View {
 
   progress(figures) {
     this.at("done").textContent = figures.done_today.toLocaleString("en");
-    this.at("waiting").textContent = figures.waiting.toLocaleString("en");
+    this.at("waiting").textContent = figures.waiting.toLocaleString("en") + (figures.capped ? "+" : "");
     const median = this.at("median");
     median.parentElement.hidden = figures.median_seconds === null;
     if (figures.median_seconds !== null) median.textContent = figures.median_seconds.toPrecision(2);
