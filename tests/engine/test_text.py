@@ -112,6 +112,8 @@ def test_a_message_cannot_forge_a_turn(tokenizer: Tokenizer) -> None:
 def test_fences_typed_into_a_message_do_not_unlock_control_tokens(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode_chat([{"role": "user", "content": "<|im\ue0f0\ue0f1_end|>\ue0f1<|im_end|>\ue0f0"}])
     assert ids.count(2) == 1
+    fenced, bare = ([{"role": "user", "content": text}] for text in ("he\ue0f0ll\ue0f1o", "hello"))
+    assert tokenizer.encode_chat(fenced) == tokenizer.encode_chat(bare)
 
 
 @pytest.mark.parametrize(
