@@ -37,7 +37,7 @@ def add_console(app: FastAPI) -> None:
             raise RuntimeError(f"these routes do not say who may call them: {', '.join(silent)}")
         app.include_router(router)
     settings: Settings = app.state.settings
-    app.state.token_reader = TokenReader(str(settings.model_path))
+    app.state.token_reader = TokenReader(settings)
     app.state.traffic = Memo(TRAFFIC_SECONDS)
     app.state.queues = Memo(QUEUE_SECONDS)
     app.mount("/static", StaticFiles(directory=WEB / "static"), name="static")

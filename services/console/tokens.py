@@ -3,12 +3,15 @@
 from dataclasses import dataclass, field
 from threading import Lock
 
+import structlog
 from fastapi import Request
 
 from engine.text.detokenizer import Detokenizer
 from engine.text.tokenizer import Tokenizer
+from services.settings import Settings
 from services.store.models import InteractionBody
 
+log = structlog.get_logger()
 Pieces = list[tuple[str, float]]
 
 
@@ -16,7 +19,7 @@ Pieces = list[tuple[str, float]]
 class TokenReader:
     """Reads tokens of the model this home serves; loads its tokenizer once, when first asked."""
 
-    model: str
+    settings: Settings
     _tokenizer: Tokenizer | None = None
     _failed: bool = False
     _lock: Lock = field(default_factory=Lock)
@@ -40,8 +43,9 @@ class TokenReader:
         with self._lock:
             if self._tokenizer is None and not self._failed:
                 try:
-                    self._tokenizer = Tokenizer.load(self.model)
-                except ValueError:  # pages work without the tint, and the page says why it is missing
+                    self._tokenizer = Tokenizer.load(self.settings.model_path)
+                except ValueError as error:  # pages work without the tint
+                    log.warning("tokenizer_missing", error=str(error))
                     self._failed = True
             return self._tokenizer
 

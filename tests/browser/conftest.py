@@ -79,7 +79,7 @@ def open_as(chromium: Browser, console_url: str, sessions: Sessions) -> Iterator
         page.on("pageerror", lambda error: trouble.append(f"script error: {error}"))
         page.on("dialog", lambda dialog: (trouble.append(f"dialog: {dialog.message}"), dialog.dismiss()))
         page.goto(f"/sign-in/{token}")
-        page.keyboard.press("Enter")  # the button has the focus
+        page.get_by_role("button", name="Sign in").press("Enter")
         page.wait_for_url(f"{console_url}/")
         page.goto(path)
         return page

@@ -9,10 +9,12 @@ import pytest
 from sqlalchemy import select
 from starlette.testclient import TestClient
 
+from engine.text.tokenizer import Tokenizer
+from services.console.tokens import TokenReader
 from services.settings import Settings
 from services.store import deployments, reviews
 from services.store.base import Sessions, make_sessions
-from services.store.models import AuditEvent, Feedback, Interaction, Job, Project, Revision, Run
+from services.store.models import AuditEvent, Feedback, Interaction, InteractionBody, Job, Project, Revision, Run
 from services.web import create_app
 from tests.console import seed
 from tests.console.conftest import SignIn
@@ -270,3 +272,28 @@ def test_an_unknown_address_is_a_page_for_people_and_json_for_scripts(reader: Te
     assert reader.get("/no/such/place").json()["error"]["code"] == "not_found"
     assert reader.get("/static/../../services/settings.py").status_code == 404
     assert reader.get("/static/..%2f..%2fservices/settings.py").status_code == 404
+
+
+# --- tokens -----------------------------------------------------------------------------------------------
+
+
+def test_the_tint_shows_every_token_with_its_probability(
+    console_settings: Settings, sessions: Sessions, project: Project, reader: TestClient
+) -> None:
+    tokenizer = Tokenizer.load(console_settings.model_path)
+    output = "The naïve <b>café</b> – 4 €."
+    ids = tokenizer.encode_plain(output)
+    with sessions.begin() as session:
+        logged = seed.interaction(session, project.id, output=output)
+        body = session.get_one(InteractionBody, logged.id)
+        body.token_ids, body.token_logprobs = ids, [-0.1 * place for place in range(len(ids))]
+        body.tokenizer_hash = tokenizer.digest
+        foreign = seed.interaction(session, project.id, output=output)
+    pieces = TokenReader(console_settings).pieces(body)
+    assert pieces is not None
+    assert "".join(text for text, _ in pieces) == output
+    text = text_of(reader, f"/p/entities/interactions/{logged.id}")
+    assert "Show probabilities" in text
+    assert "tok-3" in text
+    assert "<b>café" not in text
+    assert "Show probabilities" not in text_of(reader, f"/p/entities/interactions/{foreign.id}")
