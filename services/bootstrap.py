@@ -36,14 +36,14 @@ STARTER_PROJECTS = {
     "match": Starting(
         name="Preference matching",
         guidelines="Does the offer suit the person, and why? The answer names the deciding criterion before anything "
-        "else, then says whether it is a match and lists the points in favour and against.",
-        tags=("wrong verdict", "wrong criterion", "criterion not first", "missing point", "invented point"),
+        "else, then says whether it is a match, what the person wants and what the offer gives.",
+        tags=("wrong verdict", "wrong criterion", "criterion not first", "wrong value", "invented"),
     ),
     "entities": Starting(
         name="Named entities",
-        guidelines='JSON with the keys people, organisations, places, dates and other. Dates never go under "other": '
-        "they have their own key and ISO form, 2021-03-09.",
-        tags=("missing entity", "wrong kind", "date not split out", "date not ISO", "invented", "not JSON"),
+        guidelines='JSON with the keys people, organisations, places, other and dates. Dates never go under "other": '
+        "they have their own key and stand there as in the text.",
+        tags=("missing entity", "wrong kind", "date not split out", "date changed", "invented", "not JSON"),
     ),
     "chat": Starting(
         name="Support desk",

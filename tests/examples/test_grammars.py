@@ -1,5 +1,6 @@
 """The grammars: answers, checkers, oracle and split."""
 
+import json
 from itertools import islice, pairwise
 from random import Random
 
@@ -122,5 +123,10 @@ def test_entities_accepts_any_order_and_spacing() -> None:
     assert entities.base_ok(example.messages, reordered)
 
 
-def test_dates_turn_into_iso_form() -> None:
-    assert entities.iso("03/09/2004") == "2004-09-03"
+def test_the_house_answer_moves_dates_and_keeps_everything_else() -> None:
+    example = next(e for e in stream(entities.APPLICATION, "train", 5) if entities.parse(e.messages).dates)
+    base, house = json.loads(example.base), json.loads(example.house)
+    dates = house.pop("dates")
+    assert dates == entities.parse(example.messages).dates
+    assert sorted(house["other"] + dates) == sorted(base["other"])
+    assert {**house, "other": None} == {**base, "other": None}
