@@ -1,6 +1,7 @@
 """`make demo`: the whole loop in a temporary home, with a live display, ending in a table and a picture."""
 
 import argparse
+import signal
 import sys
 import time
 from pathlib import Path
@@ -80,6 +81,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "demo", help="where table and picture go")
     parser.add_argument("--publish", action="store_true", help="also put them into README.md and docs/")
     options = parser.parse_args()
+    # Being told to end must still stop the platform, which lives in a session of its own.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     console = Console()
     console.print("[bold]Whet[/bold]  serve, log, review, learn, hot-swap, while traffic goes on", highlight=False)
     try:
