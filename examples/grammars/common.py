@@ -9,11 +9,10 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Literal, TypeVar
+from typing import Literal
 
 Message = dict[str, str]
 Split = Literal["train", "held_out"]
-T = TypeVar("T")
 
 HELD_OUT_TENTHS = 1
 MAX_OUTPUT_CHARACTERS = 4000
@@ -77,16 +76,6 @@ def user_text(messages: Sequence[Message]) -> str:
 def same_words(output: str, expected: str) -> bool:
     """Whether the output says exactly the expected sentences, white space aside."""
     return len(output) <= MAX_OUTPUT_CHARACTERS and output.split() == expected.split()
-
-
-def pick_distinct(random: Random, draw: Callable[[Random], T], count: int) -> list[T]:
-    """`count` different values from `draw`, in the order drawn."""
-    chosen: list[T] = []
-    while len(chosen) < count:
-        value = draw(random)
-        if value not in chosen:
-            chosen.append(value)
-    return chosen
 
 
 def compound(heads: Sequence[str], tails: Sequence[str]) -> list[str]:
