@@ -8,11 +8,15 @@ schedule counts steps, not seconds. House answers are never shown to the model.
 
 import argparse
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+
+# Spinning threads starve each other as soon as anything else runs here: 20 steps took minutes instead of one.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from tokenizers import Tokenizer
