@@ -4,10 +4,10 @@ Items are blind: what chose them and which weights answered is told only after t
 """
 
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 from uuid import UUID
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Body, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
@@ -28,6 +28,9 @@ class LeaseRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
     count: int = Field(5, ge=1, le=20)
     escalated: bool = False
+
+
+NO_BODY = Body(default_factory=LeaseRequest)  # a request without a body asks for the usual five
 
 
 class AnnotationRequest(BaseModel):
@@ -74,7 +77,7 @@ def review_page(request: Request, here: Reviewer, queue: str = "") -> Response:
 
 
 @router.post("/p/{slug}/review/lease")
-def lease(request: Request, here: Reviewer, wanted: LeaseRequest) -> JSONResponse:
+def lease(request: Request, here: Reviewer, wanted: Annotated[LeaseRequest, NO_BODY]) -> JSONResponse:
     """Items to judge, held for three minutes unless a heartbeat renews them."""
     if wanted.escalated and not here.may("lead"):
         raise Forbidden("escalated items are for leads", code="insufficient_role")

@@ -75,6 +75,7 @@ def test_two_reviewers_on_one_item_get_one_lease(sign_in: SignIn, sessions: Sess
     fill(sessions, project, "one")
     ada, grace = sign_in("ada@example.org", "reviewer"), sign_in("grace@example.org", "reviewer")
     assert [len(held(ada)), len(held(grace))] == [1, 0]
+    assert ada.post(LEASE).json()["items"][0]["output"] == "one"  # no body asks for the usual number
 
 
 def test_a_lost_lease_answers_409_and_stores_nothing(sign_in: SignIn, sessions: Sessions, project: Project) -> None:

@@ -141,7 +141,7 @@ export class View {
   #pastNote(past) {
     const area = this.at("past");
     area.hidden = !past;
-    this.at("submit").hidden = Boolean(past);
+    this.at("submit").parentElement.hidden = Boolean(past);
     if (!past) return;
     const note = element("div", "note");
     const told = past.reveal ? `${this.#told(past.reveal)} ` : "";
