@@ -20,7 +20,7 @@ class Recipe:
     rank: int = 16
     alpha: int = 32
     learning_rate: float = 2e-3
-    epochs: int = 4
+    epochs: int = 3
     batch_size: int = 8
     schedule: str = "cosine"
     warmup_steps: int = 10

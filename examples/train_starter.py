@@ -164,6 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--score-every", type=int, default=200, help="steps between held-out scores and checkpoints")
     parser.add_argument("--score-prompts", type=int, default=64)
     parser.add_argument("--start-from", type=Path, help="continue with the weights and tokenizer of this directory")
+    parser.add_argument("--rows", type=int, nargs=3, default=list(STANDARD_ROWS.values()), metavar=tuple(STANDARD_ROWS))
     parser.add_argument("--copying-share", type=float, default=0.25)
     parser.add_argument("--matrix-rate", type=float, default=0.02)
     parser.add_argument("--prompt-weight", type=float, default=0.1)
@@ -175,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan = Plan(
         options.steps,
         options.seed,
-        STANDARD_ROWS,
+        dict(zip(STANDARD_ROWS, options.rows, strict=True)),
         matrix_rate=options.matrix_rate,
         prompt_weight=options.prompt_weight,
         copying_share=options.copying_share,

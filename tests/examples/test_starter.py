@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from examples.average_starter import average
 from examples.evaluate_starter import wilson
 from examples.grammars.common import stream
 from examples.grammars.simulate import APPLICATIONS
@@ -168,3 +169,17 @@ def test_initial_weights_already_copy(tokenizer: Tokenizer) -> None:
         logits = model(input_ids=ids).logits[0]
     losses = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="none")
     assert losses[24:].mean() < losses[:23].mean() - 1
+
+
+def test_average_is_the_mean_of_every_weight_tied_ones_too(tokenizer: Tokenizer) -> None:
+    first, second = fresh_model(tiny_config(tokenizer), 1), fresh_model(tiny_config(tokenizer), 2)
+    expected = {name: (weight + second.state_dict()[name]) / 2 for name, weight in first.state_dict().items()}
+    averaged = average(first, second)
+    assert all(torch.allclose(averaged.state_dict()[name], weight) for name, weight in expected.items())
+
+
+def test_average_refuses_other_shapes(tokenizer: Tokenizer) -> None:
+    config = tiny_config(tokenizer)
+    config.intermediate_size = 64
+    with pytest.raises(ValueError, match="same shape"):
+        average(fresh_model(tiny_config(tokenizer), 1), fresh_model(config, 1))
