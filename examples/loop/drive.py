@@ -21,10 +21,15 @@ UNFINISHED = ("queued", "running")
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One loop. `judgements` is where the reviewers stop: held-out items take two of them."""
+    """One loop. `judgements` is where the reviewers stop: held-out items take two of them.
+
+    Traffic comes at `review_rate` requests a second until the reviewers are done, then at `rate`.
+    """
 
     application: str = "entities"
     clients: int = 4
+    review_rate: float = 14.0
+    rate: float = 5.0
     reviewers: int = 2
     judgements: int = 620
     window_seconds: int = 8
@@ -152,11 +157,12 @@ def wait_shipped(count_rows: Callable[[], int], sent: int) -> None:
 def run_loop(platform: Platform, plan: Plan, tell: Tell) -> tuple[UUID, App]:
     """Traffic from first to last; review, train and swap meanwhile. The app comes back stopped, with its counts."""
     configure(platform, plan)
-    app = App(platform.gateway_url, platform.app_key, plan.application, clients=plan.clients)
+    app = App(platform.gateway_url, platform.app_key, plan.application, clients=plan.clients, rate=plan.review_rate)
     app.start()
     try:
         with reviewers(platform, plan) as people:
             review(people, plan, tell)
+        app.rate = plan.rate
         run_id = train(platform, plan, tell)
         _linger(plan, tell)
     finally:

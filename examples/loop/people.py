@@ -30,10 +30,17 @@ class Counts:
 
 
 class App:
-    """Clients of one application, each streaming one distinct prompt after another until told to stop."""
+    """Clients of one application, streaming distinct prompts at `rate` requests a second until told to stop.
 
-    def __init__(self, gateway_url: str, key: str, application: str, *, clients: int, seed: int = 0) -> None:
+    `rate` may be changed at any time. A paced app leaves the processor to the trainer, as real traffic mostly does.
+    """
+
+    def __init__(
+        self, gateway_url: str, key: str, application: str, *, clients: int, rate: float, seed: int = 0
+    ) -> None:
         self.counts = Counts()
+        self.rate = rate
+        self._next = time.monotonic()
         self._application = application
         self._prompts = stream(APPLICATIONS[application], "train", seed)
         self._lock = threading.Lock()
@@ -81,6 +88,9 @@ class App:
         while not self._stop.is_set():
             with self._lock:
                 example = next(self._prompts)
+                due = max(self._next, time.monotonic())
+                self._next = due + 1 / self.rate
+            self._stop.wait(due - time.monotonic())
             yield example
 
 
