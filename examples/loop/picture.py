@@ -9,6 +9,7 @@ import numpy as np
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from examples.loop.report import Report, Served, wilson
 
@@ -77,6 +78,8 @@ def _latency(axis: Axes, report: Report, start: datetime) -> None:
         if not row.ended_well:
             axis.axvline(_seconds(row.finished, start), color=BAD, linewidth=1)
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set_ylabel("longest pause\nin a stream, ms")
     axis.set_xlabel(
         f"seconds since the first request · {report.rows:,} requests, {report.rows_not_finished_well} failed"
