@@ -35,7 +35,7 @@ def whet_commands() -> set[str]:
 
 
 def test_every_whet_command_named_in_the_docs_exists() -> None:
-    named = names(r"`?\bwhet ([a-z]+(?: (?:build|show|add|link|create|revoke|list|rotate)\b)?)[^\n]*`")
+    named = names(r"(?m)(?:^|`)whet ([a-z]+(?: (?:build|show|add|link|create|revoke|list|rotate)\b)?)")
     assert len(named) > 10
     known = whet_commands()
     assert [(page, name) for page, name in named if name not in known] == []
@@ -43,7 +43,7 @@ def test_every_whet_command_named_in_the_docs_exists() -> None:
 
 def test_every_make_target_named_in_the_docs_exists() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = names(r"`?\bmake ([a-z]+)\b[^\n]*?`") + names(r"^make ([a-z]+)$")
+    named = names(r"(?m)(?:^|`)make ([a-z]+)\b")
     assert named
     assert [(page, name) for page, name in named if name not in targets] == []
 
