@@ -75,6 +75,7 @@ class Dispatcher:
         self._stopped = threading.Event()
         self._leading = threading.Event()
         self._failed = False
+        self._foreign_artifacts: set[str] = set()
         self._expiry = Every(0.0, first=patience_seconds)
         self._heartbeat = Every(HEARTBEAT_SECONDS)
         self._schedule = Every(SCHEDULE_SECONDS)
@@ -145,7 +146,7 @@ class Dispatcher:
             self._transact(partitions.ensure)
             self._transact(schedule.prune)
             with self._sessions() as session:
-                collect_orphans(session, self._settings.artifacts)
+                collect_orphans(session, self._settings.artifacts, warned=self._foreign_artifacts)
         self._publish()
 
     def _transact(self, step: Callable[..., object]) -> None:
