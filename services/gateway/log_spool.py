@@ -27,6 +27,8 @@ QUARANTINE = "quarantine"
 SEGMENT_BYTES = 16 << 20
 SYNC_SECONDS = 0.05
 SCAN_SECONDS = 0.5
+# How long those who waited have to hear of a failure before the process ends.
+LAST_ANSWERS_SECONDS = 0.2
 
 log = structlog.get_logger()
 
@@ -62,7 +64,7 @@ class LogSpool:
         self._wake = threading.Event()
         self._closing = False
         self._dirty = False
-        self._thread = threading.Thread(target=self._sync_forever, name="spool-sync", daemon=True)
+        self._thread = threading.Thread(target=self._sync_or_die, name="spool-sync", daemon=True)
         self._thread.start()
 
     @property
@@ -143,6 +145,19 @@ class LogSpool:
         _sync_directory(self.directory)
         return descriptor
 
+    def _sync_or_die(self) -> None:
+        """Without this thread nothing is durable and the budget is blind: the process must not outlive it."""
+        try:
+            self._sync_forever()
+        except Exception as error:
+            log.critical("log_spool_thread_failed", alarm=True, exc_info=True)
+            with self._mutex:
+                waiters, self._waiters = self._waiters, []
+            for waiter in waiters:
+                _answer(waiter, error)
+            time.sleep(LAST_ANSWERS_SECONDS)
+            _end_process()
+
     def _sync_forever(self) -> None:
         scanned = time.monotonic()
         while not self._closing:
@@ -175,7 +190,7 @@ class LogSpool:
             _answer(waiter, failure)
 
 
-def _answer(waiter: asyncio.Future[None], failure: OSError | None) -> None:
+def _answer(waiter: asyncio.Future[None], failure: Exception | None) -> None:
     def settle() -> None:
         if waiter.done():
             return
@@ -186,6 +201,11 @@ def _answer(waiter: asyncio.Future[None], failure: OSError | None) -> None:
 
     with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
         waiter.get_loop().call_soon_threadsafe(settle)
+
+
+def _end_process() -> None:
+    """The supervisor starts another one."""
+    os._exit(1)
 
 
 def _make_directory(directory: Path) -> int:
@@ -209,9 +229,23 @@ def _sync_directory(directory: Path) -> None:
 
 def scan_bytes(root: Path) -> int:
     """Bytes in the spool's segments. What is quarantined waits for a person and must not stop the service."""
-    total = 0
-    for path in root.glob("*/*"):
-        if path.parent.name != QUARANTINE:
-            with contextlib.suppress(FileNotFoundError):  # the shipper has just unlinked it
-                total += path.stat().st_size
-    return total
+    return sum(
+        _size(entry)
+        for directory in _entries(root)
+        if directory.name != QUARANTINE and directory.is_dir(follow_symlinks=False)
+        for entry in _entries(directory.path)
+    )
+
+
+def _entries(directory: str | Path) -> list[os.DirEntry[str]]:
+    """What a directory holds; nothing when the shipper removes it meanwhile."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(directory) as entries:
+        return list(entries)
+    return []
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat().st_size
+    except FileNotFoundError:  # the shipper has just unlinked it
+        return 0

@@ -254,3 +254,38 @@ def test_a_failed_sync_is_told_to_who_waits_and_the_segment_is_left(
     spool.admit(admitted())
     assert segment_numbers(spool.directory) == [1, 2]
     spool.close()
+
+
+def test_a_directory_that_goes_during_the_scan_counts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("gone", "here"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "here" / "segment").write_bytes(b"12345")
+    scan = os.scandir
+
+    def scan_after_the_shipper(path: str | Path) -> Iterator[os.DirEntry[str]]:
+        if Path(path).name == "gone":
+            Path(path).rmdir()
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scan_after_the_shipper)
+    assert log_spool.scan_bytes(tmp_path) == 5
+    assert not (tmp_path / "gone").exists()
+    assert log_spool.scan_bytes(tmp_path / "never") == 0
+
+
+def test_an_unexpected_error_while_syncing_fails_who_waits_and_ends_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[bool] = []
+
+    def break_down(broken: LogSpool) -> None:
+        if broken._waiters:
+            raise ValueError("unexpected")
+
+    monkeypatch.setattr(log_spool, "_end_process", lambda: ended.append(True))
+    monkeypatch.setattr(LogSpool, "_sync", break_down)
+    spool = LogSpool(tmp_path, budget_bytes=10_000_000, durability="power")
+    with pytest.raises(Unavailable, match="could not be logged durably"):
+        asyncio.run(asyncio.wait_for(spool.durable(), 5))
+    spool.close()
+    assert ended == [True]
