@@ -14,7 +14,6 @@ import httpx
 from examples.loop.people import App, Reviewer
 from examples.loop.platform import Platform
 
-RUN_SECONDS = 420
 REVIEW_SECONDS = 240
 UNFINISHED = ("queued", "running")
 
@@ -35,6 +34,7 @@ class Plan:
     window_seconds: int = 8
     held_out_share: float = 0.25
     calm_seconds: float = 20.0
+    run_seconds: float = 420.0
     train: dict[str, Any] | None = None
 
 
@@ -128,7 +128,7 @@ def train(platform: Platform, plan: Plan, tell: Tell) -> UUID:
         answer = admin.post(f"/api/p/{plan.application}/runs", json={})
         answer.raise_for_status()
         run_id = UUID(answer.json()["id"])
-        deadline = time.monotonic() + RUN_SECONDS
+        deadline = time.monotonic() + plan.run_seconds
         step, steps, seen = 0, 0, 0
         while time.monotonic() < deadline:
             run = admin.get(f"/api/runs/{run_id}", params={"after": seen}).raise_for_status().json()
@@ -142,7 +142,7 @@ def train(platform: Platform, plan: Plan, tell: Tell) -> UUID:
             if run["state"] not in UNFINISHED:
                 return run_id
             time.sleep(0.4)
-    raise LoopError(f"run {run_id} had not ended after {RUN_SECONDS} s")
+    raise LoopError(f"run {run_id} had not ended after {plan.run_seconds:.0f} s")
 
 
 def wait_shipped(count_rows: Callable[[], int], sent: int) -> None:

@@ -25,8 +25,9 @@ document.addEventListener("securitypolicyviolation", (event) => {
 OpenAs = Callable[..., Page]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
+    """Not for the whole session: while Playwright runs, so does its event loop, and asyncio.run() is refused."""
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if path is None:
         pytest.fail("these tests drive a real browser and found none: `make test` installs Chromium on Debian")

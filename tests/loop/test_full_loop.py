@@ -35,9 +35,9 @@ from services.store.models import (
     Run,
 )
 
-PLAN = Plan(clients=2, judgements=300, window_seconds=5, calm_seconds=6, train={"epochs": 4})
+PLAN = Plan(clients=2, judgements=300, window_seconds=5, calm_seconds=6, run_seconds=900, train={"epochs": 4})
 
-pytestmark = pytest.mark.timeout(420)
+pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.fixture(scope="module")
@@ -145,13 +145,13 @@ def test_a_killed_worker_and_an_emptied_redis_leave_one_more_artefact(
     assert started.returncode == 0, started.stderr
     with sessions() as session:
         run_id = session.scalars(select(Run.id).order_by(Run.created_at.desc())).first()
-    eventually(lambda: _phase(sessions, run_id) == "training", 60)
+    eventually(lambda: _phase(sessions, run_id) == "training", 180)
 
     for pid in part_pids(running, "worker"):
         os.kill(pid, signal.SIGKILL)
     flush_redis(running)
 
-    eventually(lambda: _state(sessions, run_id) == "succeeded", 240)
+    eventually(lambda: _state(sessions, run_id) == "succeeded", 900)
     with sessions() as session:
         artifacts = session.scalars(select(Artifact).where(Artifact.run_id == run_id)).all()
         attempts = session.scalars(select(Job.attempts).where(Job.kind == "train")).all()
