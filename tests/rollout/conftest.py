@@ -191,12 +191,12 @@ class World:
     revision_id: UUID
     example_ids: list[UUID]
 
-    def artifact(self, digest: str, state: str, *, project_id: UUID | None = None) -> str:
+    def artifact(self, digest: str, state: str, *, project_id: UUID | None = None, base: str = "base") -> str:
         """The row of an artefact."""
         with self.sessions.begin() as session:
             session.add(
                 Artifact(
-                    digest=digest, kind="adapter", project_id=project_id or self.project_id, base_digest="base",
+                    digest=digest, kind="adapter", project_id=project_id or self.project_id, base_digest=base,
                     manifest={}, state=state,
                 )
             )  # fmt: skip

@@ -6,6 +6,7 @@ import time
 from uuid import UUID
 
 import pytest
+from structlog.testing import capture_logs
 
 from engine.client import Completion, EngineGone, SyncEngineClient
 from engine.messages import Generate, Sampling
@@ -62,7 +63,7 @@ def setting(world: World, engine: EngineUnderTest):  # type: ignore[no-untyped-d
 
 
 def staged(setting: Setting, seed: int) -> str:
-    return setting.world.artifact(setting.engine.adapter(seed), "staged")
+    return setting.world.artifact(setting.engine.adapter(seed), "staged", base=setting.engine.base)
 
 
 def test_what_is_deployed_is_loaded_and_the_old_one_freed_after_the_grace(setting: Setting) -> None:
@@ -179,6 +180,22 @@ def damage(engine: EngineUnderTest, digest: str) -> None:
     weights.write_bytes(weights.read_bytes()[:100])
 
 
+def test_an_artefact_of_another_base_model_is_neither_loaded_nor_condemned(setting: Setting) -> None:
+    good = staged(setting, 19)
+    foreign = setting.world.artifact("f" * 64, "staged", base="another model")
+    setting.serve(good)
+    setting.serve(foreign)
+
+    with capture_logs() as lines:
+        setting.settle()
+
+    assert setting.engine.digests() == set()
+    assert (setting.newest_event().kind, setting.newest_event().to_digest) == ("flip", foreign)
+    assert setting.world.state(foreign) == "live"
+    alarms = [line for line in lines if line.get("alarm")]
+    assert [alarm["digests"] for alarm in alarms] == [[foreign]], "one alarm, not one a second"
+
+
 def test_more_deployments_than_slots_roll_nobody_back(setting: Setting) -> None:
     digests = [serve_elsewhere(setting, number) for number in range(7)]
 
@@ -195,7 +212,9 @@ def test_more_deployments_than_slots_roll_nobody_back(setting: Setting) -> None:
 def serve_elsewhere(setting: Setting, number: int) -> str:
     with setting.world.sessions.begin() as session:
         project_id: UUID = projects.create(session, f"project-{number}").id
-    digest = setting.world.artifact(setting.engine.adapter(30 + number), "staged", project_id=project_id)
+    digest = setting.world.artifact(
+        setting.engine.adapter(30 + number), "staged", project_id=project_id, base=setting.engine.base
+    )
     with setting.world.sessions.begin() as session:
         deployments.flip(session, project_id, expected_generation=1, digest=digest, actor="test", reason="t")
     return digest

@@ -15,7 +15,7 @@ from engine.messages import Status
 from services.errors import Conflict
 from services.store import deployments
 from services.store.base import Sessions
-from services.store.models import Deployment, Evaluation, Job, Run
+from services.store.models import Artifact, Deployment, Evaluation, Job, Run
 
 UNFINISHED = ("queued", "running")
 # Gateways poll their snapshot every second; only then do they stop naming the old digest.
@@ -36,6 +36,8 @@ class Wanted(NamedTuple):
 
     serving: dict[str, list[Claim]]
     in_use: set[str]
+    # The base model each serving digest was trained on.
+    bases: dict[str, str]
 
 
 class Reconciler:
@@ -58,6 +60,7 @@ class Reconciler:
         self._unwanted_since: dict[str, float] = {}
         self._epoch: int | None = None
         self._crowded: frozenset[str] = frozenset()
+        self._foreign: frozenset[str] = frozenset()
 
     def step(self) -> None:
         """Read both sides, then free, then load."""
@@ -90,7 +93,9 @@ class Reconciler:
     def _load(self, status: Status, wanted: Wanted) -> None:
         """Load what is missing, but never so much that the engine would evict one serving adapter for another."""
         present = {slot.digest for slot in status.slots}
-        missing = [digest for digest in sorted(wanted.serving) if digest not in present]
+        foreign = frozenset(digest for digest, base in wanted.bases.items() if base != status.base)
+        self._report_foreign(foreign, status.base)
+        missing = [digest for digest in sorted(wanted.serving) if digest not in present | foreign]
         room = max(0, status.slots_total - 1 - len(present & (wanted.serving.keys() | wanted.in_use)))
         self._report_crowding(frozenset(missing[room:]))
         for digest in missing[:room]:
@@ -107,6 +112,12 @@ class Reconciler:
         if left_out and left_out != self._crowded:
             log.error("more adapters deployed than slots", alarm=True, left_out=sorted(left_out))
         self._crowded = left_out
+
+    def _report_foreign(self, foreign: frozenset[str], base: str) -> None:
+        """An engine started with another model is no fault of the artefacts: they serve again when it is put right."""
+        if foreign and foreign != self._foreign:
+            log.error("deployed adapters of another base model", alarm=True, digests=sorted(foreign), engine_base=base)
+        self._foreign = foreign
 
     def _retreat(self, claim: Claim, digest: str, error: str) -> None:
         """A deployed artefact that cannot be loaded serves nobody: go back to the last good one, else to the base."""
@@ -136,12 +147,14 @@ class Reconciler:
 def read_wanted(session: Session) -> Wanted:
     """Active digests with their claims; candidates of unfinished runs, digests of unfinished jobs, their baselines."""
     serving: dict[str, list[Claim]] = {}
+    bases: dict[str, str] = {}
     for row in session.execute(
-        select(Deployment.project_id, Deployment.generation, Deployment.active_digest).where(
-            Deployment.active_digest.is_not(None)
+        select(Deployment.project_id, Deployment.generation, Artifact.digest, Artifact.base_digest).join(
+            Artifact, Artifact.digest == Deployment.active_digest
         )
     ):
-        serving.setdefault(row.active_digest, []).append(Claim(row.project_id, row.generation))
+        serving.setdefault(row.digest, []).append(Claim(row.project_id, row.generation))
+        bases[row.digest] = row.base_digest
     candidates = select(Run.artifact_digest).where(Run.state.in_(UNFINISHED))
     deploying = select(Job.payload["digest"].as_string()).where(
         Job.state.in_(UNFINISHED), Job.payload.has_key("digest")
@@ -151,4 +164,4 @@ def read_wanted(session: Session) -> Wanted:
         select(Evaluation.baseline_digest).join(Run, Run.id == Evaluation.run_id).where(Run.state.in_(UNFINISHED))
     )
     in_use = {digest for query in (candidates, deploying, canaries, baselines) for digest in session.scalars(query)}
-    return Wanted(serving, {digest for digest in in_use if digest is not None})
+    return Wanted(serving, {digest for digest in in_use if digest is not None}, bases)
