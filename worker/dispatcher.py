@@ -28,7 +28,8 @@ from worker.tasks import make_app, ring
 
 LEADER_LOCK = 0x77686574_64697370  # Any fixed number; this one spells "whetdisp".
 TICK_SECONDS = 1.0
-REPUBLISH_SECONDS = 10.0
+# A busy queue may leave a job unclaimed for long, and every ring adds a message that a worker must read.
+REPUBLISH_SECONDS = 30.0
 # After an outage of Postgres every lease looks expired, until the workers' heartbeats have had their turn.
 PATIENCE_SECONDS = 20.0
 HEARTBEAT_SECONDS = 60.0
