@@ -5,6 +5,7 @@ person, and every change of an item happens under its row lock. Judgements are a
 supersedes another.
 """
 
+import json
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ COUNTED = ("accept", "correct", "reject")
 SUBMITTED = (*COUNTED, "skip", "escalate")
 TEXT_LIMIT = 100_000
 COMMENT_LIMIT = 10_000
+SPANS_LIMIT = 20_000
 UNDO_PREFIX = "undo:"
 QUEUE_COUNTED_TO = 10_000
 
@@ -207,8 +209,28 @@ def _check_shape(judgement: Judgement) -> None:
     texts = [judgement.idempotency_key, correction or "", comment or "", *judgement.tags]
     if any("\x00" in text or not _encodable(text) for text in texts):
         raise Unprocessable("text holds a character that cannot be stored (NUL or half of a surrogate pair)")
+    _check_spans(judgement.spans)
     if judgement.active_ms is not None and not 0 <= judgement.active_ms <= 86_400_000:
         raise Unprocessable("active_ms must be between 0 and one day", param="active_ms")
+
+
+def _check_spans(spans: Sequence[dict[str, Any]]) -> None:
+    """Whatever JSON the labelling page sends, as far as Postgres keeps it."""
+    try:
+        encoded = json.dumps(list(spans), ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequest("spans hold something that is no plain JSON", param="spans") from error
+    if len(encoded) > SPANS_LIMIT:
+        raise InvalidRequest(f"spans end at {SPANS_LIMIT} characters of JSON", param="spans")
+    pending: list[object] = list(spans)
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            pending += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple):
+            pending += value
+        elif isinstance(value, str) and ("\x00" in value or not _encodable(value)):
+            raise InvalidRequest("spans hold a character that cannot be stored", param="spans")
 
 
 def _encodable(text: str) -> bool:

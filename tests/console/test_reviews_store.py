@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from services.errors import Conflict, NotFound, Unprocessable, WhetError
+from services.errors import Conflict, InvalidRequest, NotFound, Unprocessable, WhetError
 from services.store import reviews
 from services.store.base import Sessions
 from services.store.models import Annotation, Project, ReviewItem
@@ -276,3 +276,26 @@ def test_a_judgement_that_says_nothing_or_cannot_be_kept_is_refused(sessions: Se
             judge(session, project, ada, held, **values)
     with sessions.begin() as session:
         assert session.scalar(select(func.count()).select_from(Annotation)) == 0
+
+
+UNKEPT_SPANS: list[tuple[list[dict[str, object]], str]] = [
+    ([{"label": "a\x00b"}], "cannot be stored"),
+    ([{"label": ["fine", {"deep": "\x00"}]}], "cannot be stored"),
+    ([{"a\x00": 1}], "cannot be stored"),
+    ([{"label": "\ud83d"}], "cannot be stored"),
+    ([{"start": float("nan")}], "no plain JSON"),
+    ([{"label": "x" * 20_000}], "end at"),
+]
+
+
+def test_spans_that_cannot_be_kept_are_refused_and_others_are_kept(sessions: Sessions, project: Project) -> None:
+    with sessions.begin() as session:
+        seed.queue(session, project.id, ["one"])
+        [ada] = people(session, 1)
+        [held] = reviews.lease(session, project.id, ada)
+    for spans, sentence in UNKEPT_SPANS:
+        with sessions.begin() as session, pytest.raises(InvalidRequest, match=sentence):
+            judge(session, project, ada, held, spans=spans)
+    good = [{"start": 0, "end": 3, "labels": ["name", "städte"]}]
+    with sessions.begin() as session:
+        assert judge(session, project, ada, held, spans=good).spans == good
