@@ -152,9 +152,13 @@ class EngineClient:
         """Return once `digest` is ready to serve. Raises EngineRefused with the reason, or EngineGone."""
         await self._command(LoadAdapter(id=_fresh_id(), digest=digest, path=path))
 
-    async def unload_adapter(self, digest: str) -> None:
-        """Return once the slot is free, which waits for the digest's running requests. Raises EngineRefused."""
-        await self._command(UnloadAdapter(id=_fresh_id(), digest=digest))
+    async def unload_adapter(self, digest: str, *, seconds: float | None = None) -> None:
+        """Return once the slot is free, which waits for the digest's running requests. Raises EngineRefused.
+
+        Raises TimeoutError after `seconds`; the engine then frees the slot when the last of those requests ends.
+        """
+        async with asyncio.timeout(seconds):
+            await self._command(UnloadAdapter(id=_fresh_id(), digest=digest))
 
     async def forget(self, namespace: str) -> None:
         """Drop everything the engine keeps for a namespace."""
@@ -308,9 +312,9 @@ class SyncEngineClient:
         """See EngineClient.load_adapter."""
         self._runner.run(self._client.load_adapter(digest, path))
 
-    def unload_adapter(self, digest: str) -> None:
+    def unload_adapter(self, digest: str, *, seconds: float | None = None) -> None:
         """See EngineClient.unload_adapter."""
-        self._runner.run(self._client.unload_adapter(digest))
+        self._runner.run(self._client.unload_adapter(digest, seconds=seconds))
 
     def forget(self, namespace: str) -> None:
         """See EngineClient.forget."""

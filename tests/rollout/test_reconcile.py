@@ -6,10 +6,11 @@ import time
 from uuid import UUID
 
 import pytest
+from msgspec import structs
 from structlog.testing import capture_logs
 
 from engine.client import Completion, EngineGone, SyncEngineClient
-from engine.messages import Generate, Sampling
+from engine.messages import Generate, Sampling, Status
 from services.store import deployments, jobs, projects
 from services.store.models import DeploymentEvent
 from tests.rollout.conftest import EngineUnderTest, World
@@ -105,6 +106,38 @@ def test_an_adapter_is_not_freed_while_a_request_reads_it(setting: Setting) -> N
     assert outcome[0].finished.adapter == digest
     setting.reconciler.step()
     assert setting.engine.digests() == set()
+
+
+class LateReader(SyncEngineClient):
+    """Sees no references: every request seems to arrive just after the look."""
+
+    def status(self) -> Status:
+        status = super().status()
+        return structs.replace(status, slots=[structs.replace(slot, references=0) for slot in status.slots])
+
+
+def test_a_request_that_arrives_during_an_unload_does_not_hold_up_the_loading(setting: Setting) -> None:
+    old, new = staged(setting, 20), staged(setting, 21)
+    setting.engine.load(old)
+    outcome: list[Completion] = []
+    asking = threading.Thread(target=lambda: outcome.append(ask_long(setting.engine, old)))
+    asking.start()
+    while not referenced(setting.engine, old):
+        time.sleep(0.005)
+    setting.serve(new)
+
+    with LateReader(setting.engine.socket) as client:
+        Reconciler(
+            setting.world.sessions, client, setting.engine.artifacts, grace_seconds=0.0, unload_seconds=0.01
+        ).step()
+    still_running = asking.is_alive()
+    loaded = setting.engine.digests()
+    asking.join(30)
+
+    assert still_running, "the reconciliation waited for the request"
+    assert new in loaded
+    assert outcome[0].finished.reason == "length"
+    assert setting.engine.digests() == {new}, "freed without being asked again"
 
 
 def ask_long(engine: EngineUnderTest, digest: str) -> Completion:

@@ -20,6 +20,8 @@ from services.store.models import Artifact, Deployment, Evaluation, Job, Run
 UNFINISHED = ("queued", "running")
 # Gateways poll their snapshot every second; only then do they stop naming the old digest.
 GRACE_SECONDS = 3.0
+# A request that arrives after the look at the references holds its slot to its end; loading must not wait for that.
+UNLOAD_SECONDS = 5.0
 
 log = structlog.get_logger()
 
@@ -50,12 +52,14 @@ class Reconciler:
         artifacts: Path,
         *,
         grace_seconds: float = GRACE_SECONDS,
+        unload_seconds: float = UNLOAD_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._sessions = sessions
         self._client = client
         self._artifacts = artifacts
         self._grace_seconds = grace_seconds
+        self._unload_seconds = unload_seconds
         self._clock = clock
         self._unwanted_since: dict[str, float] = {}
         self._epoch: int | None = None
@@ -84,7 +88,9 @@ class Reconciler:
             if since is None or slot.references or slot.state != "ready" or now - since < self._grace_seconds:
                 continue
             try:
-                self._client.unload_adapter(slot.digest)
+                self._client.unload_adapter(slot.digest, seconds=self._unload_seconds)
+            except TimeoutError:
+                log.info("adapter still read; it is freed when its last request ends", digest=slot.digest)
             except EngineRefused as error:
                 log.warning("cannot unload", digest=slot.digest, error=str(error))
             else:
