@@ -10,6 +10,7 @@ from starlette.routing import Route
 
 from engine.client import EngineGone
 from services.app import PUBLIC, declared_scope, needs
+from services.errors import Forbidden
 from services.gateway import access, feedback
 from services.gateway.bodies import CHAT, TEXT, Ask, parse_chat, parse_text
 from services.gateway.planning import make_plan
@@ -106,8 +107,9 @@ async def health(request: Request) -> Response:
 
 @needs("admin")
 async def metrics(request: Request) -> Response:
-    """GET /metrics in Prometheus' text form; it names projects, so it wants a key."""
-    caller(request)
+    """GET /metrics in Prometheus' text form; it names projects, so it wants a key that reaches them all."""
+    if caller(request).project_id is not None:
+        raise Forbidden("this key reaches one project only; this takes a key for all of them", code="wrong_project")
     gateway = gateway_of(request)
     link = gateway.live.link
     try:

@@ -241,7 +241,7 @@ def _populate(world: World) -> None:
             "app": (["infer", "feedback"], "entities"),
             "other": (["infer", "feedback"], "other"),
             "everywhere": (["infer", "feedback"], None),
-            **{scope: ([scope], "entities") for scope in SCOPES},
+            **{scope: ([scope], None if scope == "admin" else "entities") for scope in SCOPES},
         }
         for name, (scopes, slug) in wanted.items():
             project_id = world.projects[slug] if slug else None

@@ -8,7 +8,7 @@ from starlette.routing import Route
 
 from services.app import PUBLIC, declared_scope, needs, refuse_undeclared
 from services.gateway.routes import ROUTES
-from services.store import keys
+from services.store import keys, projects
 from services.store.base import uuid7
 from services.store.models import SCOPES
 from tests.gateway.parts import World, eventually
@@ -105,3 +105,19 @@ def test_a_key_is_kept_only_as_a_hash(world: World) -> None:
     for key in stored:
         assert len(key.hash) == 32
         assert not any(secret in key.hash for secret in secrets)
+
+
+def test_a_key_of_one_project_does_not_read_the_metrics_of_all(world: World) -> None:
+    with world.sessions.begin() as session:
+        project_id = projects.get(session, "entities").id
+        _, plaintext = keys.create(
+            session, pepper=keys.load_pepper(world.settings), name="local", scopes=["admin"], project_id=project_id
+        )
+    headers = {"authorization": f"Bearer {plaintext}"}
+
+    def answer() -> httpx.Response:
+        return httpx.get(f"{world.url}/metrics", headers=headers)
+
+    eventually(lambda: answer().status_code != 401, seconds=2)
+    assert answer().status_code == 403
+    assert answer().json()["error"]["code"] == "wrong_project"
