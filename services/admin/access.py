@@ -9,7 +9,7 @@ from fastapi.routing import APIRoute
 from sqlalchemy.orm import Session
 from starlette.routing import BaseRoute
 
-from services.errors import Forbidden, Unauthenticated
+from services.errors import Forbidden, NotFound, Unauthenticated
 from services.store import keys, projects
 from services.store.base import Sessions
 from services.store.models import ApiKey, Project
@@ -28,10 +28,13 @@ class Caller:
         return f"key:{self.key.prefix}"
 
     def project(self, slug: str) -> Project:
-        """A project this key reaches. Raises NotFound, Forbidden."""
-        project = projects.get(self.session, slug)
-        if self.key.project_id not in (None, project.id):
-            raise Forbidden("this key belongs to another project", code="wrong_project")
+        """A project this key reaches. Raises NotFound, with one sentence for what is unknown and what is another's:
+        a key of one project learns of no other."""
+        if self.key.project_id is None:
+            return projects.get(self.session, slug)
+        project = self.session.get_one(Project, self.key.project_id)
+        if project.slug != slug:
+            raise NotFound(f"there is no project {slug!r}; {projects.describe_known([project.slug])}")
         return project
 
     def everywhere(self) -> None:

@@ -159,12 +159,8 @@ def test_a_key_of_one_project_reaches_nothing_beyond_it(api_of: MakeApi, session
     local = api_of(["admin"], project.id)
     assert [row["slug"] for row in local.get("/api/projects").json()["projects"]] == ["entities"]
     refused = [
-        local.get("/api/p/other/runs"),
-        local.get("/api/p/other/deployment"),
-        local.post("/api/p/other/runs", json={}),
         local.post("/api/projects", json={"slug": "mine"}),
         local.post("/api/keys", json={"name": "x", "scopes": ["admin"]}),
-        local.post("/api/keys", json={"name": "x", "scopes": ["admin"], "project": "other"}),
         local.post("/api/users", json={"email": "a@b.cd", "role": "admin"}),
         local.post("/api/users", json={"email": insider, "project": "entities"}),
         local.post("/api/users", json={"email": everywhere, "project": "entities"}),
@@ -176,8 +172,15 @@ def test_a_key_of_one_project_reaches_nothing_beyond_it(api_of: MakeApi, session
         local.post(f"/api/runs/{run.id}/cancel"),
         local.get(f"/api/jobs/{job.id}"),
         local.delete(f"/api/keys/{foreign}"),
+        local.get("/api/p/other/runs"),
+        local.get("/api/p/other/deployment"),
+        local.post("/api/p/other/runs", json={}),
+        local.post("/api/keys", json={"name": "x", "scopes": ["admin"], "project": "other"}),
     ]
     assert [answer.status_code for answer in hidden] == [404] * len(hidden)
+    unheard = local.get("/api/p/unheard/runs")
+    assert unheard.status_code == 404
+    assert unheard.text.replace("unheard", "other") == local.get("/api/p/other/runs").text
     assert str(foreign) not in local.get("/api/keys").text
     with sessions() as session:
         assert people.role_on(session, people.find_user(session, insider).id, project.id) is None
