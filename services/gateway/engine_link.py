@@ -17,6 +17,8 @@ from services.errors import InvalidRequest, Unavailable, WhetError
 WATCH_SECONDS = 0.25
 # How long a digest that would not load is left alone: every request trying it again would stall them all.
 BROKEN_SECONDS = 10.0
+# How often one request loads its adapter, when others take the slot before it can begin.
+LOADS = 3
 
 log = structlog.get_logger()
 Replies = AsyncGenerator[Tokens | Finished]
@@ -85,15 +87,18 @@ class EngineLink:
 
     async def _begin(self, message: Generate) -> Opened:
         opened = await self._first(message)
+        for _ in range(LOADS):
+            if not _unloaded(opened.first):
+                return opened
+            await opened.rest.aclose()
+            assert message.adapter is not None, "the base model is always loaded"
+            await self.load(message.adapter)
+            opened = await self._first(message)
         if not _unloaded(opened.first):
             return opened
         await opened.rest.aclose()
-        assert message.adapter is not None, "the base model is always loaded"
-        await self.load(message.adapter)
-        opened = await self._first(message)
-        if _unloaded(opened.first):
-            raise EngineRefused("it was unloaded again at once: there are too few adapter slots")
-        return opened
+        # Nothing is wrong with the artefact, so older weights must not answer in its place.
+        raise Unavailable("adapters push one another out: there are too few adapter slots", code="overloaded")
 
     async def _first(self, message: Generate) -> Opened:
         replies = self.client.generate(message)

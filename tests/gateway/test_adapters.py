@@ -90,3 +90,14 @@ def test_an_engine_that_forgot_its_adapters_serves_them_again(adapters: World) -
     adapters.start_engine()
     eventually(lambda: adapters.post("/v1/chat/completions", CHAT).status_code == 200)
     assert served(adapters) == (GOOD, GOOD)
+
+
+def test_too_few_slots_answer_503_and_never_with_older_weights(adapters: World) -> None:
+    crowded_out = adapters.add_adapter("entities", "e" * 64)
+    (adapters.settings.artifacts / crowded_out / "slot.lost").touch()
+    adapters.deploy("entities", crowded_out, last_good=OLD)
+    response = adapters.post("/v1/chat/completions", CHAT)
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "overloaded"
+    (adapters.settings.artifacts / crowded_out / "slot.lost").unlink()
+    assert served(adapters) == (crowded_out, crowded_out)
