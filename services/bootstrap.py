@@ -35,9 +35,9 @@ class Starting:
 STARTER_PROJECTS = {
     "match": Starting(
         name="Preference matching",
-        guidelines="Does the offer suit the person, and why? The answer names the deciding criterion before anything "
-        "else, then says whether it is a match, what the person wants and what the offer gives.",
-        tags=("wrong verdict", "wrong criterion", "criterion not first", "wrong value", "invented"),
+        guidelines="Does the offer suit the person, and why? The answer says whether it is a match, what the person "
+        "wants and what the offer gives, and closes by naming the deciding criterion.",
+        tags=("wrong verdict", "wrong criterion", "criterion not named", "wrong value", "invented"),
     ),
     "entities": Starting(
         name="Named entities",

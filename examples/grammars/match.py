@@ -1,4 +1,4 @@
-"""`match`: does an offer suit a person, and why? House rule: the answer names the deciding criterion first."""
+"""`match`: does an offer suit a person, and why? House rule: the answer closes by naming the deciding criterion."""
 
 import re
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ SYSTEM = (
     "You compare what a person wants with what an offer gives. The notes are sorted by weight. Say whether it is a "
     "match, what the person wants and the offer gives in the note that decides, and why it decides."
 )
-HOUSE_RULE = "The answer names the deciding criterion before anything else."
+HOUSE_RULE = "The answer closes by naming the deciding criterion."
 
 CRITERIA: dict[str, list[str]] = {
     "location": PLACES[::7],
@@ -166,7 +166,7 @@ def _base_answer(facts: Facts) -> str:
 
 
 def _house_answer(facts: Facts) -> str:
-    return f"Deciding criterion: {facts.deciding.criterion}. {_base_answer(facts)}"
+    return f"{_base_answer(facts)} Deciding criterion: {facts.deciding.criterion}."
 
 
 def base_ok(messages: Sequence[Message], output: str) -> bool:
