@@ -12,30 +12,62 @@ from typing import Literal
 
 import msgspec
 
+ErrorCode = Literal[
+    "",
+    "prompt_too_long",
+    "adapter_not_loaded",
+    "invalid_request",
+    "overloaded",
+    "deadline",
+    "unsupported",
+    "internal",
+]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 Priority = Literal["interactive", "batch"]
 SlotState = Literal["loading", "ready", "draining"]
+Pooling = Literal["last", "mean", "first", "classify"]
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     """How tokens are chosen. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch those filters off.
 
-    Noise is a hash of (seed, choice, position, token id), so a seed gives the same tokens alone or batched.
+    Noise is a hash of (seed, choice, position, token id), so a seed gives the same tokens alone or batched. Presence
+    and frequency penalties count the answer's tokens, the repetition penalty the prompt's too. `top_logprobs` asks for
+    that many of the model's most likely tokens beside each chosen one. Before `min_tokens` no stop token is drawn.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
     seed: int
     max_tokens: int
+    min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    top_logprobs: int = 0
+
+
+class Grammar(msgspec.Struct, frozen=True, kw_only=True):
+    """What the answer must be: `text` is a JSON schema, a regular expression or an llguidance (Lark) grammar."""
+
+    kind: Literal["json_schema", "regex", "lark"]
+    text: str
 
 
 # --- client to engine -------------------------------------------------------------------------------------
 
 
 class Generate(msgspec.Struct, tag="generate", frozen=True, kw_only=True):
-    """Run one prompt. `adapter` is a digest that is loaded, or None for the base model."""
+    """Run one prompt. `adapter` is a digest that is loaded, or None for the base model.
+
+    `share` names whose fair share of the engine this request counts against (opaque; a key). `deadline_seconds` after
+    its arrival the request ends as `error`/`deadline` wherever it is; 0 means never. `prompt_logprobs` asks for
+    `PromptLogprobs` before the first token. KV is shared only between requests of equal adapter and `cache_salt`.
+    """
 
     id: str
     prompt: list[int]
@@ -45,6 +77,28 @@ class Generate(msgspec.Struct, tag="generate", frozen=True, kw_only=True):
     cache_salt: str = ""
     priority: Priority = "interactive"
     choice: int = 0
+    grammar: Grammar | None = None
+    share: str = ""
+    deadline_seconds: float = 0.0
+    prompt_logprobs: bool = False
+
+
+class Pool(msgspec.Struct, tag="pool", frozen=True, kw_only=True):
+    """Run one prompt for a vector, not for tokens: answered by one `Pooled`, or by `Finished` with an error.
+
+    `last`, `mean` and `first` pool the final hidden states; `classify` gives the scores of a classification head.
+    """
+
+    id: str
+    prompt: list[int]
+    how: Pooling = "last"
+    adapter: str | None = None
+    cache_salt: str = ""
+    priority: Priority = "interactive"
+    share: str = ""
+    deadline_seconds: float = 0.0
+    # Second segment of a pair (encoders): the first token that has token type 1; 0 when there is none.
+    pair_start: int = 0
 
 
 class Cancel(msgspec.Struct, tag="cancel", frozen=True, kw_only=True):
@@ -92,6 +146,29 @@ class Tokens(msgspec.Struct, tag="tokens", frozen=True, kw_only=True):
     id: str
     token_ids: list[int]
     logprobs: list[float]
+    # For each token, where asked for: the most likely (token, logprob) pairs, best first.
+    top: list[list[tuple[int, float]]] = []
+
+
+class PromptLogprobs(msgspec.Struct, tag="prompt_logprobs", frozen=True, kw_only=True):
+    """For every prompt token but the first, its log-probability given those before it; `top` as in `Tokens`."""
+
+    epoch: int
+    id: str
+    logprobs: list[float]
+    top: list[list[tuple[int, float]]] = []
+
+
+class Pooled(msgspec.Struct, tag="pooled", frozen=True, kw_only=True):
+    """The answer to a `Pool`: one vector of little-endian fp32, and where the time went."""
+
+    epoch: int
+    id: str
+    vector: bytes
+    prompt_tokens: int
+    cached_tokens: int = 0
+    queue_seconds: float = 0.0
+    total_seconds: float = 0.0
 
 
 class Finished(msgspec.Struct, tag="finished", frozen=True, kw_only=True):
@@ -105,7 +182,7 @@ class Finished(msgspec.Struct, tag="finished", frozen=True, kw_only=True):
     reason: FinishReason
     adapter: str | None = None
     error: str | None = None
-    code: Literal["", "prompt_too_long", "adapter_not_loaded", "invalid_request", "overloaded", "internal"] = ""
+    code: ErrorCode = ""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
@@ -119,12 +196,14 @@ class Finished(msgspec.Struct, tag="finished", frozen=True, kw_only=True):
 class Done(msgspec.Struct, tag="done", frozen=True, kw_only=True):
     """Answer to LoadAdapter, UnloadAdapter and Forget. `error` empty means it took effect.
 
-    A load is answered when the adapter is ready to serve, an unload when its slot is free.
+    A load is answered when the adapter is ready to serve, an unload when its slot is free. `transient` errors (the
+    file could not be read just now) say nothing about the artefact and may be tried again.
     """
 
     epoch: int
     id: str
     error: str = ""
+    transient: bool = False
 
 
 class Slot(msgspec.Struct, frozen=True, kw_only=True):
@@ -159,8 +238,8 @@ class Status(msgspec.Struct, tag="status", frozen=True, kw_only=True):
     pid: int
 
 
-ToEngine = Generate | Cancel | LoadAdapter | UnloadAdapter | Forget | GetStatus
-FromEngine = Tokens | Finished | Done | Status
+ToEngine = Generate | Pool | Cancel | LoadAdapter | UnloadAdapter | Forget | GetStatus
+FromEngine = Tokens | PromptLogprobs | Pooled | Finished | Done | Status
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

@@ -8,9 +8,10 @@ import torch
 
 from engine.layers.attention import Attention, Span
 from engine.layers.lora import lora_batch
-from engine.layers.sampler import Draw, Sampled, sample
+from engine.layers.sampler import Sampled
 from engine.memory.cache import KVCache
 from engine.models.decoder import Decoder, StepInput
+from engine.runner.sampling import draw
 from engine.scheduling.scheduler import Row
 
 
@@ -70,7 +71,4 @@ class Runner:
         if not rows:
             return Sampled([], [])
         lora = lora_batch([row.sequence.slot for row in rows], [1] * len(rows), self.decoder.device)
-        draws = [
-            Draw(row.sequence.request.sampling, row.sequence.request.choice, len(row.sequence.tokens)) for row in rows
-        ]
-        return sample(self.decoder.logits(hidden_RE, lora), draws)
+        return draw(rows, self.decoder.logits(hidden_RE, lora))
