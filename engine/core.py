@@ -209,9 +209,15 @@ class Engine:
         for row in output.rows:
             row.sequence.computed += row.length
         self._generated += len(drawn)
-        for sequence, token, logprob in zip(drawn, *output.sampled, strict=True):
+        for sequence, token, logprob, top, fault in zip(drawn, *output.sampled, strict=True):
+            if fault is not None:
+                self._end(sequence, "error", fault.code, fault.reason)
+                continue
             reason = sequence.accept(token, logprob)
-            message = Tokens(epoch=self.epoch, id=sequence.request.id, token_ids=[token], logprobs=[logprob])
+            ranked = [top] if sequence.request.sampling.top_logprobs else []
+            message = Tokens(
+                epoch=self.epoch, id=sequence.request.id, token_ids=[token], logprobs=[logprob], top=ranked
+            )
             self.outbox.append((sequence.client, message))
             if reason is not None:
                 self._end(sequence, reason)

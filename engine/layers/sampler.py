@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from engine.messages import Sampling
+from engine.messages import ErrorCode, Sampling
 
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -29,11 +29,24 @@ class Draw(NamedTuple):
     position: int
 
 
+class Fault(NamedTuple):
+    """Why a row has no token: its request must end with this code and sentence."""
+
+    code: ErrorCode
+    reason: str
+
+
 class Sampled(NamedTuple):
-    """Per row the token, and the log of the model's own probability of it (temperature 1, unfiltered)."""
+    """Per row the token, and the log of the model's own probability of it (temperature 1, unfiltered).
+
+    `top` holds each row's most likely (token, logprob) pairs, best first, as many as it asked for; `faults` why a row's
+    token must not be used. `sample` leaves both empty; `engine.runner.sampling.draw` fills them, one entry a row.
+    """
 
     token_ids: list[int]
     logprobs: list[float]
+    top: Sequence[list[tuple[int, float]]] = ()
+    faults: Sequence[Fault | None] = ()
 
 
 def sample(logits_RV: torch.Tensor, draws: Sequence[Draw]) -> Sampled:
