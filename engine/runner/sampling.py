@@ -20,10 +20,10 @@ def draw(rows: Rows[Row], logits_RV: torch.Tensor) -> Sampled:
     return sampled._replace(top=[[] for _ in rows], faults=faults)
 
 
-def accepted(sequence: Sequence, token: int) -> None:  # noqa: ARG001 - grammars and counts will want both
+def accepted(sequence: Sequence, token: int) -> None:
     """Advance what a request keeps beside its tokens; call it once for every token that was accepted, in order."""
 
 
-def complete(sequence: Sequence) -> bool:  # noqa: ARG001 - see above
+def complete(sequence: Sequence) -> bool:
     """Whether nothing more may follow what was accepted: the request then ends with reason "stop"."""
     return False
