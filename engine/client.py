@@ -6,6 +6,7 @@ flight with `EngineGone`; a request made while the engine is away fails after `c
 
 import asyncio
 import uuid
+from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from engine.messages import (
     Generate,
     GetStatus,
     LoadAdapter,
+    PromptLogprobs,
     Status,
     ToEngine,
     Tokens,
@@ -109,19 +111,21 @@ class EngineClient:
         self._socket.close(linger=0)
         self._context.term()
 
-    async def generate(self, message: Generate) -> AsyncGenerator[Tokens | Finished]:
-        """Tokens as they come, then exactly one Finished. Closing the generator early cancels the request.
+    async def generate(self, message: Generate) -> AsyncGenerator[Tokens | PromptLogprobs | Finished]:
+        """Tokens as they come (those that came meanwhile in one), then exactly one Finished; PromptLogprobs before them
+        where asked for. Closing the generator early cancels the request.
 
         Use it in `contextlib.aclosing`: leaving `async for` alone does not close a generator at once.
         Raises EngineGone when the engine is away or goes away; ValueError when `message.id` is already in flight.
         """
         inbox = self._open(message.id)
         finished = False
+        waiting: deque[FromEngine | EngineGone] = deque()
         try:
             await self._send(message)
             while not finished:
-                reply = await self._next(inbox)
-                if not isinstance(reply, Tokens | Finished):
+                reply = await self._next_joined(inbox, waiting)
+                if not isinstance(reply, Tokens | PromptLogprobs | Finished):
                     raise EngineGone(f"the engine answered {message.id} with a {type(reply).__name__}")
                 if isinstance(reply, Finished):
                     # Before the yield, since few consumers ask again after the last reply.
@@ -144,8 +148,9 @@ class EngineClient:
         async for reply in self.generate(message):
             if isinstance(reply, Finished):
                 return Completion(token_ids, logprobs, reply)
-            token_ids += reply.token_ids
-            logprobs += reply.logprobs
+            if isinstance(reply, Tokens):
+                token_ids += reply.token_ids
+                logprobs += reply.logprobs
         raise AssertionError("generate ended without Finished")
 
     async def load_adapter(self, digest: str, path: str) -> None:
@@ -199,6 +204,19 @@ class EngineClient:
 
     async def _next(self, inbox: Inbox) -> FromEngine:
         reply = await inbox.get()
+        if isinstance(reply, EngineGone):
+            raise reply
+        return reply
+
+    async def _next_joined(self, inbox: Inbox, waiting: deque[FromEngine | EngineGone]) -> FromEngine:
+        """The next reply; tokens that queued up behind a slow reader come together. `waiting` keeps what came after."""
+        reply = waiting.popleft() if waiting else await inbox.get()
+        while isinstance(reply, Tokens) and not inbox.empty():
+            following = inbox.get_nowait()
+            if not isinstance(following, Tokens):
+                waiting.append(following)
+                break
+            reply = _joined(reply, following)
         if isinstance(reply, EngineGone):
             raise reply
         return reply
@@ -323,6 +341,15 @@ class SyncEngineClient:
     def status(self) -> Status:
         """See EngineClient.status."""
         return self._runner.run(self._client.status())
+
+
+def _joined(first: Tokens, second: Tokens) -> Tokens:
+    return msgspec.structs.replace(
+        first,
+        token_ids=first.token_ids + second.token_ids,
+        logprobs=first.logprobs + second.logprobs,
+        top=first.top + second.top,
+    )
 
 
 def _fresh_id() -> str:

@@ -28,6 +28,8 @@ class StopStrings:
         """Add text. After a stop everything is swallowed."""
         if self.stopped is not None:
             return Checked("", self.stopped)
+        if not self._stops:
+            return Checked(delta, None)
         text = self._held + delta
         hits = [(start + len(stop), start, stop) for stop in self._stops if (start := text.find(stop)) >= 0]
         if hits:
@@ -45,10 +47,11 @@ class StopStrings:
 
     def _possible_prefix(self, text: str) -> int:
         """Length of the longest end of `text` that begins some stop string."""
-        return max((_overlap(text, stop) for stop in self._stops), default=0)
+        return max((overlap(text, stop) for stop in self._stops), default=0)
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop` without being all of it."""
     for length in range(min(len(stop) - 1, len(text)), 0, -1):
         if text.endswith(stop[:length]):
             return length

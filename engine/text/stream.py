@@ -1,21 +1,35 @@
 """One completion's tokens to the text its client sees."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from engine.text.detokenizer import Detokenizer
 from engine.text.stops import StopStrings
 from engine.text.tokenizer import Tokenizer
+
+NOTHING: Mapping[int, str] = MappingProxyType({})
 
 
 class TextStream:
     """Detokenizer and stop strings together. One per choice; end it with `flush()`.
 
     `stopped` is the stop string found, if any: the caller then cancels the request. `consumed` counts the tokens that
-    went into the shown text and the stop string; the engine may have sent some beyond it.
+    went into the shown text and the stop string; the engine may have sent some beyond it. `ends` are further tokens
+    that show nothing, `spell` control tokens that show what it says. Stop strings count only after `min_tokens`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self._ends = frozenset(tokenizer.eos_ids)
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        *,
+        ends: Iterable[int] = (),
+        min_tokens: int = 0,
+        spell: Mapping[int, str] = NOTHING,
+    ) -> None:
+        self._ends = frozenset(tokenizer.eos_ids) | frozenset(ends)
+        self._min_tokens = min_tokens
+        self._spell = spell
         self._detokenizer = Detokenizer(tokenizer.backend)
         self._stops = StopStrings(stop)
         self.consumed = 0
@@ -33,8 +47,13 @@ class TextStream:
                 break
             self.consumed += 1
             if token_id not in self._ends:
-                shown.append(self._stops.push(self._detokenizer.push(token_id)).text)
+                text = self._text(token_id)
+                shown.append(text if self.consumed <= self._min_tokens else self._stops.push(text).text)
         return "".join(shown)
+
+    def _text(self, token_id: int) -> str:
+        spelled = self._spell.get(token_id)
+        return self._detokenizer.push(token_id) if spelled is None else self._detokenizer.flush() + spelled
 
     def flush(self) -> str:
         """The rest: an unfinished character, text held for a stop string that never came. Empty after a stop."""

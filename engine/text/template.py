@@ -14,6 +14,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 Message = dict[str, Any]
+Tools = Sequence[dict[str, Any]]
 
 # Private-use characters that fence control tokens found inside messages; stripped from the input first.
 FENCE_OPEN, FENCE_CLOSE = "\ue0f0", "\ue0f1"
@@ -49,7 +50,12 @@ class ChatTemplate:
             raise ValueError(f"the chat template of {root.name} does not compile: {error}") from error
         return cls(source, hashlib.sha256(source.encode()).hexdigest(), special, compiled)
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    @property
+    def knows_tools(self) -> bool:
+        """Whether the template has a place for tools."""
+        return re.search(r"\btools\b", self.source) is not None
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Tools | None = None) -> str:
         """The chat as text. Raises ValueError with the template's own complaint."""
         if not messages:
             raise ValueError("a chat needs at least one message")
@@ -57,19 +63,24 @@ class ChatTemplate:
         plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
         try:
             return self.compiled.render(
-                messages=plain, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **self.special
+                messages=plain, tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **self.special
             )
         except Exception as error:
             # A template is a program that came with the model; it can raise anything.
             raise ValueError(f"the chat template refused these messages: {error}") from error
 
     def render_pieces(
-        self, messages: Sequence[Message], control_tokens: Sequence[str], add_generation_prompt: bool
+        self,
+        messages: Sequence[Message],
+        control_tokens: Sequence[str],
+        add_generation_prompt: bool,
+        tools: Tools | None = None,
     ) -> list[Piece]:
-        """The rendered chat, cut where a message spelled out a control token."""
+        """The rendered chat, cut where a message or a tool spelled out a control token."""
         pattern = re.compile("|".join(map(re.escape, control_tokens)) or "(?!)")
         fenced = [_fence_message(message, pattern) for message in messages]
-        text = self.render(fenced, add_generation_prompt=add_generation_prompt)
+        fenced_tools = None if tools is None else [_fence_message(tool, pattern) for tool in tools]
+        text = self.render(fenced, add_generation_prompt=add_generation_prompt, tools=fenced_tools)
         if FENCE_OPEN not in text and FENCE_CLOSE not in text:
             return [Piece(text, literal=False)]
         # A template may cut a fenced token apart; a lone fence then still keeps its neighbours from joining.
@@ -83,13 +94,18 @@ def _fence_message(message: Message, pattern: re.Pattern[str]) -> Message:
 
 def _fence(value: object, pattern: re.Pattern[str]) -> object:
     if isinstance(value, str):
-        bare = value.replace(FENCE_OPEN, "").replace(FENCE_CLOSE, "")
-        return pattern.sub(lambda match: f"{FENCE_OPEN}{match[0]}{FENCE_CLOSE}", bare)
+        return _fence_text(value, pattern)
     if isinstance(value, dict):
-        return {key: _fence(item, pattern) for key, item in value.items()}
+        # Keys of arguments and schemas are the client's words too.
+        return {_fence_text(key, pattern): _fence(item, pattern) for key, item in value.items()}
     if isinstance(value, list):
         return [_fence(item, pattern) for item in value]
     return value
+
+
+def _fence_text(text: str, pattern: re.Pattern[str]) -> str:
+    bare = text.replace(FENCE_OPEN, "").replace(FENCE_CLOSE, "")
+    return pattern.sub(lambda match: f"{FENCE_OPEN}{match[0]}{FENCE_CLOSE}", bare)
 
 
 def _source(root: Path, options: dict[str, Any]) -> str | None:

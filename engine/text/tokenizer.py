@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +10,18 @@ from typing import Any, Self
 
 import tokenizers
 
-from engine.text.template import ChatTemplate, Message
+from engine.text.template import ChatTemplate, Message, Tools
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's letters for bytes: printable ones stand for themselves, the others for letters from U+0100 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
+
+
+BYTE_OF = _byte_alphabet()
+BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 @dataclass(frozen=True)
@@ -73,18 +85,46 @@ class Tokenizer:
         """Text of a complete list of ids; for a stream use TextStream."""
         return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
-    def render(self, messages: list[Message], *, add_generation_prompt: bool = True) -> str:
+    def render(self, messages: list[Message], *, add_generation_prompt: bool = True, tools: Tools | None = None) -> str:
         """The chat as the model's template writes it. Raises ValueError when there is no template or it refuses."""
-        return self._template().render(messages, add_generation_prompt=add_generation_prompt)
+        return self._template().render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
 
-    def encode_chat(self, messages: list[Message], *, add_generation_prompt: bool = True) -> list[int]:
+    def encode_chat(
+        self, messages: list[Message], *, add_generation_prompt: bool = True, tools: Tools | None = None
+    ) -> list[int]:
         """Token ids of a chat, equal to transformers' `apply_chat_template`, except that control tokens spelled out
-        inside a message stay plain text: nobody forges a turn by typing one."""
-        pieces = self._template().render_pieces(messages, self._control_tokens, add_generation_prompt)
+        inside a message or a tool stay plain text: nobody forges a turn by typing one."""
+        pieces = self._template().render_pieces(messages, self._control_tokens, add_generation_prompt, tools)
         ids: list[int] = []
         for piece in pieces:
             ids += self.encode_plain(piece.text) if piece.literal else self.encode(piece.text)
         return ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to a text, which need not be whole characters; control tokens as they are spelled."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._spell(token_id)
+        return known
+
+    def _spell(self, token_id: int) -> bytes:
+        added = self.backend.get_added_tokens_decoder().get(token_id)
+        token = added.content if added else self.backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if added is None and self._byte_level and all(letter in BYTE_OF for letter in token):
+            return bytes(BYTE_OF[letter] for letter in token)
+        if added is None and (byte := BYTE_TOKEN.fullmatch(token)):
+            return bytes([int(byte[1], 16)])
+        return token.replace("\u2581", " ").encode()
+
+    @cached_property
+    def _bytes(self) -> dict[int, bytes]:
+        return {}
+
+    @cached_property
+    def _byte_level(self) -> bool:
+        return "ByteLevel" in str(json.loads(self.backend.to_str())["decoder"])
 
     @cached_property
     def _control_tokens(self) -> tuple[str, ...]:

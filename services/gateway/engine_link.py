@@ -11,7 +11,7 @@ import msgspec
 import structlog
 
 from engine.client import EngineClient, EngineGone, EngineRefused
-from engine.messages import Finished, Generate, Status, Tokens
+from engine.messages import Finished, Generate, PromptLogprobs, Status, Tokens
 from services.errors import InvalidRequest, Unavailable, WhetError
 
 WATCH_SECONDS = 0.25
@@ -21,14 +21,15 @@ BROKEN_SECONDS = 10.0
 LOADS = 3
 
 log = structlog.get_logger()
-Replies = AsyncGenerator[Tokens | Finished]
+Reply = Tokens | PromptLogprobs | Finished
+Replies = AsyncGenerator[Reply]
 
 
 class Opened(NamedTuple):
     """A request the engine has begun: which adapter serves it, its first reply, and the rest."""
 
     adapter: str | None
-    first: Tokens | Finished
+    first: Reply
     rest: Replies
 
 
@@ -158,5 +159,5 @@ def refusal(finished: Finished) -> WhetError:
     return WhetError(sentence, code="engine_error")
 
 
-def _unloaded(reply: Tokens | Finished) -> bool:
+def _unloaded(reply: Reply) -> bool:
     return isinstance(reply, Finished) and reply.code == "adapter_not_loaded"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import structlog
 
 from engine.client import EngineGone
-from engine.messages import Finished, Tokens
+from engine.messages import Finished, PromptLogprobs, Tokens
 from engine.text.stream import TextStream
 from engine.text.tokenizer import Tokenizer
 from services.errors import WhetError
@@ -120,9 +120,11 @@ class Choice:
             await self._opened.rest.aclose()
             self._fail(GeneratorExit())
 
-    def _read(self, reply: Tokens | Finished) -> str:
+    def _read(self, reply: Tokens | PromptLogprobs | Finished) -> str:
         if isinstance(reply, Finished):
             self.ending = reply
+            return ""
+        if isinstance(reply, PromptLogprobs):
             return ""
         before = self._stream.consumed
         text = self._stream.push(reply.token_ids)
@@ -210,7 +212,7 @@ class Choice:
             metrics.longest_gap.labels(model).observe(self._longest_gap)
 
 
-def _refuse(reply: Tokens | Finished) -> None:
+def _refuse(reply: Tokens | PromptLogprobs | Finished) -> None:
     """Raise what the caller should hear when the engine ended a request that nobody asked it to end."""
     if isinstance(reply, Finished) and reply.reason in ("error", "cancelled"):
         raise refusal(reply)
