@@ -1,0 +1,35 @@
+"""A classification head on pooled states, with an own weight matrix for every adapter that brings one.
+
+Suffixes: S slots, L labels, E hidden size.
+"""
+
+import torch
+from torch.nn import functional
+
+
+class ScoreHead:
+    """scores = W x. Slot 0 holds the base's weights; a slot whose adapter trained no head of its own uses them too."""
+
+    def __init__(self, weight_LE: torch.Tensor) -> None:
+        self.weight_SLE = weight_LE.float().unsqueeze(0)
+        self._own = [False]
+
+    @property
+    def labels(self) -> int:
+        """How many scores a text gets."""
+        return self.weight_SLE.shape[1]
+
+    def add_slots(self, slots: int) -> None:
+        """Allocate heads 1 .. slots for adapters."""
+        self.weight_SLE = self.weight_SLE[:1].repeat(slots + 1, 1, 1)
+        self._own = [False] * (slots + 1)
+
+    def fill(self, slot: int, weight_LE: torch.Tensor | None) -> None:
+        """Copy an adapter's head in, or say that it has none."""
+        self._own[slot] = weight_LE is not None
+        if weight_LE is not None:
+            self.weight_SLE[slot].copy_(weight_LE)
+
+    def __call__(self, x_E: torch.Tensor, slot: int) -> torch.Tensor:
+        """Raw scores [L] as fp32 of one pooled state under the adapter in `slot`."""
+        return functional.linear(x_E.float(), self.weight_SLE[slot if self._own[slot] else 0])
