@@ -178,7 +178,7 @@ class Engine:
             )
         if min(request.prompt) < 0 or max(request.prompt) >= self.decoder.spec.vocab_size:
             return "invalid_request", f"token ids must lie between 0 and {self.decoder.spec.vocab_size - 1}"
-        if reason := invalid_sampling(request.sampling):
+        if reason := invalid_sampling(request.sampling, self.decoder.spec.vocab_size):
             return "invalid_request", reason
         if not self._servable(request.adapter):
             return "adapter_not_loaded", f"adapter {request.adapter} is not loaded"

@@ -30,6 +30,10 @@ class Sequence:
     slot: int = 0
     ended: bool = False
     preemptions: int = 0
+    # What constrains the answer (set by the core) and what edits its logits (made by the runner): see runner/sampling.
+    grammar: object | None = None
+    penalties: object | None = None
+    cached_tokens: int = 0
     arrived: float = field(default_factory=time.perf_counter)
     started: float | None = None
     first_token: float | None = None

@@ -17,6 +17,16 @@ GOLDEN = 0x9E3779B97F4A7C15
 MIX_1, MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 # Uniforms have 32 bits, so Gumbel noise lies within [-3.2, 22.9]: a token this far below the best cannot win.
 NOISE_RANGE = 26.2
+# What parameters may be, ends included; names are those of Sampling.
+RANGES = (
+    ("temperature", 0.0, 100.0),
+    ("min_p", 0.0, 1.0),
+    ("presence_penalty", -2.0, 2.0),
+    ("frequency_penalty", -2.0, 2.0),
+    ("repetition_penalty", 0.01, 100.0),
+    ("top_logprobs", 0, 20),
+)
+MAX_BIAS = 100.0
 # Candidates looked at before a whole row is sorted for top-p.
 NUCLEUS_TRY = 256
 
@@ -50,7 +60,12 @@ class Sampled(NamedTuple):
 
 
 def sample(logits_RV: torch.Tensor, draws: Sequence[Draw]) -> Sampled:
-    """One token per row. Logits in any floating dtype; all arithmetic in fp32."""
+    """One token per row. Logits in any floating dtype; all arithmetic in fp32.
+
+    Temperature first, then min-p, top-k and top-p, each seeing only what the one before it left. Logits may be minus
+    infinity; a row with a NaN, plus infinity or nothing finite gives a logprob that is not finite and an arbitrary
+    token, and leaves the other rows alone.
+    """
     logits_RV = logits_RV.float()
     tokens_R = logits_RV.argmax(-1)
     noisy = [row for row, draw in enumerate(draws) if draw.sampling.temperature > 0]
@@ -68,7 +83,7 @@ def _noisy(logits_RV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     temperatures = torch.tensor([draw.sampling.temperature for draw in draws], device=device)
     # A tiny temperature would overflow to infinity; relative to the best logit it only underflows, which is right.
     scaled_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)) / temperatures[:, None].clamp_min(1e-6)
-    floor_R1 = torch.full((len(draws), 1), -NOISE_RANGE, device=device)
+    floor_R1 = torch.tensor([[_min_p_floor(draw.sampling.min_p)] for draw in draws], device=device)
     if any(draw.sampling.top_k > 0 for draw in draws):
         floor_R1 = torch.maximum(floor_R1, _top_k_floor(scaled_RV, [draw.sampling.top_k for draw in draws]))
     if any(draw.sampling.top_p < 1 for draw in draws):
@@ -81,6 +96,31 @@ def _noisy(logits_RV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     perturbed_RV = torch.full(scaled_RV.shape, float("-inf"), dtype=torch.float64, device=device)
     perturbed_RV.view(-1).index_copy_(0, flat_N, scaled_RV.view(-1).index_select(0, flat_N).double() + noise_N)
     return perturbed_RV.argmax(-1)
+
+
+def _min_p_floor(min_p: float) -> float:
+    """How far below the best a token may lie: min_p is a share of the best token's probability."""
+    return max(-NOISE_RANGE, math.log(min_p)) if min_p > 0 else -NOISE_RANGE
+
+
+def own_logprobs(logits_RV: torch.Tensor, token_ids: Sequence[int]) -> list[float]:
+    """Per row the log of the model's own probability (temperature 1, unfiltered) of one token."""
+    tokens_R1 = torch.tensor(token_ids, device=logits_RV.device)[:, None]
+    logits_RV = logits_RV.float()
+    logprobs_R: list[float] = (logits_RV.gather(1, tokens_R1).squeeze(1) - logits_RV.logsumexp(-1)).tolist()
+    return logprobs_R
+
+
+def most_likely(logits_RV: torch.Tensor, counts: Sequence[int]) -> list[list[tuple[int, float]]]:
+    """Per row its `counts` most likely (token, own logprob) pairs, best first; of equals the lower id comes first."""
+    logits_RV = logits_RV.float()
+    best = logits_RV.topk(min(max(counts), logits_RV.shape[1]), dim=-1)
+    logprobs_RK = (best.values - logits_RV.logsumexp(-1, keepdim=True)).tolist()
+    rows = zip(best.indices.tolist(), logprobs_RK, counts, strict=True)
+    return [
+        sorted(zip(tokens, logprobs, strict=True), key=lambda pair: (-pair[1], pair[0]))[:count]
+        for tokens, logprobs, count in rows
+    ]
 
 
 def _top_k_floor(scaled_RV: torch.Tensor, top_ks: Sequence[int]) -> torch.Tensor:
@@ -158,14 +198,27 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-def invalid_sampling(sampling: Sampling) -> str:
+def invalid_sampling(sampling: Sampling, vocab_size: int | None = None) -> str:
     """Why these parameters cannot be used, as a sentence; empty when they can."""
-    if not (math.isfinite(sampling.temperature) and 0 <= sampling.temperature <= 100):
-        return f"temperature must be between 0 and 100, not {sampling.temperature:g}"
+    for name, lowest, highest in RANGES:
+        value = getattr(sampling, name)
+        if not (math.isfinite(value) and lowest <= value <= highest):
+            return f"{name} must be between {lowest:g} and {highest:g}, not {value:g}"
     if not 0 < sampling.top_p <= 1:
         return f"top_p must be above 0 and at most 1, not {sampling.top_p:g}"
     if sampling.top_k < 0:
         return f"top_k must not be negative, not {sampling.top_k}"
     if sampling.max_tokens < 1:
         return f"max_tokens must be at least 1, not {sampling.max_tokens}"
+    if not 0 <= sampling.min_tokens <= sampling.max_tokens:
+        return f"min_tokens must be between 0 and max_tokens ({sampling.max_tokens}), not {sampling.min_tokens}"
+    return _invalid_ids(sampling, vocab_size)
+
+
+def _invalid_ids(sampling: Sampling, vocab_size: int | None) -> str:
+    for token, bias in sampling.logit_bias.items():
+        if not -MAX_BIAS <= bias <= MAX_BIAS:
+            return f"logit_bias must be between -{MAX_BIAS:g} and {MAX_BIAS:g}, not {bias:g} (token {token})"
+        if token < 0 or (vocab_size is not None and token >= vocab_size):
+            return f"logit_bias names token {token}, which the model does not have"
     return ""
