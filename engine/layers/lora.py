@@ -15,6 +15,8 @@ MAX_RUNS = 12
 # On CPU, runs up to this length are multiplied in fp32 as stored: oneDNN's bf16 products of one token cost three times
 # as much (31 against 10 microseconds a pair); longer ones are converted first.
 MAX_PRECISE_TOKENS = 16
+# Gathering copies a token's matrices and reads the copy: about three reads of one slot, against one read of every slot.
+GATHER_READS = 3
 
 
 class Run(NamedTuple):
@@ -26,10 +28,15 @@ class Run(NamedTuple):
 
 
 class LoraBatch(NamedTuple):
-    """Which tokens use which slot; `slots_T` is set when there are too many runs to visit one by one."""
+    """Which tokens use which slot; `slots_T` is set when there are too many runs to visit one by one.
+
+    A `static` batch is read from `slots_T` on the device alone: the launches depend on no slot number, only on shapes,
+    so a captured CUDA graph stays right when adapters come, go or change rows.
+    """
 
     runs: tuple[Run, ...]
     slots_T: torch.Tensor | None = None
+    static: bool = False
 
 
 class LoraWeights:
@@ -45,6 +52,7 @@ class LoraWeights:
         self.a_SRI = torch.zeros(slots, ranks, in_size, dtype=stored, device=device)
         self.b_SRO = torch.zeros(slots, ranks, out_size, dtype=stored, device=device)
         self.width = [0] * slots
+        self._numbers_S1 = torch.arange(1, slots, device=device).unsqueeze(1)
 
     def fill(self, slot: int, a_RI: torch.Tensor, b_RO: torch.Tensor) -> None:
         """Copy one adapter's stacked matrices in; the ranks it does not use contribute nothing."""
@@ -56,6 +64,10 @@ class LoraWeights:
 
     def add_(self, out_TO: torch.Tensor, x_TI: torch.Tensor, batch: LoraBatch) -> None:
         """out += B A x for every token that has an adapter."""
+        if batch.static:
+            assert batch.slots_T is not None, "a static batch is its slots"
+            self._add_static(out_TO, x_TI, batch.slots_T)
+            return
         if batch.slots_T is not None:
             self._add_gathered(out_TO, x_TI, batch.slots_T)
             return
@@ -69,6 +81,21 @@ class LoraWeights:
         if len(x_TI) > MAX_PRECISE_TOKENS:
             a_RI, b_RO = a_RI.to(x_TI.dtype), b_RO.to(x_TI.dtype)
         out_TO += functional.linear(x_TI.to(a_RI.dtype), a_RI) @ b_RO
+
+    def _add_static(self, out_TO: torch.Tensor, x_TI: torch.Tensor, slots_T: torch.Tensor) -> None:
+        """All adapters at once, each token keeping its own: two plain products, without a copy of any matrix.
+
+        Slot 0 is left out of the products, so tokens without an adapter keep nothing.
+        """
+        if GATHER_READS * len(x_TI) < len(self._numbers_S1):
+            self._add_gathered(out_TO, x_TI, slots_T)
+            return
+        low_TX = functional.linear(x_TI.to(self.a_SRI.dtype), self.a_SRI[1:].flatten(0, 1))
+        low_TSR = low_TX.view(len(x_TI), len(self._numbers_S1), -1)
+        others_TS1 = slots_T[:, None, None] != self._numbers_S1
+        # Filled, not multiplied by zero: what a foreign adapter makes of this token may overflow.
+        kept_TX = low_TSR.masked_fill(others_TS1, 0.0).flatten(1)
+        out_TO += kept_TX @ self.b_SRO[1:].flatten(0, 1)
 
     def _add_gathered(self, out_TO: torch.Tensor, x_TI: torch.Tensor, slots_T: torch.Tensor) -> None:
         low_TR1 = torch.bmm(self.a_SRI[slots_T], x_TI.to(self.a_SRI.dtype).unsqueeze(2))
