@@ -57,7 +57,8 @@ class Pooler:
     @torch.inference_mode()
     def vector(self) -> torch.Tensor:
         """The result [N], fp32 on CPU. Only when complete."""
-        assert self.complete and self._kept_E is not None, "pooling before the prompt's last token"
+        assert self.complete, "pooling before the prompt's last token"
+        assert self._kept_E is not None
         if self.how == "classify":
             assert self._head is not None
             return self._head(self._kept_E, self._slot).cpu()
