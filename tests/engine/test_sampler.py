@@ -1,11 +1,14 @@
 """Sampling: the right distribution, and the same token for the same key in any company."""
 
+import math
+
 import pytest
 import torch
 from scipy.stats import chisquare
 
-from engine.layers.sampler import Draw, gumbel, invalid_sampling, sample
+from engine.layers.sampler import Draw, gumbel, invalid_sampling, most_likely, own_logprobs, sample
 from engine.messages import Sampling
+from tests.engine import plain_sampling
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -3.0, 1.5])
 
@@ -27,6 +30,9 @@ def frequencies(logits: torch.Tensor, count: int, **options: object) -> torch.Te
         ({"temperature": 1.0, "top_k": 3}, [0, 7, 1]),
         ({"temperature": 2.0, "top_p": 0.6}, [0, 7, 1]),
         ({"temperature": 1.0, "top_k": 4, "top_p": 0.7}, [0, 7]),
+        ({"temperature": 1.0, "min_p": 0.3}, [0, 7, 1]),
+        ({"temperature": 2.0, "min_p": 0.3}, [0, 7, 1, 2, 3]),
+        ({"temperature": 1.0, "min_p": 0.2, "top_k": 3, "top_p": 0.8}, [0, 7]),
     ],
 )
 def test_tokens_come_with_the_filtered_distributions_frequencies(options: dict[str, float], kept: list[int]) -> None:
@@ -36,6 +42,81 @@ def test_tokens_come_with_the_filtered_distributions_frequencies(options: dict[s
     expected[kept] = (LOGITS[kept].double() / options["temperature"]).softmax(-1)
     assert found[expected == 0].sum() == 0
     assert chisquare(found[kept].numpy(), (expected[kept] * count).numpy()).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("vocabulary", [7, 300, 1500])
+def test_every_filter_together_draws_what_a_plain_loop_draws(vocabulary: int) -> None:
+    logits = 3 * torch.randn(40, vocabulary, generator=torch.Generator().manual_seed(vocabulary))
+    keyed = [
+        Draw(
+            Sampling(
+                seed=row * 977,
+                max_tokens=1,
+                temperature=(0.0, 0.4, 1.0, 1.7)[row % 4],
+                top_p=(1.0, 0.9, 0.35)[row % 3],
+                top_k=(0, 5, 60, 1)[row // 4 % 4],
+                min_p=(0.0, 0.02, 0.4)[row // 3 % 3],
+            ),
+            row % 5,
+            row,
+        )
+        for row in range(40)
+    ]
+    sampled = sample(logits, keyed)
+    plain = [plain_sampling.token(row, *draw) for row, draw in zip(logits.tolist(), keyed, strict=True)]
+    assert sampled.token_ids == plain
+    owns = [plain_sampling.logprob(row, token) for row, token in zip(logits.tolist(), plain, strict=True)]
+    assert sampled.logprobs == pytest.approx(owns, abs=1e-5)
+    assert own_logprobs(logits, plain) == pytest.approx(owns, abs=1e-5)
+
+
+def test_min_p_keeps_exactly_the_tokens_above_its_share_of_the_best() -> None:
+    shares = torch.tensor([0.5, 0.24, 0.26, 0.0])
+    tokens = sample(shares.log().expand(300, -1), draws(300, min_p=0.5)).token_ids
+    assert set(tokens) == {0, 2}
+
+
+def test_most_likely_tokens_come_best_first_with_their_own_logprobs() -> None:
+    rows = torch.stack([LOGITS, -LOGITS, LOGITS.round()])
+    found = most_likely(rows, [3, 1, 8])
+    assert [token for token, _ in found[0]] == [0, 7, 1]
+    assert [token for token, _ in found[1]] == [6]
+    assert [token for token, _ in found[2]] == [0, 7, 1, 2, 3, 4, 5, 6]
+    for row, ranked in zip(rows.tolist(), found, strict=True):
+        owns = [plain_sampling.logprob(row, token) for token, _ in ranked]
+        assert [logprob for _, logprob in ranked] == pytest.approx(owns, abs=1e-5)
+
+
+def test_more_top_logprobs_than_tokens_gives_every_token() -> None:
+    assert len(most_likely(LOGITS[None], [20])[0]) == 8
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}])
+def test_a_poisoned_row_is_recognisable_and_leaves_the_others_alone(poison: float, options: dict[str, float]) -> None:
+    healthy = LOGITS.expand(3, -1).clone()
+    expected = sample(healthy, draws(3, **options))
+    poisoned = healthy.clone()
+    poisoned[1, 4] = poison
+    found = sample(poisoned, draws(3, **options))
+    assert not math.isfinite(found.logprobs[1])
+    assert 0 <= found.token_ids[1] < 8
+    for row in (0, 2):
+        assert found.token_ids[row] == expected.token_ids[row]
+        assert found.logprobs[row] == expected.logprobs[row]
+
+
+def test_a_row_with_nothing_finite_is_recognisable() -> None:
+    rows = torch.stack([LOGITS, torch.full((8,), -math.inf)])
+    sampled = sample(rows, draws(2))
+    assert math.isfinite(sampled.logprobs[0])
+    assert not math.isfinite(sampled.logprobs[1])
+
+
+def test_impossible_tokens_are_never_drawn_however_hot() -> None:
+    masked = torch.full((500, 40), -math.inf)
+    masked[:, [3, 17]] = torch.tensor([-30.0, 4.0])
+    assert set(sample(masked, draws(500, temperature=100.0)).token_ids) == {3, 17}
 
 
 def test_top_p_beyond_the_first_candidates_still_keeps_exactly_its_mass() -> None:
@@ -105,7 +186,31 @@ def test_seeds_of_any_size_and_sign_are_taken() -> None:
         ({"top_p": 1.5}, "top_p"),
         ({"top_k": -1}, "top_k"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"min_p": float("nan")}, "min_p"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": float("inf")}, "frequency_penalty"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"repetition_penalty": -1.0}, "repetition_penalty"),
+        ({"top_logprobs": 21}, "top_logprobs"),
+        ({"top_logprobs": -1}, "top_logprobs"),
+        ({"min_tokens": 2}, "min_tokens"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"logit_bias": {3: 101.0}}, "logit_bias"),
+        ({"logit_bias": {3: float("nan")}}, "logit_bias"),
+        ({"logit_bias": {-1: 1.0}}, "token -1"),
+        ({"logit_bias": {8: 1.0}}, "token 8"),
     ],
 )
-def test_senseless_parameters_are_named(options: dict[str, float], complaint: str) -> None:
-    assert complaint in invalid_sampling(Sampling(**({"seed": 0, "max_tokens": 1} | options)))  # type: ignore[arg-type]
+def test_senseless_parameters_are_named(options: dict[str, object], complaint: str) -> None:
+    sampling = Sampling(**({"seed": 0, "max_tokens": 1} | options))  # type: ignore[arg-type]
+    assert complaint in invalid_sampling(sampling, vocab_size=8)
+
+
+def test_every_parameter_at_its_ends_is_taken() -> None:
+    for options in (
+        {"temperature": 0.0, "min_p": 0.0, "presence_penalty": -2.0, "repetition_penalty": 0.01, "top_p": 1e-9},
+        {"temperature": 100.0, "min_p": 1.0, "frequency_penalty": 2.0, "repetition_penalty": 100.0, "top_logprobs": 20},
+        {"logit_bias": {0: -100.0, 7: 100.0}, "min_tokens": 5, "top_k": 10**9},
+    ):
+        assert invalid_sampling(Sampling(seed=0, max_tokens=5, **options), vocab_size=8) == ""  # type: ignore[arg-type]
