@@ -16,7 +16,21 @@ def choose_attention(spec: DecoderSpec, cache: KVCache, device: torch.device) ->
     gather = GatherAttention(spec, cache, device, cache.dtype)
     if device.type != "cuda" or cache.dtype == torch.float32:
         return gather
-    varlen = VarlenAttention(spec, cache, device)
-    if not agree(varlen, gather, spec, cache, device):
-        raise RuntimeError("this GPU's paged flash attention disagrees with plain attention; run with --precision fp32")
-    return varlen
+    return _agreeing(gather, spec, cache, device)
+
+
+def _agreeing(gather: Attention, spec: DecoderSpec, cache: KVCache, device: torch.device) -> VarlenAttention:
+    """The first way of calling the installed kernel that it takes and answers rightly: FA2's, then FA3's."""
+    objections: list[str] = []
+    for key_offsets in (True, False):
+        varlen = VarlenAttention(spec, cache, device, key_offsets=key_offsets)
+        try:
+            if agree(varlen, gather, spec, cache, device):
+                return varlen
+            objections.append("it disagrees with plain attention")
+        except (RuntimeError, NotImplementedError) as refusal:
+            # A kernel refuses arguments it was not built for with a plain RuntimeError; both sentences are reported.
+            objections.append(str(refusal).splitlines()[0])
+    raise RuntimeError(
+        f"this GPU's paged flash attention cannot be used ({'; '.join(objections)}); try --precision fp32"
+    )
