@@ -85,9 +85,10 @@ class AdapterSlots:
         slot = self._free.pop()
         for layer, lora in enumerate(self._decoder.lora):
             for name in ("qkv", "o", "gate_up", "down"):
-                getattr(lora, name).fill(slot, *adapter.matrices(layer, name))
-        assert self._decoder.head_lora is not None, "slots were allocated at start"
-        self._decoder.head_lora.fill(slot, *adapter.matrices(None, "head"))
+                if getattr(lora, name) is not None:
+                    getattr(lora, name).fill(slot, *adapter.matrices(layer, name))
+        if self._decoder.head_lora is not None:
+            self._decoder.head_lora.fill(slot, *adapter.matrices(None, "head"))
         self._residents[adapter.digest] = Resident(adapter.digest, slot, used=next(self._clock))
         if not self._free:
             self._evict_unreferenced(keep=adapter.digest)

@@ -38,7 +38,10 @@ class Attention(Protocol):
         """What all layers of this step share."""
 
     def __call__(self, layer: int, q_THD: torch.Tensor, plan: object) -> torch.Tensor:
-        """Attention output [T, H * D]; this step's keys and values are already in the cache."""
+        """Attention output [T, H * D]; this step's keys and values are already in the cache.
+
+        A token of a layer with window w = spec.windows[layer] > 0 sees the last w tokens, itself included.
+        """
 
 
 @dataclass(frozen=True)
@@ -53,46 +56,56 @@ class Bucket:
 
 
 class GatherAttention:
-    """Gathers pages, then multiplies with the query groups folded into rows: any device, any dtype."""
+    """Gathers pages, then multiplies with the query groups folded into rows: any device, any dtype.
+
+    A plan holds the buckets of every window some layer has; pages wholly before a row's window are not gathered.
+    """
 
     def __init__(self, spec: DecoderSpec, cache: KVCache, device: torch.device, dtype: torch.dtype) -> None:
         self._spec, self._cache, self._device, self._dtype = spec, cache, device, dtype
         self._group = spec.heads // spec.kv_heads
         self._scale = spec.head_dim**-0.5
+        self._windows = sorted(set(spec.windows))
 
-    def plan(self, spans: Sequence[Span]) -> list[Bucket]:
-        """Buckets of the step; see PADDING_TOKENS for when rows share one."""
-        return [self._bucket(members) for members in grouped(spans)]
+    def plan(self, spans: Sequence[Span]) -> dict[int, list[Bucket]]:
+        """Buckets of the step by window; see PADDING_TOKENS for when rows share one."""
+        return {window: self._buckets(spans, window) for window in self._windows}
 
     def __call__(self, layer: int, q_THD: torch.Tensor, plan: object) -> torch.Tensor:
-        assert isinstance(plan, list)
-        if len(plan) == 1 and isinstance(plan[0].tokens, slice):
-            return self._attend(layer, q_THD, plan[0])
+        assert isinstance(plan, dict)
+        buckets: list[Bucket] = plan[self._spec.windows[layer]]
+        if len(buckets) == 1 and isinstance(buckets[0].tokens, slice):
+            return self._attend(layer, q_THD, buckets[0])
         out_TA = q_THD.new_empty(q_THD.shape[0], self._spec.attention_size)
-        for bucket in plan:
+        for bucket in buckets:
             out_TA[bucket.tokens] = self._attend(layer, q_THD[bucket.tokens], bucket)
         return out_TA
 
-    def _bucket(self, members: Sequence[Span]) -> Bucket:
+    def _buckets(self, spans: Sequence[Span], window: int) -> list[Bucket]:
+        if window:
+            spans = [windowed(span, window, self._cache.block_size) for span in spans]
+        return [self._bucket(members, window) for members in grouped(spans)]
+
+    def _bucket(self, members: Sequence[Span], window: int) -> Bucket:
         fresh = members[0].fresh
         blocks = max(self._cache_blocks(span) for span in members)
-        tables = torch.from_numpy(np.stack([span.table[:blocks] for span in members])).to(self._device)
+        tables = torch.from_numpy(np.stack([_pages(span, blocks) for span in members])).to(self._device)
         starts = torch.tensor([span.start for span in members], device=self._device)
         return Bucket(
             rows=len(members),
             fresh=fresh,
             tokens=_tokens(members, self._device),
             pages=self._cache.gather_index(tables),
-            mask=self._mask(starts, fresh, blocks * self._cache.block_size),
+            mask=self._mask(starts, fresh, blocks * self._cache.block_size, window),
         )
 
     def _cache_blocks(self, span: Span) -> int:
         return -(-(span.start + span.fresh) // self._cache.block_size)
 
-    def _mask(self, starts_B: torch.Tensor, fresh: int, length: int) -> torch.Tensor:
+    def _mask(self, starts_B: torch.Tensor, fresh: int, length: int, window: int) -> torch.Tensor:
         """[B * K, Q * G, L]: 0 where a query may look, minus infinity elsewhere."""
         positions_BQ = starts_B[:, None] + torch.arange(fresh, device=self._device)
-        hidden_BQL = torch.arange(length, device=self._device) > positions_BQ[..., None]
+        hidden_BQL = hidden(positions_BQ, torch.arange(length, device=self._device), window)
         mask_BQL = torch.zeros(hidden_BQL.shape, dtype=self._dtype, device=self._device)
         mask_BQL.masked_fill_(hidden_BQL, float("-inf"))
         shape = (len(starts_B), self._spec.kv_heads, fresh, self._group, length)
@@ -121,6 +134,18 @@ class GatherAttention:
         return torch.bmm(scores.softmax(-1), values)
 
 
+def windowed(span: Span, window: int, block_size: int) -> Span:
+    """The row without the pages that lie wholly before its first token's window; attention sees distances only."""
+    skipped = max(0, span.start + 1 - window) // block_size
+    return Span(span.offset, span.start - skipped * block_size, span.fresh, span.table[skipped:])
+
+
+def hidden(positions_Q: torch.Tensor, places_L: torch.Tensor, window: int) -> torch.Tensor:
+    """Whether queries at `positions` [..., Q] must not look at places [L]: later ones, and those before the window."""
+    later = places_L > positions_Q[..., None]
+    return later | (places_L <= positions_Q[..., None] - window) if window else later
+
+
 def grouped(spans: Sequence[Span]) -> list[list[Span]]:
     """Rows that attend together: the same `fresh`, and lengths whose padding costs less than another launch."""
     groups: list[list[Span]] = []
@@ -137,6 +162,12 @@ def grouped(spans: Sequence[Span]) -> list[list[Span]]:
     return [sorted(group) for group in groups]
 
 
+def _pages(span: Span, blocks: int) -> NDArray[np.int64]:
+    """The row's first `blocks` pages; a table that was cut by a window is filled up with the null block."""
+    table = span.table[:blocks]
+    return table if len(table) == blocks else np.pad(table, (0, blocks - len(table)))
+
+
 def _tokens(members: Sequence[Span], device: torch.device) -> slice | torch.Tensor:
     fresh = members[0].fresh
     first = members[0].offset
@@ -146,12 +177,14 @@ def _tokens(members: Sequence[Span], device: torch.device) -> slice | torch.Tens
     return (offsets[:, None] + torch.arange(fresh, device=device)).reshape(-1)
 
 
-def reference_attention(q_THD: torch.Tensor, k_LKD: torch.Tensor, v_LKD: torch.Tensor, start: int) -> torch.Tensor:
+def reference_attention(
+    q_THD: torch.Tensor, k_LKD: torch.Tensor, v_LKD: torch.Tensor, start: int, window: int = 0
+) -> torch.Tensor:
     """One row in fp32, head by head: what every backend is tested against. Queries sit at positions `start ..`."""
     fresh, heads, head_dim = q_THD.shape
     group = heads // k_LKD.shape[1]
-    positions_Q = torch.arange(start, start + fresh)
-    hidden_QL = torch.arange(k_LKD.shape[0])[None, :] > positions_Q[:, None]
+    distance_QL = torch.arange(start, start + fresh)[:, None] - torch.arange(k_LKD.shape[0])[None, :]
+    hidden_QL = (distance_QL < 0) | (distance_QL >= (window or k_LKD.shape[0]))
     out_QHD = torch.empty(fresh, heads, head_dim)
     for head in range(heads):
         k_LD, v_LD = k_LKD[:, head // group].float(), v_LKD[:, head // group].float()

@@ -1,4 +1,5 @@
-"""Rotary position embeddings. Suffixes: T tokens, H heads, D head dimension."""
+"""Rotary position embeddings, as in transformers' modeling_rope_utils. Suffixes: P positions, T tokens, H heads, D head
+dimension."""
 
 import math
 
@@ -8,12 +9,17 @@ from engine.models.spec import RopeSpec
 
 
 def inverse_frequencies(spec: RopeSpec, head_dim: int) -> torch.Tensor:
-    """Angle per position for each of the D/2 pairs, in fp32; llama3 as in transformers' modeling_rope_utils."""
-    plain = 1.0 / (spec.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+    """Angle per position for each of the D/2 pairs, in fp32."""
+    turns = spec.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    if spec.kind == "longrope":
+        return 1.0 / (torch.tensor(spec.divisors, dtype=torch.float32) * turns)
+    plain = 1.0 / turns
     if spec.kind == "linear":
         return plain / spec.factor
     if spec.kind == "llama3":
         return _llama3(plain, spec)
+    if spec.kind == "yarn":
+        return _yarn(plain, spec, head_dim)
     return plain
 
 
@@ -24,16 +30,37 @@ def _llama3(plain: torch.Tensor, spec: RopeSpec) -> torch.Tensor:
     return torch.lerp(plain / spec.factor, plain, blend.clamp(0.0, 1.0))
 
 
+def _yarn(plain: torch.Tensor, spec: RopeSpec, head_dim: int) -> torch.Tensor:
+    """Pairs that turn often within the original context are kept, those that hardly turn divided by the factor."""
+    low, high = _pair(spec.beta_fast, spec, head_dim), _pair(spec.beta_slow, spec, head_dim)
+    if spec.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001  # transformers' guard against a division by zero
+    divided = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0.0, 1.0)
+    return torch.lerp(plain, plain / spec.factor, divided)
+
+
+def _pair(rotations: float, spec: RopeSpec, head_dim: int) -> float:
+    """Which pair of dimensions turns this many times within the original context, as a fraction."""
+    return head_dim * math.log(spec.original_positions / (rotations * 2 * math.pi)) / (2 * math.log(spec.theta))
+
+
 class Rope:
-    """Cosine and signed sine for every position up to `positions`, in the compute dtype."""
+    """Cosine and signed sine for every position up to `positions`, in the compute dtype, attention scaling included."""
 
     def __init__(self, spec: RopeSpec, head_dim: int, positions: int, dtype: torch.dtype, device: torch.device) -> None:
         angles = torch.arange(positions, dtype=torch.float32)[:, None] * inverse_frequencies(spec, head_dim)[None, :]
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = angles.cos() * spec.attention_scaling, angles.sin() * spec.attention_scaling
         self._half = head_dim // 2
         # rotate_half puts minus on the first half; carrying the sign in the sine saves a kernel per layer.
         self._cos_PD = torch.cat((cos, cos), dim=-1).to(device, dtype)
         self._sin_PD = torch.cat((-sin, sin), dim=-1).to(device, dtype)
+
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [P, D] of all positions; the sines of the first half of D carry a minus."""
+        return self._cos_PD, self._sin_PD
 
     def at(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and signed sines [T, 1, D] of these positions, shared by all layers of a step."""

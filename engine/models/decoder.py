@@ -13,8 +13,10 @@ from torch.nn import functional
 from engine.layers.attention import Attention
 from engine.layers.linear import Linear
 from engine.layers.lora import LoraBatch, LoraWeights
+from engine.layers.moe import MoeLayer
 from engine.layers.rope import Rope
 from engine.memory.cache import KVCache
+from engine.models.experts import load_experts
 from engine.models.loading import Checkpoint
 from engine.models.spec import DecoderSpec
 
@@ -31,7 +33,7 @@ class StepInput(NamedTuple):
 
 @dataclass
 class LayerLora:
-    """Slot tensors of one layer's four fused projections."""
+    """Slot tensors of one layer's fused projections; a sparse layer has none for its MLP."""
 
     qkv: LoraWeights | None = None
     o: LoraWeights | None = None
@@ -43,15 +45,17 @@ NO_LORA = LayerLora()
 
 
 class Layer:
-    """Weights of one block; gate and up are one matrix, and so are query, key and value."""
+    """Weights of one block; gate and up are one matrix, and so are query, key and value.
+
+    A sparse layer has `moe` in place of `gate_up` and `down`; `q_norm_D` and `k_norm_D` are None where there are none.
+    """
 
     def __init__(self, spec: DecoderSpec, checkpoint: Checkpoint, index: int, device: torch.device, pack: bool) -> None:
         prefix = f"model.layers.{index}"
-        kv_size = spec.kv_heads * spec.head_dim
         attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        narrow, kv_size = spec.hidden_size, spec.kv_heads * spec.head_dim
         parts = {"q_proj": spec.attention_size, "k_proj": kv_size, "v_proj": kv_size}
         gates = {"gate_proj": spec.intermediate_size, "up_proj": spec.intermediate_size}
-        wide, narrow = spec.intermediate_size, spec.hidden_size
 
         def fused(owner: str, outs: dict[str, int], in_size: int, bias: bool) -> Linear:
             weights = [checkpoint.take(f"{owner}.{name}.weight", out, in_size) for name, out in outs.items()]
@@ -59,16 +63,30 @@ class Layer:
             joined = torch.cat(biases).to(device) if biases else None
             return Linear(torch.cat(weights).to(device), joined, pack=pack)
 
-        self.attention_norm_E = checkpoint.take(f"{prefix}.input_layernorm.weight", narrow).to(device)
-        self.mlp_norm_E = checkpoint.take(f"{prefix}.post_attention_layernorm.weight", narrow).to(device)
+        def norm(name: str, width: int) -> torch.Tensor:
+            return checkpoint.take(f"{name}.weight", width).to(device)
+
+        self.attention_norm_E = norm(f"{prefix}.input_layernorm", narrow)
+        self.mlp_norm_E = norm(f"{prefix}.post_attention_layernorm", narrow)
+        self.q_norm_D = norm(f"{attention}.q_norm", spec.head_dim) if spec.qk_norm else None
+        self.k_norm_D = norm(f"{attention}.k_norm", spec.head_dim) if spec.qk_norm else None
         self.qkv = fused(attention, parts, narrow, spec.qkv_bias)
         self.o = fused(attention, {"o_proj": narrow}, spec.attention_size, spec.output_bias)
-        self.gate_up = fused(mlp, gates, narrow, spec.mlp_bias)
-        self.down = fused(mlp, {"down_proj": narrow}, wide, spec.mlp_bias)
+        self.moe: MoeLayer | None = None
+        self.gate_up: Linear | None = None
+        self.down: Linear | None = None
+        if spec.moe is not None and spec.sparse[index]:
+            self.moe = load_experts(checkpoint, prefix, spec.moe, narrow, device, pack)
+        else:
+            self.gate_up = fused(mlp, gates, narrow, spec.mlp_bias)
+            self.down = fused(mlp, {"down_proj": narrow}, spec.intermediate_size, spec.mlp_bias)
 
 
 class Decoder:
-    """The model. Stateless between steps but for its weights and adapter slots; the cache is handed in."""
+    """The model. Stateless between steps but for its weights and adapter slots; the cache is handed in.
+
+    A classifier has a `score` head [labels, E] and no LM `head`; every other model the other way round.
+    """
 
     def __init__(
         self,
@@ -88,7 +106,8 @@ class Decoder:
             )
             self.layers = [Layer(spec, checkpoint, index, device, pack) for index in range(spec.layers)]
             self.norm_E = checkpoint.take("model.norm.weight", spec.hidden_size).to(device)
-            self.head = Linear(self._head_weight(checkpoint), pack=pack)
+            self.score = self._score_weight(checkpoint)
+            self.head = None if spec.labels else Linear(self._head_weight(checkpoint), pack=pack)
             checkpoint.finish()
         self.lora: list[LayerLora] = []
         self.head_lora: LoraWeights | None = None
@@ -104,13 +123,12 @@ class Decoder:
             x_TE = self._norm(h_TE, layer.attention_norm_E)
             qkv_T = _project(layer.qkv, x_TE, lora.qkv, step.lora)
             heads_THD = qkv_T.view(-1, spec.heads + 2 * spec.kv_heads, spec.head_dim)
+            self._norm_heads(layer, heads_THD)
             self.rope.rotate_(heads_THD[:, :turning], cos_T1D, sin_T1D)
             cache.write(index, heads_THD[:, spec.heads :], step.write_index)
             mixed_TA = attention(index, heads_THD[:, : spec.heads], step.plan)
             h_TE += _project(layer.o, mixed_TA, lora.o, step.lora)
-            x_TE = self._norm(h_TE, layer.mlp_norm_E)
-            gate_T, up_T = _project(layer.gate_up, x_TE, lora.gate_up, step.lora).chunk(2, dim=-1)
-            h_TE += _project(layer.down, functional.silu(gate_T).mul_(up_T), lora.down, step.lora)
+            h_TE += self._mlp(layer, self._norm(h_TE, layer.mlp_norm_E), lora, step.lora)
         return h_TE
 
     def final(self, h_RE: torch.Tensor) -> torch.Tensor:
@@ -119,6 +137,7 @@ class Decoder:
 
     def logits(self, x_RE: torch.Tensor, lora: LoraBatch | None) -> torch.Tensor:
         """Logits [R, V] of normalised hidden states; `lora` runs over these rows."""
+        assert self.head is not None, "a classifier has no LM head"
         return _project(self.head, x_RE, self.head_lora if lora is not None else None, lora)
 
     def add_slots(self, slots: int, rank: int) -> None:
@@ -128,13 +147,40 @@ class Decoder:
             return LoraWeights(slots + 1, parts * rank, linear.in_size, linear.out_size, self.dtype, self.device)
 
         self.lora = [
-            LayerLora(make(layer.qkv, 3), make(layer.o, 1), make(layer.gate_up, 2), make(layer.down, 1))
+            LayerLora(
+                make(layer.qkv, 3),
+                make(layer.o, 1),
+                make(layer.gate_up, 2) if layer.gate_up else None,
+                make(layer.down, 1) if layer.down else None,
+            )
             for layer in self.layers
         ]
-        self.head_lora = make(self.head, 1)
+        self.head_lora = make(self.head, 1) if self.head else None
+
+    def _mlp(self, layer: Layer, x_TE: torch.Tensor, lora: LayerLora, batch: LoraBatch | None) -> torch.Tensor:
+        if layer.moe is not None:
+            return layer.moe(x_TE)
+        assert layer.gate_up is not None, "a layer without experts is dense"
+        assert layer.down is not None, "a layer without experts is dense"
+        gate_T, up_T = _project(layer.gate_up, x_TE, lora.gate_up, batch).chunk(2, dim=-1)
+        return _project(layer.down, functional.silu(gate_T).mul_(up_T), lora.down, batch)
+
+    def _norm_heads(self, layer: Layer, heads_THD: torch.Tensor) -> None:
+        """Normalise every query and key head in place, where the model does."""
+        if layer.q_norm_D is None or layer.k_norm_D is None:
+            return
+        split, (width, eps) = self.spec.heads, (self.spec.head_dim, self.spec.norm_eps)
+        q_THD, k_TKD = heads_THD[:, :split], heads_THD[:, split : split + self.spec.kv_heads]
+        q_THD.copy_(functional.rms_norm(q_THD, (width,), layer.q_norm_D, eps))
+        k_TKD.copy_(functional.rms_norm(k_TKD, (width,), layer.k_norm_D, eps))
 
     def _norm(self, x: torch.Tensor, weight_E: torch.Tensor) -> torch.Tensor:
         return functional.rms_norm(x, (self.spec.hidden_size,), weight_E, self.spec.norm_eps)
+
+    def _score_weight(self, checkpoint: Checkpoint) -> torch.Tensor | None:
+        if not self.spec.labels:
+            return None
+        return checkpoint.take("score.weight", len(self.spec.labels), self.spec.hidden_size).to(self.device)
 
     def _head_weight(self, checkpoint: Checkpoint) -> torch.Tensor:
         if self.spec.tied:
