@@ -13,7 +13,7 @@ from threading import Lock
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from engine.grammar.matcher import GrammarMatcher, first_line
+from engine.grammar.matcher import GrammarMatcher, summary, unpack
 from engine.messages import Grammar
 
 MAX_BYTES = 64 * 1024
@@ -52,12 +52,16 @@ class GrammarCompiler:
         tokenizer = self._load()
         built = LLMatcher(tokenizer, _source(grammar), log_level=0, limits=_limits())
         if built.is_error():
-            raise ValueError(f"the {_name(grammar)} cannot be used: {first_line(built.get_error())}")
+            raise ValueError(f"the {_name(grammar)} cannot be used: {summary(built.get_error())}")
         matcher = GrammarMatcher(built, tokenizer.vocab_size)
-        matcher.bits((), (), np.zeros(matcher.words, dtype=np.int32))
-        if matcher.error:
+        if not self._has_beginning(matcher):
             raise ValueError(f"the {_name(grammar)} cannot be used: it is too complex or admits no text at all")
         return matcher
+
+    def _has_beginning(self, matcher: GrammarMatcher) -> bool:
+        words_1W = np.zeros((1, matcher.words), dtype=np.uint32)
+        matcher.fill(words_1W[0])
+        return not matcher.error and bool(unpack(words_1W, self._vocab_size).any())
 
     def _load(self) -> LLTokenizer:
         with self._lock:
@@ -86,10 +90,13 @@ def _source(grammar: Grammar) -> str:
         raise ValueError(f"the JSON schema is not JSON: {error}") from error
     if not isinstance(schema, dict):
         raise ValueError("the JSON schema must be an object")  # noqa: TRY004 - the request is bad, not a type in our code
-    # A schema may not switch off the refusal of keywords that would be ignored.
-    return LLMatcher.grammar_from_json_schema(
-        grammar.text, defaults={"whitespace_pattern": WHITESPACE}, overrides={"lenient": False}
-    )
+    # Parsed again by llguidance, which is stricter: no NaN. No schema may have unknown keywords ignored.
+    try:
+        return LLMatcher.grammar_from_json_schema(
+            grammar.text, overrides={"whitespace_pattern": WHITESPACE, "lenient": False}
+        )
+    except ValueError as error:
+        raise ValueError(f"the JSON schema is not JSON: {error}") from error
 
 
 def _limits() -> LLParserLimits:
@@ -113,7 +120,7 @@ def _read_tokenizer(path: Path, eos_ids: Sequence[int]) -> LLTokenizer:
     try:
         return LLTokenizer(text, eos_token=list(eos_ids) or None)
     except ValueError as error:
-        raise ValueError(f"the model's tokenizer cannot constrain answers: {first_line(str(error))}") from error
+        raise ValueError(f"the model's tokenizer cannot constrain answers: {summary(str(error))}") from error
 
 
 def _depth(text: str) -> int:

@@ -11,6 +11,9 @@ import torch
 from llguidance import LLMatcher
 from numpy.typing import NDArray
 
+Words = NDArray[np.uint32]
+ALL = np.uint32(0xFFFFFFFF)
+
 
 class GrammarMatcher:
     """Follows one answer token by token. Not thread-safe: it belongs to the sequence it constrains.
@@ -22,12 +25,19 @@ class GrammarMatcher:
         self._matcher = matcher
         self._vocab_size = vocab_size
         self._ended = False
+        # An unadmitted token was accepted: whoever draws has not asked for the mask.
+        self.rejected = False
 
     def copy(self) -> Self:
         """An independent matcher in the same state."""
         twin = type(self)(self._matcher.deep_copy(), self._vocab_size)
         twin._ended = self._ended
         return twin
+
+    @property
+    def words(self) -> int:
+        """32-bit words of one mask."""
+        return (self._vocab_size + 31) // 32
 
     @property
     def complete(self) -> bool:
@@ -42,14 +52,15 @@ class GrammarMatcher:
     @property
     def error(self) -> str:
         """Why this matcher can say nothing more, as a sentence; empty while it works."""
-        return first_line(self._matcher.get_error()) if self._matcher.is_error() else ""
+        return summary(self._matcher.get_error()) if self._matcher.is_error() else ""
 
     def accept(self, token: int, stops: Collection[int] = ()) -> bool:
         """Take a token of the answer; False, and an error for ever, when the grammar does not admit it."""
         if token in stops:
             self._ended = True
             return True
-        return self._matcher.consume_token(token)
+        self.rejected = not self._matcher.consume_token(token)
+        return not self.rejected
 
     def rollback(self, count: int) -> None:
         """Take back the last `count` accepted tokens; never more than were accepted."""
@@ -73,26 +84,23 @@ class GrammarMatcher:
         """Minus infinity on every token that may not come next; why there is none, empty when there is one."""
         return mask_(logits_V[None], [Lookahead(0, self, (), stops, False)]).get(0, "")
 
-    def bits(self, drafted: Sequence[int], stops: Collection[int], words: NDArray[np.int32]) -> bool | None:
-        """Write the tokens admitted behind a draft as bits; whether the answer may end there.
+    def fill(
+        self, words_W: Words, drafted: Sequence[int] = (), stops: Collection[int] = (), early: bool = False
+    ) -> bool:
+        """Write the tokens admitted behind a draft as bits, token 0 lowest, and take the draft back.
 
-        None when the draft is not admitted: nothing said about what follows it would mean anything.
+        False when the draft is not admitted: nothing said about what follows it would mean anything. `early` asks for
+        no stop yet; where nothing else is admitted, the grammar wins.
         """
         if any(token in stops for token in drafted):
-            return None
+            return False
         taken = self._matcher.try_consume_tokens(list(drafted)) if drafted else 0
-        ends = None
         if taken == len(drafted):
-            self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-            ends = self._matcher.is_accepting()
-        if taken and not self._matcher.is_error():
+            self._matcher.unsafe_compute_mask_ptr(words_W.ctypes.data, words_W.nbytes)
+            _edit_stops(words_W, stops, admitted=self.accepting, early=early)
+        if taken:
             self._matcher.rollback(taken)
-        return ends
-
-    @property
-    def words(self) -> int:
-        """32-bit words of one mask."""
-        return (self._vocab_size + 31) // 32
+        return taken == len(drafted)
 
     def _accepting_behind(self, tokens: Sequence[int]) -> bool:
         taken = self._matcher.try_consume_tokens(list(tokens))
@@ -103,10 +111,7 @@ class GrammarMatcher:
 
 
 class Lookahead(NamedTuple):
-    """One row of logits and the grammar that constrains it, `drafted` tokens ahead of what was accepted.
-
-    `early` asks for no stop yet; where the grammar allows nothing else, the grammar wins.
-    """
+    """One row of logits and the grammar that constrains it, `drafted` tokens ahead of what was accepted."""
 
     row: int
     matcher: GrammarMatcher
@@ -115,46 +120,54 @@ class Lookahead(NamedTuple):
     early: bool
 
 
-def mask_(logits_PV: torch.Tensor, looks: Sequence[Lookahead]) -> dict[int, str]:
+def mask_(logits_RV: torch.Tensor, looks: Sequence[Lookahead]) -> dict[int, str]:
     """Minus infinity on every token the grammars do not admit, for all rows at once.
 
     Rows without a grammar, or behind a draft that is not admitted, stay as they are. Returns why, for each row that has
-    no token left or whose grammar cannot go on.
+    no token left or whose grammar cannot go on. All matchers must be of one tokenizer.
     """
     if not looks:
         return {}
-    problems = {}
-    allowed_PV = np.ones(logits_PV.shape, dtype=np.bool_)
-    for look in looks:
-        allowed = _allowed(look, logits_PV.shape[1])
-        if allowed is None:
-            continue
-        if look.matcher.error or not allowed.any():
-            problems[look.row] = f"the grammar cannot go on: {look.matcher.error or 'it admits no token here'}"
-        else:
-            allowed_PV[look.row] = allowed
-    logits_PV.masked_fill_(torch.from_numpy(~allowed_PV).to(logits_PV.device), float("-inf"))
-    return problems
+    words_PW = np.zeros((len(looks), looks[0].matcher.words), dtype=np.uint32)
+    for look, words_W in zip(looks, words_PW, strict=True):
+        if not look.matcher.fill(words_W, look.drafted, look.stops, look.early):
+            words_W.fill(ALL)
+    allowed_PV = unpack(words_PW, logits_RV.shape[1])
+    forbidden_PV = torch.from_numpy(~allowed_PV).to(logits_RV.device)
+    if len(looks) == len(logits_RV):
+        logits_RV.masked_fill_(forbidden_PV, float("-inf"))
+    else:
+        rows_P = torch.tensor([look.row for look in looks], device=logits_RV.device)
+        logits_RV.index_copy_(0, rows_P, logits_RV.index_select(0, rows_P).masked_fill_(forbidden_PV, float("-inf")))
+    return {
+        look.row: f"the grammar cannot go on: {look.matcher.error or 'it admits no token here'}"
+        for look, allowed_V in zip(looks, allowed_PV, strict=True)
+        if look.matcher.error or not allowed_V.any()
+    }
 
 
-def _allowed(look: Lookahead, vocabulary: int) -> NDArray[np.bool_] | None:
-    words = np.zeros(look.matcher.words, dtype=np.int32)
-    ends = look.matcher.bits(look.drafted, look.stops, words)
-    if ends is None:
-        return None
-    bits = np.unpackbits(words.view(np.uint8), count=min(vocabulary, 32 * len(words)), bitorder="little")
-    allowed = np.zeros(vocabulary, dtype=np.bool_)
-    allowed[: len(bits)] = bits
-    stops = [token for token in look.stops if 0 <= token < vocabulary]
-    if ends:
-        allowed[stops] = True
-    if look.early:
-        later = allowed.copy()
-        later[stops] = False
-        return later if later.any() else allowed
-    return allowed
+def _edit_stops(words_W: Words, stops: Collection[int], *, admitted: bool, early: bool) -> None:
+    """Admit stops where the answer may end; take them away where it is too early, unless nothing else is left."""
+    places = [(token >> 5, np.uint32(1 << (token & 31))) for token in stops if 0 <= token < 32 * len(words_W)]
+    if admitted:
+        for word, bit in places:
+            words_W[word] |= bit
+    if early:
+        later_W = words_W.copy()
+        for word, bit in places:
+            later_W[word] &= ~bit
+        if later_W.any():
+            words_W[:] = later_W
 
 
-def first_line(error: str) -> str:
-    """The part of llguidance's report that is for people; its state dump follows."""
-    return next((line.strip() for line in error.splitlines() if line.strip()), "unknown error")
+def unpack(words_PW: Words, vocabulary: int) -> NDArray[np.bool_]:
+    """Bits to booleans; ids beyond the tokenizer's are never allowed."""
+    known = min(vocabulary, 32 * words_PW.shape[1])
+    bits = np.unpackbits(words_PW.view(np.uint8), axis=1, count=known, bitorder="little").view(np.bool_)
+    return np.pad(bits, ((0, 0), (0, vocabulary - known))) if known < vocabulary else bits
+
+
+def summary(report: str) -> str:
+    """llguidance's report as one line of bounded length, without the state dump that may follow it."""
+    line = " ".join(report.split("<state>")[0].replace("<non-verbose/>", "").split())
+    return line if len(line) <= 300 else f"{line[:100]} … {line[-190:]}"

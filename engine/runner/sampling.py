@@ -120,8 +120,10 @@ def _constrain_(logits_RV: torch.Tensor, places: Rows[Place], edited: Rows[int])
         for row in edited
         if (matcher := _matcher(places[row].sequence)) is not None
     ]
-    for row, reason in mask_(logits_RV, looks).items():
-        faults[row] = Fault("invalid_request", reason)
+    problems = mask_(logits_RV, looks)
+    for look in looks:
+        if look.row in problems:
+            faults[look.row] = Fault("internal" if look.matcher.rejected else "invalid_request", problems[look.row])
     return faults
 
 
