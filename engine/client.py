@@ -7,11 +7,11 @@ flight with `EngineGone`; a request made while the engine is away fails after `c
 import asyncio
 import uuid
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import msgspec
 import zmq
@@ -27,6 +27,8 @@ from engine.messages import (
     Generate,
     GetStatus,
     LoadAdapter,
+    Pool,
+    Pooled,
     PromptLogprobs,
     Status,
     ToEngine,
@@ -48,6 +50,14 @@ class EngineRefused(RuntimeError):
     """The engine answered a LoadAdapter, UnloadAdapter or Forget with an error; what served before still serves."""
 
 
+class PoolFailed(RuntimeError):
+    """The engine ended a Pool with an error; `finished` says which."""
+
+    def __init__(self, finished: Finished) -> None:
+        super().__init__(finished.error or f"the request was {finished.reason}")
+        self.finished = finished
+
+
 @dataclass(frozen=True)
 class Completion:
     """Everything one request produced. `logprobs[i]` belongs to `token_ids[i]`."""
@@ -58,6 +68,8 @@ class Completion:
 
 
 Inbox = asyncio.Queue[FromEngine | EngineGone]
+Asked = TypeVar("Asked")
+Answer = TypeVar("Answer")
 
 
 class EngineClient:
@@ -152,6 +164,30 @@ class EngineClient:
                 token_ids += reply.token_ids
                 logprobs += reply.logprobs
         raise AssertionError("generate ended without Finished")
+
+    async def pool(self, message: Pool) -> Pooled:
+        """One prompt's vector. Cancelling the call cancels the request.
+
+        Raises PoolFailed with the reason, EngineGone, and ValueError when `message.id` is already in flight.
+        """
+        inbox = self._open(message.id)
+        answered = False
+        try:
+            await self._send(message)
+            reply = await self._next(inbox)
+            answered = True
+        except EngineGone:
+            answered = True
+            raise
+        finally:
+            del self._inboxes[message.id]
+            if not answered:
+                self._cancel(message.id)
+        if isinstance(reply, Finished):
+            raise PoolFailed(reply)
+        if not isinstance(reply, Pooled):
+            raise EngineGone(f"the engine answered {message.id} with a {type(reply).__name__}")
+        return reply
 
     async def load_adapter(self, digest: str, path: str) -> None:
         """Return once `digest` is ready to serve. Raises EngineRefused with the reason, or EngineGone."""
@@ -309,22 +345,15 @@ class SyncEngineClient:
 
     def generate_many(self, messages: Sequence[Generate], *, concurrency: int = 64) -> list[Completion]:
         """Run all, at most `concurrency` at once, answers in the order asked. The first EngineGone cancels the rest."""
+        return self._runner.run(_all(self._client.complete, messages, concurrency))
 
-        async def run() -> list[Completion]:
-            gate = asyncio.Semaphore(concurrency)
+    def pool(self, message: Pool) -> Pooled:
+        """One prompt's vector. Raises PoolFailed or EngineGone."""
+        return self._runner.run(self._client.pool(message))
 
-            async def one(message: Generate) -> Completion:
-                async with gate:
-                    return await self._client.complete(message)
-
-            try:
-                async with asyncio.TaskGroup() as group:
-                    tasks = [group.create_task(one(message)) for message in messages]
-            except* EngineGone as gone:
-                raise gone.exceptions[0] from None
-            return [task.result() for task in tasks]
-
-        return self._runner.run(run())
+    def pool_many(self, messages: Sequence[Pool], *, concurrency: int = 64) -> list[Pooled]:
+        """As generate_many; the first PoolFailed or EngineGone cancels the rest."""
+        return self._runner.run(_all(self._client.pool, messages, concurrency))
 
     def load_adapter(self, digest: str, path: str) -> None:
         """See EngineClient.load_adapter."""
@@ -350,6 +379,22 @@ def _joined(first: Tokens, second: Tokens) -> Tokens:
         logprobs=first.logprobs + second.logprobs,
         top=first.top + second.top,
     )
+
+
+async def _all(run: Callable[[Asked], Awaitable[Answer]], messages: Sequence[Asked], concurrency: int) -> list[Answer]:
+    """Answers in the order asked; the first failure cancels the rest and is raised bare."""
+    gate = asyncio.Semaphore(concurrency)
+
+    async def one(message: Asked) -> Answer:
+        async with gate:
+            return await run(message)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(message)) for message in messages]
+    except* (EngineGone, PoolFailed) as failed:
+        raise failed.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 def _fresh_id() -> str:

@@ -5,14 +5,16 @@ Suffixes: B prompts of a batch, T tokens of the longest, E hidden size, L labels
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import transformers
 from safetensors import SafetensorError
 
 from engine.models.encoder_spec import CLASSIFIER, EncoderSpec
 from engine.models.spec import UnsupportedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Weights that belong to parts which are not run: language-model and next-sentence heads, poolers, position numbers.
 UNUSED = ("cls.", "lm_head.", "vocab_", "head.", "decoder.")
@@ -69,8 +71,11 @@ class Encoder:
         return {name: tensor.to(self.device) for name, tensor in given.items()}
 
 
-def _load(spec: EncoderSpec, directory: Path, dtype: torch.dtype) -> transformers.PreTrainedModel:
+def _load(spec: EncoderSpec, directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
     """Read the weights, and insist that every one the model runs with was there."""
+    # Two seconds and 200 MB that engines of decoders do without.
+    import transformers
+
     kind: Any = getattr(transformers, spec.runs)
     poolers = {"add_pooling_layer": False} if spec.runs == "BertModel" or "RobertaModel" in spec.runs else {}
     try:

@@ -33,7 +33,7 @@ class EncoderSpec:
 
 
 def read_encoder_spec(directory: Path) -> EncoderSpec | None:
-    """The spec of an encoder's directory; None for any other model. Raises UnsupportedModel when config.json is broken."""
+    """The spec of an encoder's directory; None for other models. Raises UnsupportedModel when config.json is broken."""
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
