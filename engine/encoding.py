@@ -72,6 +72,8 @@ class EncoderEngine:
         self.epoch = secrets.randbits(52)
         self.outbox: list[tuple[bytes, FromEngine]] = []
         self.max_context = min(config.max_context or spec.max_positions, spec.max_positions)
+        if config.precision == "int8":
+            raise ValueError("--precision int8 is for decoders; encoders run in fp32 or bf16")
         device = choose_device(config)
         self.encoder = Encoder(spec, config.model, dtype=choose_dtype(config, device), device=device)
         small = self.encoder.parameters < ONE_THREAD_PARAMETERS

@@ -21,7 +21,6 @@ import psutil
 import zmq
 
 from engine.config import EngineConfig, parse
-from engine.core import Engine
 from engine.messages import (
     Cancel,
     Done,
@@ -31,11 +30,13 @@ from engine.messages import (
     Generate,
     GetStatus,
     LoadAdapter,
+    Pool,
     ToEngine,
     UnloadAdapter,
     decode_to_engine,
     encode,
 )
+from engine.start import make_engine
 
 MAX_MESSAGE_BYTES = 64 << 20
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, KEEP_BYTES = -1, -3, 1 << 30
@@ -50,7 +51,7 @@ class EngineProcess:
         self._alarm, self._alarm_writer = socket.socketpair()
         self._alarm.setblocking(False)
         self._alarm_writer.setblocking(False)
-        self.engine = Engine(config, wake=self._wake)
+        self.engine = make_engine(config, wake=self._wake)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -121,6 +122,8 @@ class EngineProcess:
         match message:
             case Generate():
                 self.engine.submit(client, message)
+            case Pool():
+                self.engine.submit_pool(client, message)
             case Cancel():
                 self.engine.cancel(client, message.id)
             case LoadAdapter():
