@@ -62,7 +62,7 @@ class VarlenAttention:
     ) -> None:
         self._width, self._cache, self._device = spec.attention_size, cache, device
         self._kernel, self._key_offsets = kernel, key_offsets
-        self._windows = [(window - 1 if window else -1, 0) for window in spec.windows or (0,) * spec.layers]
+        self._windows = [(window - 1 if window else -1, 0) for window in spec.windows]
 
     def plan(self, spans: Sequence[Span]) -> VarlenPlan:
         """Lengths and block tables of the step."""
@@ -160,8 +160,7 @@ def agree(candidate: Attention, trusted: Attention, spec: DecoderSpec, cache: KV
     """
     size = cache.block_size
     lengths = [(2 * size - 1, 1), (size // 2, 7), (0, size)]
-    windows = spec.windows or (0,) * spec.layers
-    layers = sorted({windows.index(window) for window in windows})
+    layers = sorted({spec.windows.index(window) for window in spec.windows})
     return all(
         _agree_once(candidate, trusted, spec, cache, device, layer, rows)
         for layer in layers
