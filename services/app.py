@@ -4,6 +4,7 @@ It stands on the floor beside `services.errors`: parts import it, it imports no 
 """
 
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -15,12 +16,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, ExceptionHandler, Message, Receive, Scope, Send
 
-from services.errors import InvalidRequest, NotFound, TooLarge, Unavailable, WhetError
+from services.errors import InvalidRequest, NotFound, TooLarge, WhetError
 from services.store.base import uuid7
 
 PUBLIC = "public"
 SCOPE_ATTRIBUTE = "whet_scope"
-RETRY_SECONDS = 1
 
 log = structlog.get_logger()
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
@@ -50,7 +50,7 @@ def refuse_undeclared(routes: Iterable[BaseRoute]) -> None:
 
 def render(error: WhetError) -> Response:
     """An expected failure as OpenAI's clients understand it."""
-    headers = {"retry-after": str(RETRY_SECONDS)} if isinstance(error, Unavailable) else None
+    headers = None if error.retry_after is None else {"retry-after": str(math.ceil(error.retry_after))}
     return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
 

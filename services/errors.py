@@ -2,11 +2,13 @@
 
 
 class WhetError(Exception):
-    """An expected failure with a sentence for the caller. `status` is the HTTP status it answers with."""
+    """An expected failure with a sentence for the caller. `status` is the HTTP status it answers with, `retry_after`
+    the seconds after which trying again makes sense, if it does."""
 
     status = 500
     type = "server_error"
     code: str | None = None
+    retry_after: float | None = None
 
     def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
@@ -62,9 +64,27 @@ class Unprocessable(WhetError):
     type = "invalid_request_error"
 
 
+class Overloaded(WhetError):
+    """More is asked than can be done now."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "overloaded"
+    retry_after = 1.0
+
+
+class DeadlineExceeded(WhetError):
+    """The time the caller gave has passed."""
+
+    status = 504
+    type = "timeout_error"
+    code = "deadline"
+
+
 class Unavailable(WhetError):
     """A part this request needs is away (engine restarting, spool full); worth retrying."""
 
     status = 503
     type = "server_error"
     code = "unavailable"
+    retry_after = 1.0

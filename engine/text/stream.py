@@ -27,7 +27,7 @@ class TextStream:
         min_tokens: int = 0,
         spell: Mapping[int, str] = NOTHING,
     ) -> None:
-        self._ends = frozenset(tokenizer.eos_ids) | frozenset(ends)
+        self.ends = frozenset(tokenizer.eos_ids) | frozenset(ends)
         self._min_tokens = min_tokens
         self._spell = spell
         self._detokenizer = Detokenizer(tokenizer.backend)
@@ -46,7 +46,7 @@ class TextStream:
             if self.stopped is not None:
                 break
             self.consumed += 1
-            if token_id not in self._ends:
+            if token_id not in self.ends:
                 text = self._text(token_id)
                 shown.append(text if self.consumed <= self._min_tokens else self._stops.push(text).text)
         return "".join(shown)

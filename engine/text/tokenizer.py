@@ -73,6 +73,11 @@ class Tokenizer:
         added = self.backend.get_added_tokens_decoder()
         return frozenset(token_id for token_id, token in added.items() if token.special)
 
+    def control_ids(self, *names: str) -> dict[int, str]:
+        """Those of the names that are control tokens here, which decoding leaves out, by id."""
+        found = {self.backend.token_to_id(name): name for name in names}
+        return {token_id: name for token_id, name in found.items() if token_id in self.special_ids}
+
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a plain text. Special tokens spelled out in `text` become control tokens: see encode_chat."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids

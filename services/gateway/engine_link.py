@@ -12,7 +12,7 @@ import structlog
 
 from engine.client import EngineClient, EngineGone, EngineRefused
 from engine.messages import Finished, Generate, PromptLogprobs, Status, Tokens
-from services.errors import InvalidRequest, Unavailable, WhetError
+from services.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable, WhetError
 
 WATCH_SECONDS = 0.25
 # How long a digest that would not load is left alone: every request trying it again would stall them all.
@@ -150,12 +150,19 @@ def gone() -> Unavailable:
 def refusal(finished: Finished) -> WhetError:
     """What a caller hears when the engine ended a request with an error."""
     sentence = finished.error or "the engine failed"
-    if finished.code == "prompt_too_long":
-        return InvalidRequest(sentence, code="context_length_exceeded", param="messages")
-    if finished.code == "invalid_request":
-        return InvalidRequest(sentence)
-    if finished.code == "overloaded":
-        return Unavailable(sentence, code="overloaded")
+    match finished.code:
+        case "prompt_too_long":
+            return InvalidRequest(sentence, code="context_length_exceeded", param="messages")
+        case "invalid_request":
+            return InvalidRequest(sentence)
+        case "unsupported":
+            return InvalidRequest(sentence, code="unsupported_parameter")
+        case "overloaded":
+            error = Overloaded(sentence)
+            error.retry_after = max(error.retry_after, getattr(finished, "retry_after_seconds", 0.0))
+            return error
+        case "deadline":
+            return DeadlineExceeded(sentence)
     return WhetError(sentence, code="engine_error")
 
 

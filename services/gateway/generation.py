@@ -2,8 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import structlog
@@ -12,11 +13,12 @@ from engine.client import EngineGone
 from engine.messages import Finished, PromptLogprobs, Tokens
 from engine.text.stream import TextStream
 from engine.text.tokenizer import Tokenizer
-from services.errors import WhetError
-from services.gateway.engine_link import EngineLink, Opened, gone, refusal
+from engine.text.tools import CLOSE, OPEN, CallDelta, Parsed, ToolCallParser, style_of
+from services.errors import DeadlineExceeded, WhetError
+from services.gateway.engine_link import EngineLink, Opened, Reply, gone, refusal
 from services.gateway.log_spool import LogSpool
 from services.gateway.metrics import Metrics
-from services.gateway.planning import Plan
+from services.gateway.planning import Plan, Planned
 from services.gateway.spool_format import Final
 
 LOWEST_LOGPROB = -1e4
@@ -34,50 +36,89 @@ class Parts(NamedTuple):
     metrics: Metrics
 
 
+class Scored(NamedTuple):
+    """Tokens and, for each, its log-probability (None for a prompt's first) and the likeliest tokens in its place."""
+
+    token_ids: list[int]
+    logprobs: list[float | None]
+    top: list[list[tuple[int, float]]]
+
+
+NOTHING = Scored([], [], [])
+
+
 class Piece(NamedTuple):
-    """Text that may be shown now and, where log-probabilities are wanted, the tokens it took since the piece before."""
+    """What may be shown now: text, stretches of tool calls and, where log-probabilities are wanted, the tokens since
+    the piece before."""
 
     text: str
-    token_ids: list[int]
-    logprobs: list[float]
+    scored: Scored = NOTHING
+    calls: Sequence[CallDelta] = ()
+
+
+@dataclass
+class Call:
+    """A tool call the model made. `arguments` is JSON as the model wrote it."""
+
+    name: str
+    arguments: str = ""
 
 
 class Choice:
-    """Open it, read its pieces to the end; then `finish_reason`, `text`, `token_ids` and `logprobs` stand.
+    """Open it, read its pieces to the end; then `finish_reason`, `text` and the rest stand.
 
-    Whatever happens after `open` began, exactly one Final record is logged, and before its ending can be seen.
+    `text` is what the model wrote, and what is logged; `content` and `calls` are what the client sees of it, an echoed
+    prompt included. Whatever happens after `open` began, exactly one Final record is logged, and before its ending can
+    be seen.
     """
 
     def __init__(self, plan: Plan, index: int, parts: Parts) -> None:
         self.index = index
         self.plan = plan
+        self.planned = plan.choices[index]
         self.adapter = plan.target.candidates[0]
         self.finish_reason = ""
         self.text = ""
+        self.content = ""
+        self.calls: list[Call] = []
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         self.ending: Finished | None = None
+        self._top: list[list[tuple[int, float]]] = []
+        self._echoed = NOTHING
         self._parts = parts
-        self._stream = TextStream(parts.tokenizer, plan.ask.stop)
+        self._stream = text_stream(plan, self.planned, parts.tokenizer)
+        self._parser = call_parser(plan, parts.tokenizer)
         self._opened: Opened | None = None
-        self._shown: list[str] = []
+        self._written: list[str] = []
         self._shown_tokens = 0
         self._first_at = 0.0
         self._last_at = 0.0
         self._longest_gap = 0.0
         self._ended = False
 
+    @property
+    def scored(self) -> Scored:
+        """Every token shown, an echoed prompt's included."""
+        before, own = self._echoed, self._scored(0)
+        return Scored(before.token_ids + own.token_ids, before.logprobs + own.logprobs, before.top + own.top)
+
     async def open(self) -> None:
         """Log the request and wait for the engine's first reply, so that a refusal still has a status to answer with.
 
         Raises WhetError; the failure is logged then.
         """
-        self._parts.spool.admit(self.plan.record(self.index))
+        self._parts.spool.admit(self.planned.admitted)
         self._parts.metrics.running.inc()
         try:
-            self._opened = await self._parts.link.open(self.plan.message(self.index), self.plan.target.candidates)
+            async with asyncio.timeout(self.plan.ask.timeout):
+                self._opened = await self._parts.link.open(self.plan.message(self.index), self.plan.target.candidates)
             self.adapter = self._opened.adapter
             _refuse(self._opened.first)
+        except TimeoutError as error:
+            late = DeadlineExceeded(f"nothing came within {self.plan.ask.timeout:g} s")
+            self._fail(late)
+            raise late from error
         except BaseException as error:
             self._fail(error)
             raise
@@ -85,21 +126,22 @@ class Choice:
     async def pieces(self) -> AsyncGenerator[Piece]:
         """Text as it becomes certain. Once exhausted, the ending is logged. Raises WhetError, logged as well."""
         assert self._opened is not None, "open it first"
+        ask = self.plan.ask
         try:
+            if ask.echo and not ask.logprobs:
+                yield self._echo(NOTHING)
             async with aclosing(self._opened.rest) as rest:
                 reply = self._opened.first
                 while True:
                     _refuse(reply)
-                    text = self._read(reply)
-                    if text:
-                        yield self._piece(text)
-                    if self.ending is not None or self._stream.stopped is not None:
+                    if piece := self._read(reply):
+                        yield piece
+                    if self._over:
                         break
                     reply = await anext(rest)
-            text = self._stream.flush()
-            if text or self._unshown():
-                yield self._piece(text)
-            self._end("stop" if self.ending is None else self.ending.reason)
+            if piece := self._last_piece():
+                yield piece
+            self._end(self._reason())
             await self._parts.spool.durable()
         except EngineGone as error:
             self._fail(error)
@@ -120,35 +162,83 @@ class Choice:
             await self._opened.rest.aclose()
             self._fail(GeneratorExit())
 
-    def _read(self, reply: Tokens | PromptLogprobs | Finished) -> str:
+    @property
+    def _over(self) -> bool:
+        done = self._parser is not None and self._parser.done
+        return self.ending is not None or self._stream.stopped is not None or done
+
+    def _reason(self) -> str:
+        if self.plan.ask.max_tokens == 0:
+            return "length"
+        return "stop" if self.ending is None else self.ending.reason
+
+    def _read(self, reply: Reply) -> Piece | None:
         if isinstance(reply, Finished):
             self.ending = reply
-            return ""
+            return None
         if isinstance(reply, PromptLogprobs):
-            return ""
+            return self._echo(Scored(self.planned.prompt, [None, *reply.logprobs], [[], *_padded(reply)]))
+        if self.plan.ask.max_tokens == 0:
+            return None
         before = self._stream.consumed
         text = self._stream.push(reply.token_ids)
         used = self._stream.consumed - before
         self.token_ids += reply.token_ids[:used]
         self.logprobs += reply.logprobs[:used]
-        return text
+        if self.plan.ask.logprobs:
+            self._top += _padded(reply)[:used]
+        return self._piece(text, Parsed(text, []) if self._parser is None else self._parser.push(text))
 
-    def _piece(self, text: str) -> Piece:
+    def _last_piece(self) -> Piece | None:
+        """What was held back, and log-probabilities still owed for tokens that showed nothing."""
+        text = self._stream.flush()
+        parsed = Parsed(text, [])
+        if self._parser is not None:
+            pushed, rest = self._parser.push(text), self._parser.flush()
+            parsed = Parsed(pushed.text + rest.text, pushed.calls + rest.calls)
+        piece = self._piece(text, parsed)
+        if piece is None and self.plan.ask.logprobs and self._shown_tokens < len(self.token_ids):
+            return Piece("", self._take_scored())
+        return piece
+
+    def _piece(self, text: str, parsed: Parsed) -> Piece | None:
+        if text:
+            self._clock()
+            self._written.append(text)
+        if not parsed.text and not parsed.calls:
+            return None
+        self.content += parsed.text
+        for delta in parsed.calls:
+            if delta.name is not None:
+                self.calls.append(Call(delta.name))
+            self.calls[delta.number].arguments += delta.arguments
+        return Piece(parsed.text, self._take_scored(), parsed.calls)
+
+    def _echo(self, scored: Scored) -> Piece:
+        self._echoed = scored
+        self.content += self.planned.text
+        return Piece(self.planned.text, scored)
+
+    def _clock(self) -> None:
         now = time.perf_counter()
         if self._first_at:
             self._longest_gap = max(self._longest_gap, now - self._last_at)
         else:
             self._first_at = now
         self._last_at = now
-        self._shown.append(text)
-        start, self._shown_tokens = self._shown_tokens, len(self.token_ids)
-        if not self.plan.ask.logprobs:
-            return Piece(text, [], [])
-        return Piece(text, self.token_ids[start:], self.logprobs[start:])
 
-    def _unshown(self) -> bool:
-        """Whether log-probabilities are owed for tokens that showed no text."""
-        return self.plan.ask.logprobs and self._shown_tokens < len(self.token_ids)
+    def _take_scored(self) -> Scored:
+        start, self._shown_tokens = self._shown_tokens, len(self.token_ids)
+        return self._scored(start) if self.plan.ask.logprobs else NOTHING
+
+    def _scored(self, start: int) -> Scored:
+        """Tokens from `start` on. Those that end an answer show nothing, so they are left out."""
+        shown = [place for place in range(start, len(self.token_ids)) if self.token_ids[place] not in self._stream.ends]
+        return Scored(
+            [self.token_ids[place] for place in shown],
+            [self.logprobs[place] for place in shown],
+            [self._top[place] for place in shown],
+        )
 
     def _fail(self, error: BaseException) -> None:
         """The choice ends without an answer: because its reader left, or because of `error`."""
@@ -159,7 +249,7 @@ class Choice:
                 self._end("error", error=error.message if isinstance(error, WhetError) else repr(error))
         except WhetError as failure:
             # Nothing was acknowledged, and the admitted record is there: this becomes "interrupted" at the latest.
-            log.error("ending_not_logged", interaction=str(self.plan.ids[self.index]), error=failure.message)
+            log.error("ending_not_logged", interaction=str(self.planned.id), error=failure.message)
 
     def _end(self, reason: str, *, error: str | None = None) -> None:
         """Log the ending, once."""
@@ -168,7 +258,7 @@ class Choice:
         self._ended = True
         self._parts.metrics.running.dec()
         self.finish_reason = reason
-        self.text = "".join(self._shown)
+        self.text = "".join(self._written)
         now = time.perf_counter()
         self._parts.spool.finish(self._final(now, error))
         self._measure(now)
@@ -177,14 +267,14 @@ class Choice:
         logprobs = [round(max(value, LOWEST_LOGPROB), 5) for value in self.logprobs]
         ending = self.ending or NO_ENDING
         return Final(
-            id=self.plan.ids[self.index],
+            id=self.planned.id,
             adapter_digest=self.adapter,
             finish_reason=self.finish_reason,
             error=error,
             output=self.text,
             token_ids=self.token_ids,
             token_logprobs=list(logprobs),
-            prompt_tokens=len(self.plan.prompt),
+            prompt_tokens=len(self.planned.prompt),
             completion_tokens=len(self.token_ids),
             cached_tokens=ending.cached_tokens,
             drafted_tokens=ending.drafted_tokens,
@@ -203,7 +293,7 @@ class Choice:
     def _measure(self, now: float) -> None:
         metrics, model = self._parts.metrics, self.plan.target.project.slug
         metrics.finished.labels(model, self.finish_reason).inc()
-        metrics.prompt_tokens.labels(model).inc(len(self.plan.prompt))
+        metrics.prompt_tokens.labels(model).inc(len(self.planned.prompt))
         metrics.generation_tokens.labels(model).inc(len(self.token_ids))
         metrics.latency.labels(model).observe(now - self.plan.started)
         if self._first_at:
@@ -212,7 +302,33 @@ class Choice:
             metrics.longest_gap.labels(model).observe(self._longest_gap)
 
 
-def _refuse(reply: Tokens | PromptLogprobs | Finished) -> None:
+def text_stream(plan: Plan, planned: Planned, tokenizer: Tokenizer) -> TextStream:
+    """Tokens to text as the request wants it. Where tools may be called, the tags of calls show."""
+    sampling = planned.sampling
+    return TextStream(
+        tokenizer,
+        plan.ask.stop,
+        ends=sampling.stop_token_ids,
+        min_tokens=sampling.min_tokens,
+        spell=tokenizer.control_ids(OPEN, CLOSE) if plan.ask.tools.shown else {},
+    )
+
+
+def call_parser(plan: Plan, tokenizer: Tokenizer) -> ToolCallParser | None:
+    """What finds the calls in an answer; None when none may be made."""
+    tools = plan.ask.tools
+    if not tools.shown or tokenizer.template is None:
+        return None
+    style, forced = style_of(tokenizer.template.source), tools.forced is not None
+    return ToolCallParser(style, tools.names, begun=forced and style == "hermes", most=tools.most)
+
+
+def _padded(reply: Tokens | PromptLogprobs) -> list[list[tuple[int, float]]]:
+    """An engine asked for no likeliest tokens sends none, not an empty list for each token."""
+    return reply.top or [[] for _ in reply.logprobs]
+
+
+def _refuse(reply: Reply) -> None:
     """Raise what the caller should hear when the engine ended a request that nobody asked it to end."""
     if isinstance(reply, Finished) and reply.reason in ("error", "cancelled"):
         raise refusal(reply)

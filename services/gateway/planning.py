@@ -6,16 +6,19 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import msgspec
 
-from engine.messages import Generate, Sampling, Status
+from engine.messages import Generate, Grammar, Sampling, Status
 from engine.text.tokenizer import Tokenizer
+from engine.text.tools import FORCED_PREFIX, argument_key, style_of
 from services.errors import InvalidRequest
 from services.gateway.access import Target
-from services.gateway.bodies import Ask
+from services.gateway.bodies import CHAT, Ask
+from services.gateway.chat import uses_tools
+from services.gateway.sampling import SEED_RANGE, check_tokens
 from services.gateway.spool_format import Admitted
 from services.store.base import uuid7
 
@@ -23,41 +26,63 @@ DEFAULT_MAX_TOKENS = 256
 # No tokenizer in use packs more characters into a token than this: longer prompts are refused without tokenizing.
 MOST_CHARACTERS_A_TOKEN = 64
 LONG_PROMPT_CHARACTERS = 20_000
-SEED_RANGE = 2**63
+NO_ID = UUID(int=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """One choice: the `number`th answer to its prompt. `text` is the prompt as `echo` shows it."""
+
+    number: int
+    prompt: list[int]
+    text: str
+    sampling: Sampling
+    admitted: Admitted
+
+    @property
+    def id(self) -> UUID:
+        return self.admitted.id
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything decided before the first token. One Generate and one log record for each of `n` choices."""
+    """Everything decided before the first token: one choice, with one Generate and one log record, for each answer."""
 
     ask: Ask
     target: Target
-    prompt: list[int]
-    sampling: Sampling
-    ids: tuple[UUID, ...]
+    choices: tuple[Planned, ...]
+    grammar: Grammar | None
+    share: str
     started: float
-    admitted: Admitted
 
     @property
-    def parameters(self) -> dict[str, Any]:
-        return self.admitted.parameters
+    def ids(self) -> tuple[UUID, ...]:
+        """The interactions, one for each choice."""
+        return tuple(choice.id for choice in self.choices)
 
-    def record(self, choice: int) -> Admitted:
-        """The log's first record of one choice."""
-        return msgspec.structs.replace(
-            self.admitted, id=self.ids[choice], parameters={**self.admitted.parameters, "choice": choice}
-        )
-
-    def message(self, choice: int) -> Generate:
+    def message(self, index: int) -> Generate:
         """What the engine is asked for one choice; the adapter is filled in by whoever knows it is loaded."""
+        planned, ask = self.choices[index], self.ask
         return Generate(
-            id=self.ids[choice].hex,
-            prompt=self.prompt,
-            sampling=self.sampling,
-            namespace=self.admitted.namespace,
-            cache_salt=self.admitted.namespace,
-            choice=choice,
+            id=planned.id.hex,
+            prompt=planned.prompt,
+            sampling=planned.sampling,
+            namespace=planned.admitted.namespace,
+            cache_salt=planned.admitted.namespace,
+            priority=ask.priority,
+            choice=planned.number,
+            grammar=self.grammar,
+            share=self.share,
+            deadline_seconds=ask.timeout or 0.0,
+            prompt_logprobs=ask.echo and ask.logprobs,
         )
+
+
+class Prompt(NamedTuple):
+    """Token ids, and the text they stand for."""
+
+    ids: list[int]
+    text: str
 
 
 async def make_plan(
@@ -67,58 +92,99 @@ async def make_plan(
 
     Raises InvalidRequest for a prompt that the template refuses or that leaves no room in the context.
     """
-    characters = _characters(ask)
+    check_tokens(ask.sampling, tokenizer.vocab_size)
+    characters = max(_characters(ask))
     if characters > engine.max_context * MOST_CHARACTERS_A_TOKEN:
         raise _too_long(f"more than {characters // MOST_CHARACTERS_A_TOKEN}", None, engine.max_context)
-    if characters > LONG_PROMPT_CHARACTERS:
-        prompt = await asyncio.to_thread(_encode, ask, tokenizer)
+    if sum(_characters(ask)) > LONG_PROMPT_CHARACTERS:
+        prompts = await asyncio.to_thread(_encode, ask, tokenizer)
     else:
-        prompt = _encode(ask, tokenizer)
-    sampling = _sampling(ask, target, prompt, tokenizer, engine.max_context)
-    ids = tuple(uuid7() for _ in range(ask.n))
-    admitted = _admitted(ask, target, key_id, tokenizer, engine, prompt, sampling, ids[0])
+        prompts = _encode(ask, tokenizer)
+    seed = secrets.randbelow(SEED_RANGE) if ask.seed is None else ask.seed % SEED_RANGE
+    grammar = _grammar(ask, tokenizer)
+    choices: list[Planned] = []
+    for prompt in prompts:
+        sampling = _sampling(ask, target, prompt.ids, tokenizer, engine.max_context, seed)
+        admitted = _admitted(ask, target, key_id, tokenizer, engine, prompt, sampling, grammar)
+        choices += [_planned(number, prompt, sampling, admitted) for number in range(ask.n)]
     return Plan(
-        ask=ask, target=target, prompt=prompt, sampling=sampling, ids=ids, started=started, admitted=admitted
+        ask=ask, target=target, choices=tuple(choices), grammar=grammar, share=key_id.hex, started=started
     )  # fmt: skip
 
 
-def _characters(ask: Ask) -> int:
-    if ask.prompt is None:
-        return sum(len(message["content"]) for message in ask.messages)
-    return len(ask.prompt)
+def _planned(number: int, prompt: Prompt, sampling: Sampling, admitted: Admitted) -> Planned:
+    parameters = {**admitted.parameters, "choice": number}
+    mine = msgspec.structs.replace(admitted, id=uuid7(), parameters=parameters)
+    return Planned(number=number, prompt=prompt.ids, text=prompt.text, sampling=sampling, admitted=mine)
 
 
-def _encode(ask: Ask, tokenizer: Tokenizer) -> list[int]:
-    try:
-        if ask.prompt is None:
-            prompt = tokenizer.encode_chat(ask.messages)
-        elif isinstance(ask.prompt, str):
-            prompt = tokenizer.encode(ask.prompt, add_special_tokens=True)
-        else:
-            prompt = ask.prompt
-    except ValueError as error:
-        raise InvalidRequest(str(error), param="messages" if ask.prompt is None else "prompt") from error
-    if not prompt:
+def _characters(ask: Ask) -> list[int]:
+    """How long each prompt is, roughly: tools and calls count as they are logged."""
+    if ask.endpoint != CHAT:
+        return [len(prompt) for prompt in ask.prompts]
+    spoken = sum(len(message["content"]) for message in ask.messages)
+    called = [message["tool_calls"] for message in ask.messages if "tool_calls" in message]
+    return [spoken + (len(msgspec.json.encode((ask.tools.shown, called))) if ask.tools.shown or called else 0)]
+
+
+def _encode(ask: Ask, tokenizer: Tokenizer) -> list[Prompt]:
+    prompts = [_chat(ask, tokenizer)] if ask.endpoint == CHAT else [_plain(one, tokenizer) for one in ask.prompts]
+    if not all(prompt.ids for prompt in prompts):
         raise InvalidRequest("the prompt is empty", param="prompt")
-    if isinstance(ask.prompt, list) and not 0 <= min(prompt) <= max(prompt) < tokenizer.vocab_size:
+    return prompts
+
+
+def _plain(prompt: str | list[int], tokenizer: Tokenizer) -> Prompt:
+    if isinstance(prompt, str):
+        return Prompt(tokenizer.encode(prompt, add_special_tokens=True), prompt)
+    if not 0 <= min(prompt) <= max(prompt) < tokenizer.vocab_size:
         raise InvalidRequest(f"token ids must be from 0 to {tokenizer.vocab_size - 1}", param="prompt")
-    return prompt
+    return Prompt(prompt, tokenizer.decode(prompt, skip_special_tokens=False))
 
 
-def _sampling(ask: Ask, target: Target, prompt: list[int], tokenizer: Tokenizer, context: int) -> Sampling:
+def _chat(ask: Ask, tokenizer: Tokenizer) -> Prompt:
+    ids = encode_chat(ask.messages, ask.tools.shown, tokenizer)
+    if ask.tools.forced is not None:
+        ids += tokenizer.encode(FORCED_PREFIX[style_of(_template(tokenizer))])
+    return Prompt(ids, "")
+
+
+def encode_chat(
+    messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]], tokenizer: Tokenizer, *, answer: bool = True
+) -> list[int]:
+    """Token ids of a chat in the model's template; `answer` opens the assistant's turn. Raises InvalidRequest."""
+    knows_tools = tokenizer.template is not None and tokenizer.template.knows_tools
+    if (tools or uses_tools(messages)) and not knows_tools:
+        raise InvalidRequest("this model's chat template knows no tools", param="tools", code="unsupported_parameter")
+    try:
+        return tokenizer.encode_chat(messages, add_generation_prompt=answer, tools=tools or None)
+    except ValueError as error:
+        raise InvalidRequest(str(error), param="messages") from error
+
+
+def _template(tokenizer: Tokenizer) -> str:
+    return tokenizer.template.source if tokenizer.template else ""
+
+
+def _grammar(ask: Ask, tokenizer: Tokenizer) -> Grammar | None:
+    if ask.tools.forced is None:
+        return ask.grammar
+    return ask.tools.forced.grammar(argument_key(_template(tokenizer)))
+
+
+def _sampling(ask: Ask, target: Target, prompt: list[int], tokenizer: Tokenizer, context: int, seed: int) -> Sampling:
     room = context - len(prompt)
     wanted = ask.max_tokens
     if room < 1 or (wanted is not None and wanted > room):
         raise _too_long(str(len(prompt)), wanted, context)
-    default = target.project.config.get("max_tokens_default", DEFAULT_MAX_TOKENS)
-    seed = secrets.randbelow(SEED_RANGE) if ask.seed is None else ask.seed % SEED_RANGE
-    return Sampling(
-        temperature=ask.temperature,
-        top_p=ask.top_p,
-        top_k=ask.top_k,
-        seed=seed,
-        max_tokens=min(int(default), room) if wanted is None else wanted,
-        stop_token_ids=() if ask.ignore_eos else tokenizer.eos_ids,
+    default = min(int(target.project.config.get("max_tokens_default", DEFAULT_MAX_TOKENS)), room)
+    # The engine always makes a token; where none was asked for, it is dropped.
+    limit = default if wanted is None else max(1, wanted)
+    if ask.sampling.min_tokens > limit:
+        raise InvalidRequest(f"min_tokens must be at most max_tokens ({limit})", param="min_tokens")
+    ends = () if ask.ignore_eos else tokenizer.eos_ids
+    return msgspec.structs.replace(
+        ask.sampling, seed=seed, max_tokens=limit, stop_token_ids=(*ends, *ask.sampling.stop_token_ids)
     )
 
 
@@ -132,16 +198,21 @@ def _too_long(length: str, wanted: int | None, context: int) -> InvalidRequest:
 
 def _admitted(
     ask: Ask, target: Target, key_id: UUID, tokenizer: Tokenizer, engine: Status,
-    prompt: list[int], sampling: Sampling, interaction_id: UUID,
+    prompt: Prompt, sampling: Sampling, grammar: Grammar | None,
 ) -> Admitted:  # fmt: skip
+    """The log's first record of a prompt's choices; each gets an id of its own."""
     project, extra = target.project, ask.extra
-    messages = ask.messages if ask.prompt is None else [{"role": "prompt", "content": _prompt_text(ask, tokenizer)}]
+    messages = ask.messages or [{"role": "prompt", "content": prompt.text}]
     parameters = msgspec.to_builtins(sampling) | {
         "stop": list(ask.stop), "n": ask.n, "model": ask.model, "max_tokens_given": ask.max_tokens,
-        "seed_given": ask.seed is not None, "ignore_eos": ask.ignore_eos,
+        "seed_given": ask.seed is not None, "ignore_eos": ask.ignore_eos, "priority": ask.priority,
     }  # fmt: skip
+    if grammar is not None:
+        parameters["grammar"] = msgspec.to_builtins(grammar)
+    if ask.tools.shown:
+        parameters["tools"] = list(ask.tools.shown)
     return Admitted(
-        id=interaction_id,
+        id=NO_ID,
         project_id=project.id,
         api_key_id=key_id,
         endpoint=ask.endpoint,
@@ -158,18 +229,12 @@ def _admitted(
         started_at=time.time(),
         messages=messages,
         parameters=parameters,
-        prompt_token_ids=prompt,
-        prompt_hash=_hash(prompt),
+        prompt_token_ids=prompt.ids,
+        prompt_hash=_hash(prompt.ids),
         template_hash=tokenizer.template_digest,
         tokenizer_hash=tokenizer.digest,
         retrieved=extra.retrieved,
     )
-
-
-def _prompt_text(ask: Ask, tokenizer: Tokenizer) -> str:
-    if isinstance(ask.prompt, list):
-        return tokenizer.decode(ask.prompt, skip_special_tokens=False)
-    return ask.prompt or ""
 
 
 def _group_of(messages: Sequence[dict[str, Any]]) -> str:

@@ -10,11 +10,12 @@ from typing import Any
 import msgspec
 
 from engine.text.tokenizer import Tokenizer
+from engine.text.tools import CallDelta
 from services.gateway.bodies import CHAT
-from services.gateway.generation import Choice, Piece
+from services.gateway.generation import Choice, Piece, Scored
+from services.gateway.logprobs import TextLogprobs, chat_logprobs
 from services.gateway.planning import Plan
 
-REPLACEMENT = "\ufffd"
 encode = msgspec.json.encode
 DONE = b"data: [DONE]\n\n"
 
@@ -41,10 +42,11 @@ def headers(plan: Plan, choice: Choice, durability: str) -> dict[str, str]:
 
 
 def usage(choices: Sequence[Choice]) -> dict[str, Any]:
-    """Token counts of the whole request; the prompt counts once."""
-    prompt = len(choices[0].plan.prompt)
+    """Token counts of the whole request; each prompt counts once, however many answers it got."""
+    firsts = [choice for choice in choices if choice.planned.number == 0]
+    prompt = sum(len(choice.planned.prompt) for choice in firsts)
+    cached = sum(choice.ending.cached_tokens if choice.ending else 0 for choice in firsts)
     completion = sum(len(choice.token_ids) for choice in choices)
-    cached = max(choice.ending.cached_tokens if choice.ending else 0 for choice in choices)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -66,42 +68,46 @@ def whole(plan: Plan, choices: Sequence[Choice], tokenizer: Tokenizer) -> bytes:
     """The body of an answer that is not streamed."""
     chat = plan.ask.endpoint == CHAT
     head = _head(plan, "chat.completion" if chat else "text_completion")
-    listed = []
-    for choice in choices:
-        entry: dict[str, Any] = {"index": choice.index, "finish_reason": choice.finish_reason}
-        if chat:
-            entry["message"] = {"role": "assistant", "content": choice.text, "refusal": None}
-        else:
-            entry["text"] = choice.text
-        piece = Piece(choice.text, choice.token_ids, choice.logprobs)
-        entry["logprobs"] = _logprobs(plan, piece, tokenizer)
-        listed.append(entry)
+    listed = [
+        {
+            "index": choice.index,
+            **({"message": _message(choice)} if chat else {"text": choice.content}),
+            "logprobs": Scorer(choice, tokenizer).write(choice.scored) if plan.ask.logprobs else None,
+            "finish_reason": _finish_reason(choice),
+        }
+        for choice in choices
+    ]
     return encode(head | {"choices": listed, "usage": usage(choices), "whet": _interactions(plan)})
 
 
-def _logprobs(plan: Plan, piece: Piece, tokenizer: Tokenizer) -> dict[str, Any] | None:
-    if not plan.ask.logprobs:
-        return None
-    pairs = [
-        (token_id, value)
-        for token_id, value in zip(piece.token_ids, piece.logprobs, strict=True)
-        if token_id not in tokenizer.eos_ids
-    ]
-    texts = [tokenizer.decode([token_id], skip_special_tokens=False) for token_id, _ in pairs]
-    values = [value for _, value in pairs]
-    if plan.ask.endpoint != CHAT:
-        offsets = [sum(map(len, texts[:place])) for place in range(len(texts))]
-        return {"tokens": texts, "token_logprobs": values, "top_logprobs": None, "text_offset": offsets}
-    content = [
-        {"token": text, "logprob": value, "bytes": _bytes(text), "top_logprobs": []}
-        for text, value in zip(texts, values, strict=True)
-    ]
-    return {"content": content, "refusal": None}
+def _message(choice: Choice) -> dict[str, Any]:
+    message = {"role": "assistant", "content": choice.content, "refusal": None}
+    if not choice.calls:
+        return message
+    calls = [_call_start(choice, number, call.name, call.arguments) for number, call in enumerate(choice.calls)]
+    return message | {"content": choice.content or None, "tool_calls": calls}
 
 
-def _bytes(text: str) -> list[int] | None:
-    """Unknown when the token is part of a character."""
-    return None if REPLACEMENT in text else list(text.encode())
+def _call_start(choice: Choice, number: int, name: str, arguments: str) -> dict[str, Any]:
+    """A call's id tells which interaction made it."""
+    identity = f"call_{choice.planned.id.hex[-20:]}{number}"
+    return {"id": identity, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _finish_reason(choice: Choice) -> str:
+    return "tool_calls" if choice.calls and choice.finish_reason == "stop" else choice.finish_reason
+
+
+class Scorer:
+    """Log-probabilities of one choice in its endpoint's shape."""
+
+    def __init__(self, choice: Choice, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._text = None if choice.plan.ask.endpoint == CHAT else TextLogprobs(choice, tokenizer)
+
+    def write(self, scored: Scored) -> dict[str, Any]:
+        """The object for these tokens; call it in their order."""
+        return chat_logprobs(scored, self._tokenizer) if self._text is None else self._text.write(scored)
 
 
 class ChunkWriter:
@@ -110,7 +116,7 @@ class ChunkWriter:
     def __init__(self, choice: Choice, tokenizer: Tokenizer) -> None:
         plan = choice.plan
         self._choice = choice
-        self._tokenizer = tokenizer
+        self._scorer = Scorer(choice, tokenizer) if plan.ask.logprobs else None
         self._chat = plan.ask.endpoint == CHAT
         self._head = _head(plan, "chat.completion.chunk" if self._chat else "text_completion")
         if plan.ask.include_usage:
@@ -130,17 +136,28 @@ class ChunkWriter:
         return self._event({"delta": delta, "logprobs": None, "finish_reason": None})
 
     def piece(self, piece: Piece) -> bytes:
-        """One chunk of text."""
-        if self._choice.plan.ask.logprobs:
-            logprobs = encode(_logprobs(self._choice.plan, piece, self._tokenizer))
+        """One chunk of text, and one for each stretch of a tool call."""
+        logprobs = b"null" if self._scorer is None else encode(self._scorer.write(piece.scored))
+        if not piece.calls:
+            return self._chunk(piece.text, logprobs)
+        chunks = [self._chunk(piece.text, logprobs)] if piece.text or self._scorer is not None else []
+        return b"".join(chunks + [self._call(delta) for delta in piece.calls])
+
+    def _chunk(self, text: str, logprobs: bytes) -> bytes:
+        return self._before + encode(text) + self._after + logprobs + self._last
+
+    def _call(self, delta: CallDelta) -> bytes:
+        if delta.name is None:
+            call: dict[str, Any] = {"function": {"arguments": delta.arguments}}
         else:
-            logprobs = b"null"
-        return self._before + encode(piece.text) + self._after + logprobs + self._last
+            call = _call_start(self._choice, delta.number, delta.name, delta.arguments)
+        calls = [{"index": delta.number} | call]
+        return self._event({"delta": {"tool_calls": calls}, "logprobs": None, "finish_reason": None})
 
     def ending(self) -> bytes:
         """The chunk that says why it ended."""
         empty: dict[str, Any] = {"delta": {}} if self._chat else {"text": ""}
-        return self._event(empty | {"logprobs": None, "finish_reason": self._choice.finish_reason})
+        return self._event(empty | {"logprobs": None, "finish_reason": _finish_reason(self._choice)})
 
     def _event(self, choice: dict[str, Any]) -> bytes:
         return event(self._head | {"choices": [{"index": self._choice.index} | choice]})

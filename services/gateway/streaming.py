@@ -27,7 +27,7 @@ class ClientGone(Exception):
 
 async def answer(request: Request, plan: Plan, parts: Parts) -> Response:
     """Run a plan and answer it as the client asked. Raises WhetError before anything was sent."""
-    choices = [Choice(plan, index, parts) for index in range(plan.ask.n)]
+    choices = [Choice(plan, index, parts) for index in range(len(plan.choices))]
     try:
         if plan.ask.stream:
             await unless_gone(request.receive, _all([choice.open() for choice in choices], choices))

@@ -10,6 +10,8 @@ import pytest
 from tests.gateway.parts import World
 
 CHAT = "/v1/chat/completions"
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
@@ -96,11 +98,11 @@ def test_a_body_over_the_limit_is_refused_when_it_comes_in_chunks(world: World) 
 @pytest.mark.parametrize(
     "fields",
     [
-        {"tools": [{"type": "function", "function": {"name": "f"}}]},
-        {"response_format": {"type": "json_object"}},
-        {"logit_bias": {"5": 100}},
-        {"presence_penalty": 0.5},
-        {"top_logprobs": 5, "logprobs": True},
+        {"functions": [{"name": "f"}]},
+        {"function_call": {"name": "f"}},
+        {"modalities": ["text", "audio"]},
+        {"prediction": {"type": "content", "content": "x"}},
+        {"web_search_options": {}},
         {"reasoning_effort": "high"},
     ],
 )
@@ -118,10 +120,28 @@ def test_a_mistyped_field_is_refused(world: World) -> None:
         {"temperature": -0.1}, {"temperature": 2.1}, {"top_p": 0}, {"top_p": 1.5}, {"n": 0}, {"n": 9}, {"seed": 2**64},
         {"stop": [""]}, {"stop": ["x"] * 17}, {"stop": "x" * 1001}, {"temperature": "hot"}, {"messages": []},
         {"messages": [{"role": "robot", "content": "hi"}]}, {"messages": [{"role": "user", "content": None}]},
-        {"messages": [{"role": "tool", "content": "hi", "tool_call_id": "1"}]},
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc"}}]}]},
+        {"messages": [{"role": "user", "content": "hi", "tool_call_id": "1"}]},
         {"stream_options": {"include_usage": True}}, {"max_tokens": 3, "max_completion_tokens": 4},
         {"whet": {"tags": {"a": {"nested": 1}}}}, {"whet": {"surprise": 1}},
+        {"min_p": 1.1}, {"presence_penalty": 2.5}, {"frequency_penalty": -3}, {"repetition_penalty": 0},
+        {"logit_bias": {"x": 1}}, {"logit_bias": {"5": 101}}, {"logit_bias": {"99999": 1}}, {"logit_bias": {"-1": 1}},
+        {"logit_bias": {str(token): 1 for token in range(301)}}, {"logit_bias": {"9" * 40: 1}},
+        {"min_tokens": -1}, {"min_tokens": 4}, {"stop_token_ids": [-1]}, {"stop_token_ids": [10**30]},
+        {"stop_token_ids": [5] * 65}, {"top_logprobs": 3}, {"logprobs": True, "top_logprobs": 21},
+        {"timeout": 0}, {"timeout": 1e9}, {"priority": "urgent"}, {"logprobs": 3},
+        {"response_format": {"type": "json_schema"}}, {"response_format": {"type": "yaml"}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": {"a": "x" * 70_000}}}},
+        {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
+        {"structured_outputs": {"regex": "a", "choice": ["b"]}}, {"structured_outputs": {"choice": [""]}},
+        {"structured_outputs": {"json": "{"}}, {"structured_outputs": {"regex": "a" * 70_000}},
+        {"tools": [{"type": "function", "function": {"name": "a b"}}]}, {"tool_choice": "required"},
+        {"tools": [TOOL, TOOL]}, {"tools": [TOOL] * 129}, {"tools": [{"type": "web_search"}]},
+        {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+        {"tools": [TOOL], "response_format": {"type": "json_object"}},
+        {"messages": [{"role": "user", "content": "hi", "tool_calls": [CALL]}]},
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}]},
+        {"messages": [{"role": "tool", "content": "no id"}]},
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_refused(world: World, fields: dict[str, Any]) -> None:
@@ -130,10 +150,29 @@ def test_a_value_out_of_range_is_refused(world: World, fields: dict[str, Any]) -
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 
-@pytest.mark.parametrize("prompt", [[-1], [10**6], [], ["a", "b"], [[1], [2]], [1.5], [True], {"a": 1}, ""])
+@pytest.mark.parametrize(
+    "prompt", [[-1], [10**6], [], [[]], ["a", [-1]], ["a", 5], [[[1]]], [1.5], [True], {"a": 1}, "", ["a"] * 65]
+)
 def test_a_prompt_that_is_no_prompt_is_refused(world: World, prompt: object) -> None:
     response = world.post("/v1/completions", {"model": "entities", "prompt": prompt})
     assert response.status_code == 400, response.text
+
+
+def test_a_schema_nested_too_deeply_is_refused(world: World) -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(40):
+        schema = {"items": schema}
+    for fields in (
+        {"structured_outputs": {"json": schema}},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}]},
+    ):
+        refused(world.post(CHAT, chat(**fields)), 400, None, "nested deeper")
+
+
+def test_nothing_can_be_generated_only_where_the_prompt_is_echoed(world: World) -> None:
+    body = {"model": "entities", "prompt": "abc", "max_tokens": 0}
+    refused(world.post("/v1/completions", body), 400, None, "at least 1")
+    assert world.post("/v1/completions", body | {"echo": True}).status_code == 200
 
 
 def test_harmless_fields_openai_documents_are_ignored(world: World) -> None:
