@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Lock
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 
 from engine.grammar.matcher import GrammarMatcher, summary, unpack
 from engine.messages import Grammar
@@ -81,7 +81,8 @@ def check_size(grammar: Grammar) -> None:
 
 def _source(grammar: Grammar) -> str:
     if grammar.kind == "regex":
-        return LLMatcher.grammar_from_regex(grammar.text)
+        # \d and \w mean ASCII, as in JSON schemas' patterns: an answer full of Tibetan digits surprises.
+        return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(grammar.text, 'dw')}/")
     if grammar.kind == "lark":
         return LLMatcher.grammar_from_lark(grammar.text)
     try:

@@ -1,0 +1,467 @@
+"""Answers that must have a form: they always have it, whatever the model says, and no grammar can do harm."""
+
+import json
+import re
+import time
+from pathlib import Path
+from threading import Thread
+
+import jsonschema
+import pytest
+import tokenizers
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from engine.grammar.compile import CACHED, MAX_BYTES, MAX_DEPTH, GrammarCompiler
+from engine.grammar.matcher import GrammarMatcher, Lookahead, mask_
+from engine.messages import Generate, Grammar, Sampling
+from engine.runner.sampling import Place, accepted, complete, draw_at
+from engine.sequence import Sequence
+
+TOKENIZER = Path(__file__).parents[2] / "engine" / "starter" / "tokenizer.json"
+KNOWN, EOS = 2160, 2
+# Models pad their vocabulary: the last ids mean nothing.
+VOCABULARY = 2176
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 130},
+        "tags": {"type": "array", "items": {"enum": ["new", "old", "vip"]}, "maxItems": 3},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def backend() -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_file(str(TOKENIZER))
+
+
+@pytest.fixture(scope="module")
+def compiler() -> GrammarCompiler:
+    return GrammarCompiler(TOKENIZER, VOCABULARY, [EOS])
+
+
+def schema(content: object) -> Grammar:
+    return Grammar(kind="json_schema", text=json.dumps(content))
+
+
+def regex(text: str) -> Grammar:
+    return Grammar(kind="regex", text=text)
+
+
+def constrained(matcher: GrammarMatcher, **options: object) -> Sequence:
+    sampling = Sampling(**({"seed": 0, "max_tokens": 400, "stop_token_ids": (EOS,)} | options))  # type: ignore[arg-type]
+    made = Sequence(b"", Generate(id="r", prompt=[5, 6], sampling=sampling), 0, 2 + sampling.max_tokens)
+    made.grammar = matcher
+    return made
+
+
+def run(sequences: list[Sequence], seed: int = 0) -> list[str]:
+    """Answer all with a model that says anything; the reason each ended for, "" when it ran out of steps."""
+    generator = torch.Generator().manual_seed(seed)
+    reasons = [""] * len(sequences)
+    while going := [index for index, reason in enumerate(reasons) if not reason]:
+        logits = 2 * torch.randn(len(going), VOCABULARY, generator=generator)
+        drawn = draw_at([Place(sequences[index]) for index in going], logits)
+        for index, token, fault in zip(going, drawn.token_ids, drawn.faults, strict=True):
+            if fault is not None:
+                reasons[index] = fault.reason
+                continue
+            reason = sequences[index].accept(token, 0.0)
+            accepted(sequences[index], token)
+            reasons[index] = "stop" if complete(sequences[index]) else reason or ""
+    return reasons
+
+
+def text_of(backend: tokenizers.Tokenizer, sequence: Sequence) -> str:
+    answer = sequence.tokens[2:]
+    assert max(answer) < KNOWN
+    assert EOS not in answer[:-1]
+    return backend.decode(answer, skip_special_tokens=True)
+
+
+def test_random_hot_models_answer_json_that_its_schema_accepts(
+    compiler: GrammarCompiler, backend: tokenizers.Tokenizer
+) -> None:
+    options = [
+        {"temperature": 1.5},
+        {"temperature": 1.5, "presence_penalty": 2.0, "frequency_penalty": 2.0, "repetition_penalty": 2.0},
+        {"temperature": 0.0},
+        {"top_k": 1, "logit_bias": dict.fromkeys(range(3, 40), 100.0)},
+        {"top_p": 0.1, "min_tokens": 300},
+    ]
+    sequences = [
+        constrained(compiler.compile(schema(PERSON)), **{"seed": seed} | options[seed % len(options)])
+        for seed in range(30)
+    ]
+    assert run(sequences) == ["stop"] * 30
+    for sequence in sequences:
+        jsonschema.validate(json.loads(text_of(backend, sequence)), PERSON)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"\d{4}-\d{2}-\d{2}",
+        r"(yes|no|maybe)",
+        r"[A-Z][a-z]{0,9}( [A-Z][a-z]{0,9}){1,2}",
+        r"(ab)*c|d{3}",
+        r"ü+ß?",
+        r"[\d/]{2}\w\W",
+    ],
+)
+def test_answers_match_the_whole_regular_expression(
+    compiler: GrammarCompiler, backend: tokenizers.Tokenizer, pattern: str
+) -> None:
+    sequences = [constrained(compiler.compile(regex(pattern)), seed=seed, temperature=1.5) for seed in range(8)]
+    reasons = run(sequences)
+    assert set(reasons) <= {"stop", "length"}
+    assert reasons.count("stop") >= 6
+    for sequence, reason in zip(sequences, reasons, strict=True):
+        assert reason == "length" or re.fullmatch(pattern, text_of(backend, sequence), re.ASCII)
+
+
+def test_answers_follow_a_lark_grammar(compiler: GrammarCompiler, backend: tokenizers.Tokenizer) -> None:
+    grammar = Grammar(kind="lark", text='start: "sum " term ("+" term){1,3}\nterm: DIGITS\nDIGITS: /[1-9][0-9]{0,2}/')
+    sequences = [constrained(compiler.compile(grammar), seed=seed) for seed in range(8)]
+    assert run(sequences) == ["stop"] * 8
+    for sequence in sequences:
+        assert re.fullmatch(r"sum [1-9]\d{0,2}(\+[1-9]\d{0,2}){1,3}", text_of(backend, sequence))
+
+
+LEAVES = st.one_of(
+    st.builds(
+        lambda low, size: {"type": "integer", "minimum": low, "maximum": low + size},
+        st.integers(-50, 50),
+        st.integers(0, 99),
+    ),
+    st.builds(lambda longest: {"type": "string", "maxLength": longest}, st.integers(0, 6)),
+    st.builds(
+        lambda choices: {"enum": choices}, st.lists(st.text('aé"\\ {', max_size=4), min_size=1, max_size=4, unique=True)
+    ),
+    st.sampled_from(
+        [{"type": "boolean"}, {"type": "null"}, {"const": {"a": [1, None]}}, {"type": "string", "format": "date"}]
+    ),
+)
+
+
+def _objects(inner: st.SearchStrategy[dict[str, object]]) -> st.SearchStrategy[dict[str, object]]:
+    properties = st.dictionaries(st.text('abß "', min_size=1, max_size=4), inner, max_size=3)
+    return properties.flatmap(
+        lambda found: st.builds(
+            lambda required: {
+                "type": "object",
+                "properties": found,
+                "required": required,
+                "additionalProperties": False,
+            },
+            st.lists(st.sampled_from(sorted(found)), unique=True) if found else st.just([]),
+        )
+    )
+
+
+def _arrays(inner: st.SearchStrategy[dict[str, object]]) -> st.SearchStrategy[dict[str, object]]:
+    return st.builds(lambda items, most: {"type": "array", "items": items, "maxItems": most}, inner, st.integers(0, 3))
+
+
+@given(
+    content=st.recursive(LEAVES, lambda inner: st.one_of(_objects(inner), _arrays(inner)), max_leaves=5),
+    seed=st.integers(0, 2**64 - 1),
+)
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_simple_schema_is_obeyed(
+    compiler: GrammarCompiler, backend: tokenizers.Tokenizer, content: dict[str, object], seed: int
+) -> None:
+    sequence = constrained(compiler.compile(schema(content)), seed=seed, temperature=1.3, max_tokens=2000)
+    assert run([sequence], seed % 1000) == ["stop"]
+    jsonschema.validate(json.loads(text_of(backend, sequence)), content)
+
+
+def test_pretty_and_compact_json_are_both_admitted(compiler: GrammarCompiler, backend: tokenizers.Tokenizer) -> None:
+    value = {"name": "Al", "age": 7, "tags": ["new", "vip"]}
+    for text in (json.dumps(value), json.dumps(value, indent=4), json.dumps(value, separators=(",", ":"))):
+        tokens = backend.encode(text).ids
+        assert compiler.compile(schema(PERSON)).validate(tokens) == len(tokens)
+
+
+def test_a_mask_admits_exactly_the_tokens_that_validate(
+    compiler: GrammarCompiler, backend: tokenizers.Tokenizer
+) -> None:
+    matcher = compiler.compile(regex(r"[ab]{2,9}(c|\n)"))
+    for token in backend.encode("ab").ids:
+        matcher.accept(token)
+    logits = torch.zeros(VOCABULARY)
+    assert matcher.mask_(logits) == ""
+    admitted = {token for token in range(KNOWN) if matcher.validate([token]) == 1}
+    assert {token for token, logit in enumerate(logits.tolist()) if logit == 0} == admitted
+    assert 0 < len(admitted) < 50
+
+
+def test_the_end_is_admitted_only_where_the_grammar_may_end(
+    compiler: GrammarCompiler, backend: tokenizers.Tokenizer
+) -> None:
+    matcher, other_stop = compiler.compile(regex("a{2,3}")), 1
+    letter = backend.encode("a").ids[0]
+    ends = []
+    for _ in range(3):
+        logits = torch.zeros(VOCABULARY)
+        matcher.mask_(logits, (EOS, other_stop))
+        ends.append([logits[EOS].item() == 0, logits[other_stop].item() == 0])
+        matcher.accept(letter, (EOS, other_stop))
+    assert ends == [[False, False], [False, False], [True, True]]
+    assert matcher.complete
+
+
+@pytest.mark.parametrize("stop", [EOS, 1])
+def test_a_stop_token_completes_and_can_be_taken_back(
+    compiler: GrammarCompiler, backend: tokenizers.Tokenizer, stop: int
+) -> None:
+    matcher = compiler.compile(regex("a{2,30}"))
+    letters = backend.encode("aaa").ids
+    for token in letters:
+        assert matcher.accept(token, (stop,))
+    assert not matcher.complete
+    assert matcher.accept(stop, (stop,))
+    assert matcher.complete
+    assert matcher.validate([letters[0]], (stop,)) == 0
+    matcher.rollback(1)
+    assert not matcher.complete
+    assert matcher.validate([letters[0]], (stop,)) == 1
+
+
+def test_a_rolled_back_matcher_equals_one_that_never_went_ahead(
+    compiler: GrammarCompiler, backend: tokenizers.Tokenizer
+) -> None:
+    ahead, fresh = compiler.compile(schema(PERSON)), compiler.compile(schema(PERSON))
+    tokens = backend.encode('{"name": "Bo", "age": 12, "tags": []}').ids
+    for token in tokens:
+        assert ahead.accept(token)
+    assert ahead.complete
+    for count in (3, len(tokens) - 3):
+        ahead.rollback(count)
+    rows = torch.zeros(2, VOCABULARY)
+    mask_(rows, [Lookahead(0, ahead, (), (EOS,), False), Lookahead(1, fresh, (), (EOS,), False)])
+    assert torch.equal(rows[0], rows[1])
+    assert not ahead.complete
+
+
+def test_drafts_are_validated_to_their_first_inadmissible_token(
+    compiler: GrammarCompiler, backend: tokenizers.Tokenizer
+) -> None:
+    matcher = compiler.compile(regex("ab{3}"))
+    letters = [backend.encode(letter).ids[0] for letter in "abxbb"]
+    assert matcher.validate(letters) == 2
+    spelled = [backend.encode(letter).ids[0] for letter in "abbb"]
+    assert matcher.validate([*spelled, EOS], (EOS,)) == 5
+    assert matcher.validate([*spelled[:3], EOS], (EOS,)) == 3
+    assert matcher.validate([EOS], (EOS,)) == 0
+    assert matcher.validate(spelled) == 4
+
+
+def test_places_behind_a_draft_draw_what_they_draw_once_it_is_accepted(
+    compiler: GrammarCompiler, backend: tokenizers.Tokenizer
+) -> None:
+    draft = tuple(backend.encode('{"name": "Bo", "age": 12').ids)
+    ahead = constrained(compiler.compile(schema(PERSON)), presence_penalty=1.0)
+    logits = torch.randn(len(draft) + 1, VOCABULARY, generator=torch.Generator().manual_seed(1))
+    together = draw_at([Place(ahead, draft[:count]) for count in range(len(draft) + 1)], logits.clone())
+    assert list(together.faults) == [None] * (len(draft) + 1)
+    walking = constrained(compiler.compile(schema(PERSON)), presence_penalty=1.0)
+    for count, token in enumerate(draft):
+        alone = draw_at([Place(walking)], logits[count : count + 1].clone())
+        assert alone.token_ids[0] == together.token_ids[count]
+        walking.accept(token, 0.0)
+        accepted(walking, token)
+    assert draw_at([Place(walking)], logits[-1:].clone()).token_ids[0] == together.token_ids[-1]
+
+
+def test_behind_a_draft_that_is_not_admitted_nothing_fails_and_nothing_is_kept(
+    compiler: GrammarCompiler, backend: tokenizers.Tokenizer
+) -> None:
+    sequence = constrained(compiler.compile(regex("[0-9]{3}")))
+    one, letter = backend.encode("1").ids[0], backend.encode("x").ids[0]
+    places = [Place(sequence), Place(sequence, (letter,)), Place(sequence, (letter, one)), Place(sequence, (one, EOS))]
+    drawn = draw_at(places, torch.randn(4, VOCABULARY))
+    assert list(drawn.faults) == [None] * 4
+    assert run([sequence]) == ["stop"]
+    assert re.fullmatch("[0-9]{3}", backend.decode(sequence.tokens[2:]))
+
+
+def test_rows_without_a_grammar_are_not_touched_by_their_neighbours(compiler: GrammarCompiler) -> None:
+    free = Sequence(b"", Generate(id="f", prompt=[5], sampling=Sampling(seed=9, max_tokens=9)), 0, 10)
+    logits = torch.randn(3, VOCABULARY)
+    alone = draw_at([Place(free)], logits[1:2].clone())
+    bound = [constrained(compiler.compile(regex("[0-9]{3}"))) for _ in range(2)]
+    mixed = draw_at([Place(bound[0]), Place(free), Place(bound[1])], logits.clone())
+    assert mixed.token_ids[1] == alone.token_ids[0]
+    assert mixed.logprobs[1] == pytest.approx(alone.logprobs[0], abs=1e-6)
+
+
+def test_reported_logprobs_are_the_models_own_not_the_grammars(compiler: GrammarCompiler) -> None:
+    logits = torch.randn(1, VOCABULARY, generator=torch.Generator().manual_seed(4))
+    own = logits[0].log_softmax(-1)
+    sequence = constrained(compiler.compile(regex("(yes|no)")), top_logprobs=5)
+    drawn = draw_at([Place(sequence)], logits)
+    assert drawn.logprobs[0] == pytest.approx(own[drawn.token_ids[0]].item(), abs=1e-5)
+    assert [token for token, _ in drawn.top[0]] == own.topk(5).indices.tolist()
+
+
+def test_a_grammar_wins_over_min_tokens_where_only_the_end_is_left(compiler: GrammarCompiler) -> None:
+    assert run([constrained(compiler.compile(regex("")), min_tokens=50)]) == ["stop"]
+
+
+def test_min_tokens_delays_the_end_where_the_grammar_leaves_a_choice(compiler: GrammarCompiler) -> None:
+    sequences = [
+        constrained(compiler.compile(regex("a*")), min_tokens=20, seed=seed, logit_bias={EOS: 100.0})
+        for seed in range(3)
+    ]
+    assert run(sequences) == ["stop"] * 3
+    assert [sequence.produced for sequence in sequences] == [21] * 3
+
+
+def test_a_token_taken_without_the_mask_ends_its_request_alone(
+    compiler: GrammarCompiler, backend: tokenizers.Tokenizer
+) -> None:
+    wrong, right = (constrained(compiler.compile(regex("[0-9]{3}")), seed=seed) for seed in range(2))
+    token = backend.encode("x").ids[0]
+    wrong.accept(token, 0.0)
+    accepted(wrong, token)
+    assert not complete(wrong)
+    drawn = draw_at([Place(wrong), Place(right)], torch.randn(2, VOCABULARY))
+    assert drawn.faults[0] is not None
+    assert drawn.faults[0].code == "internal"
+    assert drawn.faults[1] is None
+
+
+def test_a_grammar_that_becomes_too_complex_on_its_way_ends_the_request_with_the_reason(
+    compiler: GrammarCompiler,
+) -> None:
+    reasons = run(
+        [constrained(compiler.compile(regex("(?:a?){5000}a{5000}"))), constrained(compiler.compile(regex("ab")))]
+    )
+    assert "grammar cannot go on" in reasons[0]
+    assert reasons[1] == "stop"
+
+
+HOSTILE: dict[str, Grammar] = {
+    "deep": Grammar(kind="json_schema", text='{"items":' * 5000 + "{}" + "}" * 5000),
+    "deeper than is taken": schema(json.loads('{"items":' * MAX_DEPTH + "{}" + "}" * MAX_DEPTH)),
+    "long": schema({"enum": ["x" * MAX_BYTES]}),
+    "impossible": schema({"enum": []}),
+    "contradiction": schema({"type": "integer", "minimum": 5, "maximum": 2}),
+    "not JSON": Grammar(kind="json_schema", text="{'type': 'object'}"),
+    "not finite": Grammar(kind="json_schema", text='{"minimum": NaN}'),
+    "not an object": Grammar(kind="json_schema", text="[]"),
+    "wrong type": schema({"type": "person"}),
+    "unknown keyword": schema({"type": "object", "x-guidance": {"lenient": True}, "not": {"type": "string"}}),
+    "file": schema({"$ref": "file:///etc/hostname"}),
+    "network": schema({"$ref": "http://127.0.0.1:9/schema"}),
+    "dangling": schema({"$ref": "#/$defs/none"}),
+    "product": schema(
+        {"allOf": [{"anyOf": [{"required": [f"{row}-{column}"]} for column in range(8)]} for row in range(12)]}
+    ),
+    "reference to itself": schema({"$ref": "#/$defs/n", "$defs": {"n": {"$ref": "#/$defs/n"}}}),
+    "bad pattern": schema({"type": "string", "pattern": "(?<=a)b"}),
+    "unclosed": regex("a(b"),
+    "nothing fits": regex(r"[^\s\S]"),
+    "parentheses": regex("(" * 10_000 + ")" * 10_000),
+    "dots": regex(".*" * 2000 + "x"),
+    "empty": Grammar(kind="lark", text=""),
+    "undefined": Grammar(kind="lark", text='start: "a" b'),
+    "endless": Grammar(kind="lark", text="start: start"),
+    "deep rule": Grammar(kind="lark", text="start: " + "(" * 20_000 + '"a"' + ")" * 20_000),
+    "import": Grammar(kind="lark", text="%import secrets.key\nstart: key"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_grammars_are_refused_at_once_with_one_line(compiler: GrammarCompiler, name: str) -> None:
+    began = time.process_time()
+    with pytest.raises(ValueError, match=r"^the (JSON schema|regular expression|grammar) ") as refusal:
+        compiler.compile(HOSTILE[name])
+    assert time.process_time() - began < 2
+    assert len(str(refusal.value)) < 400
+    assert "\n" not in str(refusal.value)
+
+
+def doubling(depth: int) -> dict[str, object]:
+    halves = {f"d{level}": {"allOf": [{"$ref": f"#/$defs/d{level + 1}"}] * 2} for level in range(depth)}
+    return {**halves, f"d{depth}": {}}
+
+
+BOUNDED: dict[str, Grammar] = {
+    "many choices": schema({"enum": [f"value {place}" for place in range(4000)]}),
+    "recursive reference": schema({"$ref": "#/$defs/n", "$defs": {"n": {"properties": {"n": {"$ref": "#/$defs/n"}}}}}),
+    "doubling references": schema({"$ref": "#/$defs/d0", "$defs": doubling(40)}),
+    "nested repetition": regex("((a{1,1000}){1,1000}){1,1000}b"),
+    "backtracking": regex("(x+x+)+y"),
+    "long string": schema({"type": "string", "minLength": 10**7, "maxLength": 10**9}),
+    "two thousand properties": schema({"type": "object", "properties": {f"p{place}": {} for place in range(2000)}}),
+    "many items": schema({"type": "array", "minItems": 10**6, "items": {"type": "array", "maxItems": 10**6}}),
+    "exponential automaton": regex(".*a.{40}"),
+    "ambiguous": Grammar(kind="lark", text='start: x{0,500}\nx: "a" | "a" "a" | x x |'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_costly_grammars_cost_bounded_time_to_compile_and_at_every_step(compiler: GrammarCompiler, name: str) -> None:
+    began = time.process_time()
+    sequence = constrained(compiler.compile(BOUNDED[name]), max_tokens=60, temperature=1.5)
+    assert time.process_time() - began < 2
+    began = time.process_time()
+    assert run([sequence])[0]
+    assert time.process_time() - began < 3
+
+
+def test_compiled_grammars_are_kept_but_never_shared(compiler: GrammarCompiler, backend: tokenizers.Tokenizer) -> None:
+    fresh = GrammarCompiler(TOKENIZER, VOCABULARY, [EOS])
+    first = fresh.compile(regex("[0-9]{3}"))
+    for token in backend.encode("123").ids:
+        first.accept(token)
+    second = fresh.compile(regex("[0-9]{3}"))
+    assert first.complete
+    assert not second.complete
+    for place in range(2 * CACHED):
+        fresh.compile(regex(f"a{{{place}}}"))
+    assert len(fresh._cache) == CACHED
+
+
+def test_threads_may_compile_while_answers_run(compiler: GrammarCompiler) -> None:
+    failures: list[Exception] = []
+
+    def compile_many(worker: int) -> None:
+        try:
+            for place in range(30):
+                compiler.compile(schema({"type": "integer", "minimum": 0, "maximum": 100 * worker + place % 7}))
+        except Exception as error:
+            failures.append(error)
+
+    threads = [Thread(target=compile_many, args=(worker,)) for worker in range(3)]
+    for thread in threads:
+        thread.start()
+    answers = run([constrained(compiler.compile(schema(PERSON)), seed=seed) for seed in range(4)])
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert answers == ["stop"] * 4
+
+
+@pytest.mark.parametrize("content", [None, "{}", "not JSON"])
+def test_a_model_without_a_usable_tokenizer_refuses_grammars_clearly(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "tokenizer.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match="constrain"):
+        GrammarCompiler(path, VOCABULARY, [EOS]).compile(regex("a"))
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_never_leads_outside_the_model(backend: tokenizers.Tokenizer) -> None:
+    small = GrammarCompiler(TOKENIZER, 300, [EOS])
+    matcher = small.compile(regex("[a-z ]{5}"))
+    logits = torch.zeros(300)
+    assert matcher.mask_(logits, (EOS, 5000)) == ""
+    assert logits.max() == 0
