@@ -4,6 +4,7 @@ The eager twin of a graph must give what an unpadded forward gives.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -105,8 +106,8 @@ def test_a_table_wider_than_the_tier_is_cut_to_what_the_tier_reads() -> None:
 class World:
     """A tiny decoder with random adapters, and sequences whose tokens are cached up to some length."""
 
-    def __init__(self, directory: Path) -> None:
-        spec = read_spec(directory)
+    def __init__(self, directory: Path, windows: tuple[int, ...] = (0, 0)) -> None:
+        spec = replace(read_spec(directory), windows=windows)
         self.decoder = Decoder(spec, directory, dtype=torch.float32, device=CPU, positions=128)
         self.decoder.add_slots(SLOTS, RANK)
         self.cache = KVCache(spec, BLOCKS, BLOCK, torch.float32, CPU)
@@ -206,6 +207,14 @@ def test_a_padded_replay_gives_what_an_unpadded_forward_gives(
     assert found.shape == expected.shape
     assert torch.allclose(found, expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(found, graphed.forward(rows)), "a second replay over what the first left behind differs"
+
+
+def test_layers_with_sliding_windows_replay_like_the_unpadded_forward(make_model: ModelMaker) -> None:
+    world = World(make_model(), windows=(0, 9))
+    rows = world.prefilled([(5, 1, 2), (40, 3, 0), (16, 2, 1), (9, 1, 0)])
+    expected = world.eager(rows).clone()
+    assert torch.allclose(world.graphed(4, (1, 4)).forward(rows), expected, atol=1e-5, rtol=1e-5)
+    assert agree(world.varlen, world.gather, world.decoder.spec, world.cache, CPU)
 
 
 def test_a_padded_replay_writes_the_same_keys_and_values_and_nothing_else(world: World) -> None:
