@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
 
 
@@ -15,7 +15,8 @@ class EngineConfig:
     """Sizes and places. Zero means "choose": `threads` by model size, `max_context` the model's own, limited by the KV.
 
     `kv_tokens` is what the KV cache holds over all sequences; `step_tokens` what one step computes at most;
-    `max_waiting` how many requests may wait or run before new ones are answered `overloaded`.
+    `max_waiting` how many requests may wait or run before new ones are answered `overloaded`. `pack` and `native`
+    switch the fast CPU paths off, for comparison; `int8` keeps weights in eight bits and computes in bf16.
     """
 
     model: Path
@@ -32,6 +33,7 @@ class EngineConfig:
     adapter_rank: int = 32
     max_waiting: int = 2048
     pack: bool = True
+    native: bool = True
 
     def __post_init__(self) -> None:
         _require(self.kv_tokens >= 256, "--kv-tokens must be at least 256")
@@ -48,11 +50,12 @@ def parse(arguments: Sequence[str] | None = None) -> EngineConfig:
     parser.add_argument("--model", type=Path, required=True, help="directory with config.json and safetensors")
     parser.add_argument("--socket", required=True, help="ZeroMQ address to serve on, ipc://…")
     parser.add_argument("--artifacts", type=Path, required=True, help="root below which adapters may be loaded")
-    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "int8"], default="auto")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     for name in ("threads", "kv_tokens", "max_context", "max_running", "step_tokens", "adapter_slots", "adapter_rank"):
         default = EngineConfig.__dataclass_fields__[name].default
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    parser.add_argument("--no-native", dest="native", action="store_false", help="run on torch's kernels only")
     values = vars(parser.parse_args(arguments))
     try:
         return EngineConfig(**values)

@@ -19,10 +19,8 @@ from engine.adapters.manager import AdapterManager
 from engine.adapters.slots import AdapterSlots
 from engine.config import EngineConfig
 from engine.digest import base_digest
-from engine.layers.backends import choose_attention
 from engine.layers.sampler import invalid_sampling
 from engine.memory.blocks import BlockPool
-from engine.memory.cache import KVCache
 from engine.messages import (
     Done,
     FinishReason,
@@ -33,9 +31,9 @@ from engine.messages import (
     Tokens,
     UnloadAdapter,
 )
-from engine.models.decoder import Decoder
 from engine.models.registry import read_spec
-from engine.runner.placement import block_size, choose_device, choose_dtype, choose_threads
+from engine.runner.build import build_forward
+from engine.runner.placement import block_size, choose_device
 from engine.runner.runner import Runner, StepOutput
 from engine.scheduling.scheduler import Row, Scheduler
 from engine.sequence import Sequence
@@ -51,23 +49,17 @@ class Engine:
         self.epoch = secrets.randbits(52)
         self.outbox: list[tuple[bytes, FromEngine]] = []
         spec = read_spec(config.model)
-        device = choose_device(config)
-        dtype = choose_dtype(config, device)
-        torch.set_num_threads(choose_threads(config, spec))
-        size = block_size(device)
+        size = block_size(choose_device(config))
         pool = BlockPool(config.kv_tokens, size)
         self.max_context = min(config.max_context or spec.max_positions, spec.max_positions, pool.total * size)
-        self.decoder = Decoder(
-            spec, config.model, dtype=dtype, device=device, positions=self.max_context, pack=config.pack
-        )
-        cache = KVCache(spec, pool.total, size, dtype, device)
-        self.runner = Runner(self.decoder, cache, choose_attention(spec, cache, device))
+        self.forward = build_forward(config, spec, blocks=pool.total, positions=self.max_context)
+        self.runner = Runner(self.forward)
         self.scheduler = Scheduler(
             pool, max_running=config.max_running, step_tokens=config.step_tokens, max_context=self.max_context
         )
         self.base = base_digest(config.model)
-        reader = AdapterReader(config.artifacts.absolute(), self.base, spec, config.adapter_rank, dtype)
-        slots = AdapterSlots(self.decoder, config.adapter_slots, config.adapter_rank)
+        reader = AdapterReader(config.artifacts.absolute(), self.base, spec, config.adapter_rank, self.forward.dtype)
+        slots = AdapterSlots(self.forward, config.adapter_slots, config.adapter_rank)
         self.adapters = AdapterManager(reader, slots, wake)
         self._sequences: dict[tuple[bytes, str], Sequence] = {}
         self._parked: dict[str, list[Sequence]] = {}
@@ -142,8 +134,9 @@ class Engine:
             id=request_id,
             base=self.base,
             model=str(self.config.model),
-            dtype=DTYPE_NAMES[self.decoder.dtype],
-            device=self.decoder.device.type,
+            dtype=self.config.precision if self.config.precision == "int8" else DTYPE_NAMES[self.forward.dtype],
+            device=self.forward.device.type,
+            kernels=self.forward.kernels,
             threads=torch.get_num_threads(),
             max_context=self.max_context,
             running=len(self.scheduler.running),
@@ -161,6 +154,7 @@ class Engine:
     def close(self) -> None:
         """Stop the adapter thread. What is in flight is simply gone: the epoch tells clients."""
         self.adapters.close()
+        self.forward.close()
 
     def _refusal(self, client: bytes, request: Generate) -> tuple[str, str] | None:
         """Code and sentence when a request cannot be taken."""
@@ -176,9 +170,9 @@ class Engine:
                 "prompt_too_long",
                 f"the prompt has {length} tokens; the context holds {self.max_context} with the answer",
             )
-        if min(request.prompt) < 0 or max(request.prompt) >= self.decoder.spec.vocab_size:
-            return "invalid_request", f"token ids must lie between 0 and {self.decoder.spec.vocab_size - 1}"
-        if reason := invalid_sampling(request.sampling, self.decoder.spec.vocab_size):
+        if min(request.prompt) < 0 or max(request.prompt) >= self.forward.spec.vocab_size:
+            return "invalid_request", f"token ids must lie between 0 and {self.forward.spec.vocab_size - 1}"
+        if reason := invalid_sampling(request.sampling, self.forward.spec.vocab_size):
             return "invalid_request", reason
         if not self._servable(request.adapter):
             return "adapter_not_loaded", f"adapter {request.adapter} is not loaded"

@@ -183,6 +183,8 @@ class Finished(msgspec.Struct, tag="finished", frozen=True, kw_only=True):
     adapter: str | None = None
     error: str | None = None
     code: ErrorCode = ""
+    # With `overloaded`: when trying again makes sense.
+    retry_after_seconds: float = 0.0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
@@ -236,6 +238,8 @@ class Status(msgspec.Struct, tag="status", frozen=True, kw_only=True):
     generated_tokens: int
     uptime_seconds: float
     pid: int
+    # What multiplies: "torch", or "native" with its instruction set.
+    kernels: str = "torch"
 
 
 ToEngine = Generate | Pool | Cancel | LoadAdapter | UnloadAdapter | Forget | GetStatus

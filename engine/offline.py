@@ -14,7 +14,6 @@ from engine.adapters.loading import MANIFEST, AdapterRefused
 from engine.client import Completion
 from engine.config import Device, EngineConfig, Precision
 from engine.core import Engine
-from engine.layers.lora import lora_batch
 from engine.messages import Finished, Generate, Sampling, Tokens
 from engine.scheduling.scheduler import Row
 from engine.sequence import Sequence
@@ -116,8 +115,8 @@ class LocalEngine:
         """Logits [tokens, vocabulary] as fp32."""
         hidden = self.hidden_states(token_ids, adapter, chunks)
         resident = self.core.adapters.slots.get(adapter) if adapter is not None else None
-        lora = lora_batch([resident.slot], [len(token_ids)], hidden.device) if resident else None
-        return self.core.decoder.logits(hidden, lora).float()
+        slot = resident.slot if resident else 0
+        return self.core.forward.logits(hidden, [slot] * len(token_ids)).float()
 
     def _request(self, request: Generate | list[int], sampling: Sampling | None, adapter: str | None) -> Generate:
         if isinstance(request, Generate):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.messages import Finished, FinishReason, Generate
+from engine.messages import Finished, FinishReason, Generate, Pool
 
 PRIORITY_RANK = {"interactive": 0, "batch": 1}
 
@@ -33,6 +33,7 @@ class Sequence:
     # What constrains the answer (set by the core) and what edits its logits (made by the runner): see runner/sampling.
     grammar: object | None = None
     penalties: object | None = None
+    pool: Pool | None = None
     cached_tokens: int = 0
     arrived: float = field(default_factory=time.perf_counter)
     started: float | None = None

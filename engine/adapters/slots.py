@@ -8,7 +8,7 @@ from itertools import count
 
 from engine.adapters.loading import Adapter
 from engine.messages import Slot
-from engine.models.decoder import Decoder
+from engine.runner.forward import Forward
 
 
 @dataclass
@@ -25,9 +25,9 @@ class Resident:
 class AdapterSlots:
     """Slots 1 .. total; slot 0 means no adapter. One is kept spare, so that a swap need not wait for anybody."""
 
-    def __init__(self, decoder: Decoder, total: int, rank: int) -> None:
-        decoder.add_slots(total, rank)
-        self._decoder = decoder
+    def __init__(self, forward: Forward, total: int, rank: int) -> None:
+        forward.add_slots(total, rank)
+        self._forward = forward
         self._residents: dict[str, Resident] = {}
         self._free = list(range(total, 0, -1))
         self._clock = count(1)
@@ -83,12 +83,10 @@ class AdapterSlots:
     def install(self, adapter: Adapter) -> int:
         """Copy a checked adapter into a free slot (make_room said there is one) and open it for requests."""
         slot = self._free.pop()
-        for layer, lora in enumerate(self._decoder.lora):
+        for layer in range(self._forward.spec.layers):
             for name in ("qkv", "o", "gate_up", "down"):
-                if getattr(lora, name) is not None:
-                    getattr(lora, name).fill(slot, *adapter.matrices(layer, name))
-        if self._decoder.head_lora is not None:
-            self._decoder.head_lora.fill(slot, *adapter.matrices(None, "head"))
+                self._forward.fill(slot, layer, name, *adapter.matrices(layer, name))
+        self._forward.fill(slot, None, "head", *adapter.matrices(None, "head"))
         self._residents[adapter.digest] = Resident(adapter.digest, slot, used=next(self._clock))
         if not self._free:
             self._evict_unreferenced(keep=adapter.digest)

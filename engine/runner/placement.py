@@ -26,7 +26,7 @@ def choose_device(config: EngineConfig) -> torch.device:
 def choose_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
     """`auto` is bf16 where the hardware multiplies it natively, else fp32."""
     if config.precision != "auto":
-        return torch.bfloat16 if config.precision == "bf16" else torch.float32
+        return torch.float32 if config.precision == "fp32" else torch.bfloat16
     if device.type == "cuda":
         return torch.bfloat16
     native = torch.cpu.get_capabilities()

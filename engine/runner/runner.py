@@ -1,74 +1,113 @@
-"""One step: rows to tensors, one forward over the flattened tokens, one sampler."""
+"""One step: rows in, one forward over the flattened tokens, one sampler, everything asked for out.
+
+Suffixes: R tokens whose result is wanted, E hidden size, V vocabulary.
+"""
 
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from engine.layers.attention import Attention, Span
-from engine.layers.lora import lora_batch
-from engine.layers.sampler import Sampled
-from engine.memory.cache import KVCache
-from engine.models.decoder import Decoder, StepInput
+from engine.layers.sampler import Sampled, most_likely, own_logprobs
+from engine.runner.forward import Forward
 from engine.runner.sampling import draw
 from engine.scheduling.scheduler import Row
+from engine.sequence import Sequence
+
+# Prompt logits computed at once: a vocabulary of 128 k makes 64 of them 32 MB.
+PROMPT_LOGITS = 64
+NOTHING = Sampled([], [])
+
+
+class PromptChunk(NamedTuple):
+    """Log-probabilities of consecutive prompt tokens, each given those before it, and the likeliest at each place."""
+
+    logprobs: list[float]
+    top: list[list[tuple[int, float]]]
 
 
 @dataclass
 class StepOutput:
-    """Rows in the order they were computed, the sampled tokens of those that sample, and the head's input for them."""
+    """Rows in the order they were computed, the sampled tokens of those that sample, and the head's input for them.
+
+    `pooled` holds the head's input [tokens, E] of this step's rows that were asked for a vector; `prompt` what rows
+    that want their prompt scored learnt in this step. Tensors are valid until the next step.
+    """
 
     rows: list[Row]
     sampled: Sampled
     hidden_RE: torch.Tensor
+    pooled: dict[Sequence, torch.Tensor] = field(default_factory=dict)
+    prompt: dict[Sequence, PromptChunk] = field(default_factory=dict)
 
 
 class Runner:
     """Runs scheduled rows on the model. Knows neither requests' lives nor the pool."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache, attention: Attention) -> None:
-        self.decoder, self.cache, self.attention = decoder, cache, attention
+    def __init__(self, forward: Forward) -> None:
+        self.forward = forward
 
     @torch.inference_mode()
     def step(self, rows: Rows[Row]) -> StepOutput:
         """Compute every row's tokens and draw the next token of those that reach their end."""
-        ordered = sorted(rows, key=lambda row: (row.sequence.slot, row.length, row.sequence.computed))
-        h_TE = self.decoder.forward(self.prepare(ordered), self.cache, self.attention)
-        ends = np.cumsum([row.length for row in ordered]) - 1
-        sampling = [index for index, row in enumerate(ordered) if row.samples]
-        last_R = torch.from_numpy(ends[sampling]).to(h_TE.device)
-        hidden_RE = self.decoder.final(h_TE[last_R])
-        return StepOutput(ordered, self._sample([ordered[index] for index in sampling], hidden_RE), hidden_RE)
+        ordered = sorted(rows, key=_order)
+        if any(_wants_all(row.sequence) for row in ordered):
+            return self._step_with_states(ordered)
+        take, drawn, end = [], [], -1
+        for row in ordered:
+            end += row.length
+            if row.samples:
+                take.append(end)
+                drawn.append(row)
+        heads = self.forward.run(ordered, take, logits=bool(drawn))
+        return StepOutput(ordered, draw(drawn, heads.logits_RV) if drawn else NOTHING, heads.hidden_RE)
 
     @torch.inference_mode()
     def hidden(self, rows: Rows[Row]) -> torch.Tensor:
-        """Head input [T, E] for every token of the rows, in their order; they must be sorted by slot."""
-        return self.decoder.final(self.decoder.forward(self.prepare(rows), self.cache, self.attention))
+        """Head input [T, E] for every token of rows sorted by slot, in their order; a fresh tensor."""
+        return self.forward.run(rows, range(sum(row.length for row in rows)), logits=False).hidden_RE.clone()
 
-    def prepare(self, rows: Rows[Row]) -> StepInput:
-        """Flatten rows that are sorted by slot; see StepInput."""
-        device, size = self.decoder.device, self.cache.block_size
-        tokens: list[int] = []
-        positions, slots, spans = [], [], []
-        for sequence, length in rows:
-            start, table = sequence.computed, sequence.table
-            assert table is not None, "scheduled sequences hold blocks"
-            spans.append(Span(len(tokens), start, length, table))
-            tokens += sequence.tokens[start : start + length]
-            places = np.arange(start, start + length)
-            positions.append(places)
-            slots.append(table[places // size] * size + places % size)
-        return StepInput(
-            tokens_T=torch.tensor(tokens, device=device),
-            positions_T=torch.from_numpy(np.concatenate(positions)).to(device),
-            write_index=self.cache.write_index(torch.from_numpy(np.concatenate(slots)).to(device)),
-            plan=self.attention.plan(spans),
-            lora=lora_batch([row.sequence.slot for row in rows], [row.length for row in rows], device),
-        )
+    def _step_with_states(self, ordered: list[Row]) -> StepOutput:
+        """The same for steps in which some row wants more than its last token: states first, logits afterwards."""
+        hidden_TE = self.hidden(ordered)
+        output = StepOutput(ordered, NOTHING, hidden_TE)
+        ends, drawn, offset = [], [], 0
+        for row in ordered:
+            states = hidden_TE[offset : offset + row.length]
+            offset += row.length
+            if row.sequence.pool is not None:
+                output.pooled[row.sequence] = states
+                continue
+            if row.sequence.request.prompt_logprobs and not row.sequence.produced:
+                output.prompt[row.sequence] = self._score(row, states)
+            if row.samples:
+                ends.append(offset - 1)
+                drawn.append(row)
+        output.hidden_RE = hidden_TE[ends]
+        if drawn:
+            slots = [row.sequence.slot for row in drawn]
+            output.sampled = draw(drawn, self.forward.logits(output.hidden_RE, slots))
+        return output
 
-    def _sample(self, rows: Rows[Row], hidden_RE: torch.Tensor) -> Sampled:
-        if not rows:
-            return Sampled([], [])
-        lora = lora_batch([row.sequence.slot for row in rows], [1] * len(rows), self.decoder.device)
-        return draw(rows, self.decoder.logits(hidden_RE, lora))
+    def _score(self, row: Row, states: torch.Tensor) -> PromptChunk:
+        """What the model thought of the prompt tokens behind those of this row."""
+        sequence, start = row.sequence, row.sequence.computed
+        following = sequence.tokens[start + 1 : start + row.length + 1]
+        chunk = PromptChunk([], [])
+        for at in range(0, len(following), PROMPT_LOGITS):
+            tokens = following[at : at + PROMPT_LOGITS]
+            logits_RV = self.forward.logits(states[at : at + len(tokens)], [sequence.slot] * len(tokens))
+            chunk.logprobs.extend(own_logprobs(logits_RV, tokens))
+            wanted = sequence.request.sampling.top_logprobs
+            chunk.top.extend(most_likely(logits_RV, [wanted] * len(tokens)) if wanted else [])
+        return chunk
+
+
+def _order(row: Row) -> tuple[int, int, int]:
+    """Equal adapters together, then equal lengths: both make larger products."""
+    return row.sequence.slot, row.length, row.sequence.computed
+
+
+def _wants_all(sequence: Sequence) -> bool:
+    return sequence.pool is not None or (sequence.request.prompt_logprobs and not sequence.produced)

@@ -13,7 +13,8 @@ import torch
 
 from engine.grammar.matcher import GrammarMatcher, Lookahead, mask_
 from engine.layers.penalties import Edits, bias_, forbid_, penalise_, penalised
-from engine.layers.sampler import Draw, Fault, Sampled, most_likely, own_logprobs, sample
+from engine.layers.sampler import Draw, Fault, Sampled, most_likely, own_logprobs
+from engine.native.sampling import sample
 from engine.scheduling.scheduler import Row
 from engine.sequence import Sequence
 

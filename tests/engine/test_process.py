@@ -73,10 +73,12 @@ def test_the_ready_line_says_what_runs(server: Served, model_dir: Path) -> None:
     assert server.ready["pid"] == server.process.pid
 
 
-def test_tokens_arrive_one_by_one_and_end_once(server: Served) -> None:
+def test_tokens_arrive_in_order_and_end_once(server: Served) -> None:
     async def body(client: EngineClient) -> None:
         replies = [reply async for reply in client.generate(generate("one"))]
-        assert [type(reply) for reply in replies] == [Tokens] * 8 + [Finished]
+        # Tokens that queued up while the reader was busy arrive joined.
+        assert all(isinstance(reply, Tokens) for reply in replies[:-1])
+        assert sum(len(reply.token_ids) for reply in replies[:-1]) == 8
         assert (replies[-1].reason, replies[-1].completion_tokens, replies[-1].prompt_tokens) == ("length", 8, 3)
         assert 0 <= replies[-1].queue_seconds <= replies[-1].first_token_seconds <= replies[-1].total_seconds
 

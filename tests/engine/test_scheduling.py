@@ -126,11 +126,11 @@ def test_too_many_requests_are_answered_overloaded(model_dir: Path, make_engine:
 def test_a_failing_step_answers_its_rows_and_the_engine_goes_on(
     engine: LocalEngine, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def explode(*_: object) -> None:
+    def explode(*_: object, **__: object) -> None:
         raise RuntimeError("out of everything")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.core.runner.decoder, "forward", explode)
+        patch.setattr(engine.core.runner.forward, "run", explode)
         failed = engine.generate([[5, 6]], GREEDY)[0].finished
     assert (failed.reason, failed.code) == ("error", "internal")
     assert "out of everything" in capfd.readouterr().err

@@ -1,0 +1,51 @@
+"""Which code runs the model here: the native CPU path where it can, torch's kernels everywhere else."""
+
+import sys
+
+import torch
+
+from engine.config import EngineConfig
+from engine.layers.backends import choose_attention
+from engine.memory.cache import KVCache
+from engine.models.decoder import Decoder
+from engine.models.spec import DecoderSpec
+from engine.native.build import NoNative, library
+from engine.native.decoder import NativeDecoder, unsupported
+from engine.runner.forward import Forward, TorchForward
+from engine.runner.placement import block_size, choose_device, choose_dtype, choose_threads
+
+
+def build_forward(config: EngineConfig, spec: DecoderSpec, *, blocks: int, positions: int) -> Forward:
+    """Load the model. Raises UnsupportedModel, and ValueError when the precision asked for cannot be had."""
+    device, threads = choose_device(config), choose_threads(config, spec)
+    dtype = choose_dtype(config, device)
+    torch.set_num_threads(threads)
+    refusal = no_native(config, spec, device)
+    if refusal and config.precision == "int8":
+        raise ValueError(f"--precision int8 needs the native CPU path: {refusal}")
+    pack = config.pack and bool(refusal)
+    decoder = Decoder(spec, config.model, dtype=dtype, device=device, positions=positions, pack=pack)
+    if not refusal:
+        int8 = config.precision == "int8"
+        return NativeDecoder(
+            decoder, blocks=blocks, tokens=config.step_tokens, positions=positions, threads=threads, int8=int8
+        )
+    if config.native and device.type == "cpu":
+        print(f"torch kernels serve this model: {refusal}", file=sys.stderr)
+    cache = KVCache(spec, blocks, block_size(device), dtype, device)
+    return TorchForward(decoder, cache, choose_attention(spec, cache, device))
+
+
+def no_native(config: EngineConfig, spec: DecoderSpec, device: torch.device) -> str:
+    """Why the native path is not taken, as a sentence; empty when it is."""
+    if not config.native:
+        return "it is switched off"
+    if device.type != "cpu":
+        return "the model runs on a GPU"
+    if reason := unsupported(spec, config.adapter_rank):
+        return reason
+    try:
+        library()
+    except NoNative as error:
+        return str(error)
+    return ""
