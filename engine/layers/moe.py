@@ -51,7 +51,7 @@ class MoeLayer:
         # Back in token order, so that a token's experts are always added in the same order, with no atomics.
         y_NE = torch.empty_like(sorted_NE)
         y_NE[order_N] = sorted_NE
-        y_TKE = y_NE.view(*experts_TK.shape, -1) * weights_TK.unsqueeze(-1)
+        y_TKE = y_NE.view(*experts_TK.shape, x_TE.shape[-1]) * weights_TK.unsqueeze(-1)
         return y_TKE.sum(1).to(x_TE.dtype)
 
     def _expert(self, expert: int, x_TE: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ there. Sizes that define the model have no default.
 
 from dataclasses import replace
 
-from engine.models.fields import Config, number, size
+from engine.models.fields import Config, index, items, number, size
 from engine.models.ropes import exact_positions, rope_spec
 from engine.models.spec import DecoderSpec, MoeSpec, UnsupportedModel
 
@@ -54,8 +54,8 @@ def qwen3_moe_spec(config: Config) -> DecoderSpec:
         per_token=8,
         normalize=bool(config.get("norm_topk_prob", False)),
     )
-    every, dense = size(config, "decoder_sparse_step", 1), config.get("mlp_only_layers") or []
-    sparse = tuple(index not in dense and (index + 1) % every == 0 for index in range(spec.layers))
+    every, dense = size(config, "decoder_sparse_step", 1), items(config, "mlp_only_layers", int) or []
+    sparse = tuple(layer not in dense and (layer + 1) % every == 0 for layer in range(spec.layers))
     window = _window(config, 4096, spec) if config.get("use_sliding_window", False) else 0
     spec = replace(_qwen3(config, spec), windows=(window,) * spec.layers, sparse=sparse)
     return replace(spec, moe=moe if any(sparse) else None)
@@ -64,10 +64,10 @@ def qwen3_moe_spec(config: Config) -> DecoderSpec:
 def classifier_spec(spec: DecoderSpec, config: Config) -> DecoderSpec:
     """The same decoder with a sequence classification head. Two unnamed labels when the config says nothing."""
     named, pad = config.get("id2label"), config.get("pad_token_id")
-    if named is not None and (not isinstance(named, dict) or set(named) != {str(index) for index in range(len(named))}):
+    if named is not None and (not isinstance(named, dict) or set(named) != {str(label) for label in range(len(named))}):
         raise UnsupportedModel("config.json: id2label must name the labels 0, 1, 2, …")
     count = len(named) if named else size(config, "num_labels", 2)
-    labels = tuple(str(named[str(index)]) if named else f"LABEL_{index}" for index in range(count))
+    labels = tuple(str(named[str(label)]) if named else f"LABEL_{label}" for label in range(count))
     return replace(spec, labels=labels, pad_token=pad if isinstance(pad, int) else None)
 
 
@@ -135,17 +135,14 @@ def _window(config: Config, default: int | None, spec: DecoderSpec) -> int:
 def _windows_by_type(config: Config, spec: DecoderSpec) -> tuple[int, ...]:
     """Per layer, from `layer_types` or, before transformers had those, from the first windowed layer's number."""
     sliding = bool(config.get("use_sliding_window", False)) and config.get("sliding_window", 4096) is not None
-    types = config.get("layer_types")
-    if types is None:
-        first = config.get("max_window_layers", 28)
-        types = [
-            "sliding_attention" if sliding and index >= first else "full_attention" for index in range(spec.layers)
-        ]
+    first = index(config, "max_window_layers", 28)
+    kinds = ("full_attention", "sliding_attention")
+    types = items(config, "layer_types", str) or [kinds[sliding and layer >= first] for layer in range(spec.layers)]
     if len(types) != spec.layers:
         raise UnsupportedModel(f"config.json: layer_types names {len(types)} layers, there are {spec.layers}")
-    odd = sorted({str(kind) for kind in types} - {"full_attention", "sliding_attention"})
+    odd = sorted(set(types) - set(kinds))
     if odd:
-        raise UnsupportedModel(f"layer type {odd[0]!r} is not supported; supported: full_attention, sliding_attention")
+        raise UnsupportedModel(f"layer type {odd[0]!r} is not supported; supported: {', '.join(kinds)}")
     if "sliding_attention" in types and not sliding:
         raise UnsupportedModel("layer_types asks for sliding_attention, but use_sliding_window is off")
     return tuple(_window(config, 4096, spec) if kind == "sliding_attention" else 0 for kind in types)

@@ -13,6 +13,8 @@ from engine.models.spec import UnsupportedModel
 
 # Buffers some exporters write although they are computed, not learned.
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
+# Anything narrower is quantized and means nothing without its scales.
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class Checkpoint:
@@ -43,6 +45,8 @@ class Checkpoint:
             raise UnsupportedModel(
                 f"{self._directory}: weight {name} is {tuple(tensor.shape)}, config.json says {shape}"
             )
+        if tensor.dtype not in FLOATS:
+            raise UnsupportedModel(f"{self._directory}: weight {name} is {tensor.dtype}; use the bf16 or fp32 weights")
         self._taken.add(name)
         return tensor.to(self._dtype)
 
@@ -70,7 +74,7 @@ class Checkpoint:
     def _files(self) -> list[Path]:
         index = self._directory / "model.safetensors.index.json"
         if index.exists():
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            names = _shards(index)
             if any(Path(name).name != name for name in names):
                 raise UnsupportedModel(f"{index} names a file outside its directory")
             return [self._directory / name for name in sorted(names)]
@@ -78,3 +82,14 @@ class Checkpoint:
         if not files:
             raise UnsupportedModel(f"{self._directory} holds no safetensors weights (other formats are not read)")
         return files
+
+
+def _shards(index: Path) -> set[str]:
+    """The file names in model.safetensors.index.json."""
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UnsupportedModel(f"{index} is not a readable index of weight files: {error}") from error
+    if not names or not all(isinstance(name, str) for name in names):
+        raise UnsupportedModel(f"{index} names no weight files")
+    return names

@@ -18,7 +18,9 @@ def rope_spec(config: Config, head_dim: int, default_theta: float, positions: in
     if kind not in KINDS:
         raise UnsupportedModel(f"rope type {kind!r} is not supported; supported: {', '.join(KINDS)}")
     theta = number(given, "rope_theta", number(config, "rope_theta", default_theta))
-    original = original_positions(config, positions)
+    if theta <= 1:
+        raise UnsupportedModel(f"rope_theta must be above 1, found {theta:g}")
+    original = original_positions(config, given, positions)
     if kind in ("linear", "dynamic"):
         # dynamic equals default up to max_position_embeddings, where the engine's context ends anyway.
         return RopeSpec(kind, theta, number(given, "factor"), original_positions=positions)
@@ -43,11 +45,11 @@ def exact_positions(rope: RopeSpec, positions: int) -> int:
     return min(positions, rope.original_positions) if rope.kind == "longrope" else positions
 
 
-def original_positions(config: Config, positions: int) -> int:
+def original_positions(config: Config, given: Config, positions: int) -> int:
     """Context the model was first trained for; a value beside the rope settings wins (Phi-3 writes it there)."""
     if config.get("original_max_position_embeddings") is not None:
         return size(config, "original_max_position_embeddings")
-    return size(_given(config), "original_max_position_embeddings", positions)
+    return size(given, "original_max_position_embeddings", positions)
 
 
 def _given(config: Config) -> Config:
@@ -85,6 +87,8 @@ def _magnitude(factor: float, weight: float) -> float:
 
 def _longrope(given: Config, theta: float, original: int, positions: int, head_dim: int) -> RopeSpec:
     """LongRoPE (arXiv 2402.13753) within the original context: its short factors."""
+    if original < 2:
+        raise UnsupportedModel("rope type longrope: original_max_position_embeddings must be above 1")
     factor = number(given, "factor", positions / original)
     scaling = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     return RopeSpec(

@@ -13,15 +13,10 @@ from engine.layers.linear import Linear, packing_works
 from engine.models.registry import read_spec
 from engine.models.spec import UnsupportedModel
 from tests.engine.conftest import EngineMaker, ModelMaker, reference, reference_logits
+from tests.engine.families import CASES, LLAMA3, write_model
+from tests.engine.forwarding import Forwarding
 
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
+# Llama alone, through the whole engine; tests/engine/test_families.py has the other architectures.
 CONFIGS: dict[str, dict[str, Any]] = {
     "grouped": {},
     "multi_head": {"num_key_value_heads": 4},
@@ -29,7 +24,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "biases": {"attention_bias": True, "mlp_bias": True},
     "wide_heads": {"head_dim": 32},
     "linear_rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}},
-    "llama3_rope": {"rope_parameters": LLAMA3_ROPE},
+    "llama3_rope": {"rope_parameters": LLAMA3},
 }
 CUTS = {"prefill": [70], "chunked": [16, 1, 30, 23], "decode": [60] + [1] * 10, "verify": [50, 5, 1, 8, 6]}
 
@@ -85,9 +80,12 @@ def test_bf16_stays_close_to_fp32(model_dir: Path, make_engine: EngineMaker) -> 
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "supported: LlamaForCausalLM"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "supported: LlamaForCausalLM, .*Qwen3MoeForCausalLM"),
+        ({"architectures": [["LlamaForCausalLM"]]}, "is not supported"),
+        ({"architectures": None}, "is not supported"),
         ({"hidden_act": "gelu"}, "supported: silu"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "supported: default, linear, llama3"),
+        ({"hidden_act": "gelu_new"}, "supported: silu"),
+        ({"rope_parameters": {"rope_type": "mrope", "factor": 2.0}}, "supported: default, linear, dynamic, llama3"),
         ({"quantization_config": {"bits": 4}}, "use the bf16 or fp32 weights"),
         ({"num_key_value_heads": 3}, "cannot share"),
         ({"vocab_size": 0}, "positive integer"),
@@ -123,6 +121,63 @@ def test_weights_that_do_not_fit_the_config_are_refused(
     (tmp_path / "config.json").write_text((model_dir / "config.json").read_text())
     with pytest.raises(UnsupportedModel, match=complaint):
         make_engine(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "complaint"),
+    [
+        (
+            "mixtral",
+            lambda tensors: tensors.pop("model.layers.1.block_sparse_moe.experts.3.w2.weight"),
+            "experts.3.w2.weight is missing",
+        ),
+        (
+            "mixtral",
+            lambda tensors: tensors.update(
+                {"model.layers.1.block_sparse_moe.experts.5.w1.weight": torch.ones(112, 64)}
+            ),
+            "not understood: model.layers.1.block_sparse_moe.experts.5",
+        ),
+        (
+            "qwen3_moe_fused_windowed",
+            lambda tensors: tensors.update({"model.layers.0.mlp.experts.gate_up_proj": torch.ones(6, 64, 80)}),
+            "config.json says",
+        ),
+        ("qwen3_moe", lambda tensors: tensors.pop("model.layers.2.mlp.gate.weight"), "mlp.gate.weight is missing"),
+        ("qwen3", lambda tensors: tensors.pop("model.layers.0.self_attn.k_norm.weight"), "k_norm.weight is missing"),
+        ("qwen2", lambda tensors: tensors.pop("model.layers.0.self_attn.v_proj.bias"), "v_proj.bias is missing"),
+        ("llama_classifier", lambda tensors: tensors.pop("score.weight"), "score.weight is missing"),
+        ("llama_classifier", lambda tensors: tensors.update({"score.weight": torch.ones(3, 64)}), "config.json says"),
+        ("llama", lambda tensors: tensors.update({"model.norm.weight": torch.ones(64).to(torch.int8)}), "torch.int8"),
+    ],
+)
+def test_weights_of_every_family_must_be_whole(
+    name: str, edit: Callable[[dict[str, torch.Tensor]], object], complaint: str, tmp_path: Path
+) -> None:
+    write_model(tmp_path, CASES[name])
+    tensors = load_file(tmp_path / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UnsupportedModel, match=complaint):
+        Forwarding(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("{}", "not a readable index"),
+        ("[]", "not a readable index"),
+        ('{"weight_map": {}}', "names no weight files"),
+        ('{"weight_map": {"model.norm.weight": 3}}', "names no weight files"),
+        ('{"weight_map": {"model.norm.weight": "../other/model.safetensors"}}', "outside its directory"),
+        ('{"weight_map": {"model.norm.weight": "absent.safetensors"}}', "not a readable safetensors file"),
+    ],
+)
+def test_a_broken_shard_index_is_refused(text: str, complaint: str, tmp_path: Path) -> None:
+    write_model(tmp_path, CASES["llama"])
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UnsupportedModel, match=complaint):
+        Forwarding(tmp_path)
 
 
 def test_a_pickled_checkpoint_is_not_read(model_dir: Path, tmp_path: Path, make_engine: EngineMaker) -> None:
