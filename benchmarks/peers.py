@@ -80,6 +80,8 @@ def install_package(root: Path, peer: str, torch_index: str) -> None:
     constraints.write_text(f"{TORCH}\n")
     run([*pip, "-c", str(constraints), PACKAGES[peer]])
     if peer == "vllm":
+        # Indexes serve these built for CUDA, where loading them fails; vLLM's text path does without.
+        run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision", "torchaudio", "torchcodec"])
         fetch_allocator(root / "libs")
 
 

@@ -62,7 +62,7 @@ def vllm(case: Case, port: int) -> Command:
          "--dtype", PRECISIONS[case.precision], "--max-model-len", str(CONTEXT), "--max-num-seqs", "32",
          "--no-enable-prefix-caching"],
         {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": threads, "LD_PRELOAD": peers.preload(case.peers),
-         "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"},
+         "VLLM_CACHE_ROOT": str(case.peers / "vllm-cache"), "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"},
         {"ignore_eos": True},
     )  # fmt: skip
 
