@@ -10,7 +10,7 @@ from typing import Self
 
 import torch
 
-from engine.adapters.loading import MANIFEST, AdapterRefused
+from engine.adapters.files import MANIFEST, AdapterRefused
 from engine.client import Completion
 from engine.config import Device, EngineConfig, Precision
 from engine.core import Engine

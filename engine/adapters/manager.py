@@ -4,7 +4,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from engine.adapters.loading import Adapter, AdapterReader, AdapterRefused
+from engine.adapters.files import AdapterRefused
+from engine.adapters.loading import Adapter, AdapterReader
 from engine.adapters.slots import AdapterSlots
 from engine.messages import Slot
 

@@ -27,6 +27,8 @@ class AdapterSlots:
 
     def __init__(self, forward: Forward, total: int, rank: int) -> None:
         forward.add_slots(total, rank)
+        if forward.score is not None:
+            forward.score.add_slots(total)
         self._forward = forward
         self._residents: dict[str, Resident] = {}
         self._free = list(range(total, 0, -1))
@@ -87,6 +89,8 @@ class AdapterSlots:
             for name in ("qkv", "o", "gate_up", "down"):
                 self._forward.fill(slot, layer, name, *adapter.matrices(layer, name))
         self._forward.fill(slot, None, "head", *adapter.matrices(None, "head"))
+        if self._forward.score is not None:
+            self._forward.score.fill(slot, adapter.score, adapter.score_delta)
         self._residents[adapter.digest] = Resident(adapter.digest, slot, used=next(self._clock))
         if not self._free:
             self._evict_unreferenced(keep=adapter.digest)

@@ -24,11 +24,13 @@ class ScoreHead:
         self.weight_SLE = self.weight_SLE[:1].repeat(slots + 1, 1, 1)
         self._own = [False] * (slots + 1)
 
-    def fill(self, slot: int, weight_LE: torch.Tensor | None) -> None:
-        """Copy an adapter's head in, or say that it has none."""
-        self._own[slot] = weight_LE is not None
-        if weight_LE is not None:
-            self.weight_SLE[slot].copy_(weight_LE)
+    def fill(self, slot: int, weight_LE: torch.Tensor | None, delta_LE: torch.Tensor | None = None) -> None:
+        """Copy an adapter's head in, or say that it has none; `delta_LE` is added to it, or to the base's."""
+        self._own[slot] = weight_LE is not None or delta_LE is not None
+        if self._own[slot]:
+            self.weight_SLE[slot].copy_(self.weight_SLE[0] if weight_LE is None else weight_LE)
+        if delta_LE is not None:
+            self.weight_SLE[slot] += delta_LE.to(self.weight_SLE.device)
 
     def __call__(self, x_E: torch.Tensor, slot: int) -> torch.Tensor:
         """Raw scores [L] as fp32 of one pooled state under the adapter in `slot`."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from engine.layers.linear import Linear
+from engine.layers.score import ScoreHead
 from engine.layers.rope import Rope
 from engine.models.decoder import Decoder
 from engine.models.decoder import Layer as DecoderLayer
@@ -49,6 +50,7 @@ class NativeDecoder:
         self.tokens = tokens
         self._positions = positions
         self.device = decoder.device
+        self.score: ScoreHead | None = None
         self.kernels = f"native {self._native.whet_instructions().decode()}"
         self._threads = threads
         self._keep: list[torch.Tensor] = []

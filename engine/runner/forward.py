@@ -11,6 +11,7 @@ import torch
 
 from engine.layers.attention import Attention, Span
 from engine.layers.lora import lora_batch
+from engine.layers.score import ScoreHead
 from engine.memory.cache import KVCache
 from engine.models.decoder import Decoder, StepInput
 from engine.models.spec import DecoderSpec
@@ -25,6 +26,8 @@ class Forward(Protocol):
     dtype: torch.dtype
     device: torch.device
     kernels: str
+    # A classifier's head, with one for each adapter slot; None for models that generate.
+    score: ScoreHead | None
 
     def add_slots(self, slots: int, rank: int) -> None:
         """Allocate adapter slots 1 .. slots; slot 0 stays empty."""
@@ -50,6 +53,7 @@ class TorchForward:
     def __init__(self, decoder: Decoder, cache: KVCache, attention: Attention) -> None:
         self.decoder, self.cache, self.attention = decoder, cache, attention
         self.spec, self.dtype, self.device = decoder.spec, decoder.dtype, decoder.device
+        self.score = ScoreHead(decoder.score) if decoder.score is not None else None
 
     def add_slots(self, slots: int, rank: int) -> None:
         self.decoder.add_slots(slots, rank)

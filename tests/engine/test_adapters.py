@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.adapters.loading import Adapter, AdapterReader, AdapterRefused
+from engine.adapters.files import AdapterRefused
+from engine.adapters.loading import Adapter, AdapterReader
 from engine.client import Completion
 from engine.config import EngineConfig
 from engine.core import Engine
