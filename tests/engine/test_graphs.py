@@ -4,37 +4,19 @@ The eager twin of a graph must give what an unpadded forward gives.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from engine.layers.attention import GatherAttention, Span
 from engine.layers.lora import LoraBatch, LoraWeights, lora_batch
 from engine.layers.varlen import VarlenAttention, agree, reference_kernel
-from engine.memory.cache import KVCache
-from engine.messages import Generate, Sampling
-from engine.models.decoder import Decoder, StepInput
-from engine.models.registry import read_spec
-from engine.runner.graphs import (
-    GraphedForward,
-    Piece,
-    Tier,
-    all_tiers,
-    choose_tier,
-    key_tiers,
-    padded,
-    piece_of,
-    row_tiers,
-)
-from engine.scheduling.scheduler import Row
-from engine.sequence import Sequence
+from engine.runner.graphs import GraphedForward, Piece, Tier, all_tiers, choose_tier, key_tiers, padded, row_tiers
 from tests.engine.conftest import ModelMaker
+from tests.engine.graph_world import World
 
 CPU = torch.device("cpu")
-BLOCK, BLOCKS, RANK, SLOTS = 16, 60, 4, 5
+BLOCK = 16
 
 
 def piece(start: int, fresh: int, slot: int = 0, first_block: int = 1) -> Piece:
@@ -103,87 +85,16 @@ def test_a_table_wider_than_the_tier_is_cut_to_what_the_tier_reads() -> None:
     assert numbers.narrow[5:].tolist() == [5, 6]
 
 
-class World:
-    """A tiny decoder with random adapters, and sequences whose tokens are cached up to some length."""
-
-    def __init__(self, directory: Path, windows: tuple[int, ...] = (0, 0)) -> None:
-        spec = replace(read_spec(directory), windows=windows)
-        self.decoder = Decoder(spec, directory, dtype=torch.float32, device=CPU, positions=128)
-        self.decoder.add_slots(SLOTS, RANK)
-        self.cache = KVCache(spec, BLOCKS, BLOCK, torch.float32, CPU)
-        self.varlen = VarlenAttention(spec, self.cache, CPU, kernel=reference_kernel)
-        self.gather = GatherAttention(spec, self.cache, CPU, torch.float32)
-        self.free = list(np.random.default_rng(0).permutation(np.arange(1, BLOCKS + 1)))
-        for slot in range(1, SLOTS + 1):
-            self.install(slot, seed=slot)
-
-    def install(self, slot: int, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        for layer in self.decoder.lora:
-            for weights in (layer.qkv, layer.o, layer.gate_up, layer.down):
-                assert weights is not None
-                a_RI, b_RO = weights.a_SRI[0], weights.b_SRO[0]
-                weights.fill(slot, *(0.1 * torch.randn(part.shape, generator=generator) for part in (a_RI, b_RO)))
-
-    def sequence(self, length: int, slot: int = 0) -> Sequence:
-        """`length` random tokens with blocks to hold them, none computed."""
-        tokens = np.random.default_rng(length).integers(4, 160, length).tolist()
-        request = Generate(id=str(length), prompt=tokens, sampling=Sampling(max_tokens=8, seed=0))
-        sequence = Sequence(b"", request, 0, 128)
-        sequence.table, sequence.slot = np.zeros(8, dtype=np.int64), slot
-        for index in range(-(-length // BLOCK)):
-            sequence.table[index] = self.free.pop()
-        return sequence
-
-    @torch.inference_mode()
-    def eager(self, rows: list[Row]) -> torch.Tensor:
-        """The unpadded forward, over the gathering attention."""
-        pieces = [piece_of(row) for row in rows]
-        counts = [len(item.tokens) for item in pieces]
-        places = [np.arange(item.start, item.start + len(item.tokens)) for item in pieces]
-        slots = [item.table[at // BLOCK] * BLOCK + at % BLOCK for item, at in zip(pieces, places, strict=True)]
-        offsets = np.cumsum([0, *counts]).tolist()
-        spans = [
-            Span(offset, item.start, len(item.tokens), item.table)
-            for offset, item in zip(offsets, pieces, strict=False)
-        ]
-        step = StepInput(
-            tokens_T=torch.tensor([token for item in pieces for token in item.tokens]),
-            positions_T=torch.from_numpy(np.concatenate(places)),
-            write_index=self.cache.write_index(torch.from_numpy(np.concatenate(slots))),
-            plan=self.gather.plan(spans),
-            lora=lora_batch([item.slot for item in pieces], counts, CPU),
-        )
-        return self.decoder.forward(step, self.cache, self.gather)
-
-    def graphed(
-        self, rows: int, fresh: tuple[int, ...], eager: Callable[..., torch.Tensor] | None = None
-    ) -> GraphedForward:
-        """The eager twin of captured graphs: the same buffers and the same forward, run instead of replayed."""
-
-        def refuse(_: object) -> torch.Tensor:
-            raise AssertionError("this step should have a tier")
-
-        return GraphedForward(
-            self.decoder, self.cache, self.varlen, eager or refuse, rows=rows, longest=128, fresh=fresh,
-            record=lambda compute: compute,
-        )  # fmt: skip
-
-    def prefilled(self, shapes: list[tuple[int, int, int]]) -> list[Row]:
-        """Rows (cached tokens, new tokens, slot), the cached ones computed."""
-        rows = []
-        for start, fresh, slot in shapes:
-            sequence = self.sequence(start + fresh, slot)
-            if start:
-                self.eager([Row(sequence, start)])
-            sequence.computed = start
-            rows.append(Row(sequence, fresh))
-        return rows
-
-
 @pytest.fixture
 def world(make_model: ModelMaker) -> World:
-    return World(make_model())
+    return World(make_model(), kernel=reference_kernel, block=BLOCK)
+
+
+def twin(
+    world: World, rows: int, fresh: tuple[int, ...], eager: Callable[..., torch.Tensor] | None = None
+) -> GraphedForward:
+    """The eager twin of captured graphs: the same buffers and the same forward, run instead of replayed."""
+    return world.graphed(rows, fresh, eager, record=lambda compute: compute)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +112,7 @@ def test_a_padded_replay_gives_what_an_unpadded_forward_gives(
     world: World, shapes: list[tuple[int, int, int]], fresh: tuple[int, ...]
 ) -> None:
     rows = world.prefilled(shapes)
-    graphed = world.graphed(8, fresh)
+    graphed = twin(world, 8, fresh)
     expected = world.eager(rows).clone()
     found = graphed.forward(rows)
     assert found.shape == expected.shape
@@ -210,16 +121,16 @@ def test_a_padded_replay_gives_what_an_unpadded_forward_gives(
 
 
 def test_layers_with_sliding_windows_replay_like_the_unpadded_forward(make_model: ModelMaker) -> None:
-    world = World(make_model(), windows=(0, 9))
+    world = World(make_model(), kernel=reference_kernel, block=BLOCK, windows=(0, 9))
     assert agree(world.varlen, world.gather, world.decoder.spec, world.cache, CPU)
     rows = world.prefilled([(5, 1, 2), (40, 3, 0), (16, 2, 1), (9, 1, 0)])
     expected = world.eager(rows).clone()
-    assert torch.allclose(world.graphed(4, (1, 4)).forward(rows), expected, atol=1e-5, rtol=1e-5)
+    assert torch.allclose(twin(world, 4, (1, 4)).forward(rows), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_padded_replay_writes_the_same_keys_and_values_and_nothing_else(world: World) -> None:
     rows = world.prefilled([(5, 1, 1), (40, 1, 0), (16, 1, 2)])
-    graphed = world.graphed(8, (1,))
+    graphed = twin(world, 8, (1,))
     graphed.warm_up()
     before = [world.cache.paged(layer) for layer in range(2)]
     kept = [(keys[1:].clone(), values[1:].clone()) for keys, values in before]
@@ -236,7 +147,7 @@ def test_a_padded_replay_writes_the_same_keys_and_values_and_nothing_else(world:
 
 def test_an_adapter_swapped_between_replays_is_the_one_that_answers(world: World) -> None:
     rows = world.prefilled([(5, 1, 1), (40, 1, 0)])
-    graphed = world.graphed(4, (1,))
+    graphed = twin(world, 4, (1,))
     first = graphed.forward(rows).clone()
     world.install(1, seed=99)
     second = graphed.forward(rows).clone()
@@ -247,13 +158,13 @@ def test_an_adapter_swapped_between_replays_is_the_one_that_answers(world: World
 
 def test_a_step_no_tier_holds_is_computed_eagerly(world: World) -> None:
     rows = world.prefilled([(0, 40, 0), (5, 1, 1)])
-    graphed = world.graphed(4, (1,), eager=world.eager)
+    graphed = twin(world, 4, (1,), eager=world.eager)
     assert torch.equal(graphed.forward(rows), world.eager(rows))
 
 
 def test_padding_leaves_no_trace_in_later_steps(world: World) -> None:
     rows = world.prefilled([(5, 1, 0), (40, 1, 3)])
-    graphed = world.graphed(8, (1, 4))
+    graphed = twin(world, 8, (1, 4))
     expected = graphed.forward(rows[:1]).clone()
     graphed.forward(world.prefilled([(11, 4, 2), (30, 2, 1), (2, 1, 5)]))
     world.cache.paged(0)[0][0] = 1e4
@@ -265,7 +176,7 @@ def test_tokens_of_no_row_never_carry_what_the_memory_held_into_the_null_block(
 ) -> None:
     rows = world.prefilled([(5, 1, 2), (40, 3, 0)])
     monkeypatch.setattr(torch, "empty", lambda shape, **options: torch.full(shape, torch.nan, **options))
-    assert world.graphed(2, (4,)).forward(rows).isfinite().all()
+    assert twin(world, 2, (4,)).forward(rows).isfinite().all()
     assert all(pages.isfinite().all() for layer in range(2) for pages in world.cache.paged(layer))
 
 
