@@ -80,14 +80,18 @@ def run(core: Engine, name: str, adapter: str | None, prompt: list[int] | None =
         (4, ["q_proj", "v_proj"], {}),
         (8, ALL_TARGETS, {"use_rslora": True}),
         (3, ["k_proj", "up_proj"], {}),
+        (64, ["q_proj", "v_proj", "down_proj"], {"use_rslora": True}),
+        (8, ALL_TARGETS, {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\..*": 16}, "alpha_pattern": {"k_proj": 3}}),
+        (4, ["v_proj", "gate_proj"], {"rank_pattern": {"gate_proj": 1}, "alpha_pattern": {"^model.layers.0.*": 9},
+                                      "use_rslora": True}),
     ],
-)
+)  # fmt: skip
 def test_logits_equal_peft_merged_weights(
-    rank: int, targets: list[str], options: dict[str, bool], model_dir: Path, artifacts: Path, make_engine: EngineMaker
+    rank: int, targets: list[str], options: dict[str, object], model_dir: Path, artifacts: Path, make_engine: EngineMaker
 ) -> None:
     adapted = peft_model(model_dir, rank, rank, targets, **options)
     digest = write_artifact(artifacts, base_digest(model_dir), adapted)
-    engine = make_engine(model_dir)
+    engine = make_engine(model_dir, adapter_rank=64)
     assert engine.load_adapter(artifacts / digest) == digest
     token_ids = list(range(10, 70))
     expected = reference_logits(adapted.merge_and_unload(), token_ids)
@@ -326,15 +330,24 @@ def test_broken_weights_are_refused_and_the_old_adapter_serves_on(
     ("change", "complaint"),
     [
         ({"peft_type": "IA3"}, "supported: LORA"),
-        ({"use_dora": True}, "use_dora"),
+        ({"use_dora": True}, "use_dora: DoRA rescales the base's own weights"),
+        ({"target_parameters": ["mlp.experts.down_proj"]}, "LoRA on mixture-of-experts weights is not served"),
         ({"bias": "all"}, "bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+        ({"modules_to_save": ["score"]}, "this base has no head"),
+        ({"rank_pattern": {"q_proj": 2}}, "has shape"),
+        ({"rank_pattern": {"q_proj": 9}}, "rank 9 is above the 8"),
+        ({"rank_pattern": {"(a+)+": 2}}, "simple patterns"),
+        ({"rank_pattern": {"[": 2}}, "simple patterns"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern must map"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "lora_alpha 'x'"),
         ({"init_lora_weights": "pissa"}, "changes the base weights"),
         ({"something_new": 1}, "something_new"),
-        ({"r": 99}, "rank 99"),
+        ({"r": 99}, "rank 99 is above the 8 this engine was started with: see --adapter-rank"),
         ({"r": True}, "rank True"),
         ({"lora_alpha": "a lot"}, "lora_alpha"),
+        ({"lora_alpha": 10**400}, "lora_alpha"),
+        ({"lora_alpha": float("nan")}, "lora_alpha"),
         ({"r": 3}, "has shape"),
     ],
 )
