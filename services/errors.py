@@ -70,7 +70,10 @@ class Overloaded(WhetError):
     status = 429
     type = "rate_limit_error"
     code = "overloaded"
-    retry_after = 1.0
+
+    def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class DeadlineExceeded(WhetError):

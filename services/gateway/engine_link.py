@@ -158,9 +158,7 @@ def refusal(finished: Finished) -> WhetError:
         case "unsupported":
             return InvalidRequest(sentence, code="unsupported_parameter")
         case "overloaded":
-            error = Overloaded(sentence)
-            error.retry_after = max(error.retry_after, getattr(finished, "retry_after_seconds", 0.0))
-            return error
+            return Overloaded(sentence, retry_after=max(1.0, finished.retry_after_seconds))
         case "deadline":
             return DeadlineExceeded(sentence)
     return WhetError(sentence, code="engine_error")

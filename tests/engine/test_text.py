@@ -86,6 +86,82 @@ def test_chats_render_and_encode_as_in_transformers(
     assert ours.encode_chat(chat, add_generation_prompt=prompt) == ids
 
 
+# How Qwen and Llama 3 write tools, calls and results, in short.
+HERMES = (
+    "{%- if tools %}<|im_start|>system\n{%- for tool in tools %}\n{{ tool | tojson }}{%- endfor %}<|im_end|>\n"
+    "{%- endif %}"
+    "{%- for message in messages %}{{ '<|im_start|>' + message.role }}\n{%- if message.content %}{{ message.content }}"
+    "{%- endif %}{%- for call in message.tool_calls %}{%- if call.function %}{%- set call = call.function %}"
+    "{%- endif %}"
+    '\n<tool_call>\n{"name": "{{ call.name }}", "arguments": {{ call.arguments | tojson }}}\n</tool_call>'
+    "{%- endfor %}<|im_end|>\n{%- endfor %}{%- if add_generation_prompt %}<|im_start|>assistant\n{%- endif %}"
+)
+LLAMA = (
+    "{%- if not tools is defined %}{%- set tools = none %}{%- endif %}{%- if tools is not none %}"
+    "{%- for t in tools %}{{ t | tojson(indent=4) }}\n\n{%- endfor %}{%- endif %}{%- for message in messages %}"
+    "{%- if 'tool_calls' in message %}{%- if not message.tool_calls | length == 1 %}{{ raise_exception('one call') }}"
+    "{%- endif %}{%- set call = message.tool_calls[0].function %}"
+    "{{ '{\"name\": \"' + call.name + '\", \"parameters\": ' }}{{ call.arguments | tojson }}{{ '}' }}"
+    "{%- elif message.role == 'tool' or message.role == 'ipython' %}ipython: {{ message.content | tojson }}"
+    "{%- else %}{{ message.role }}: {{ message.content }}{%- endif %}<|im_end|>{%- endfor %}"
+)
+TOOLS = [
+    {"type": "function", "function": {"name": "time", "description": "Zeit für 中文", "parameters": {"type": "object"}}}
+]
+CALLED = [
+    {"role": "user", "content": "when?"},
+    {"role": "assistant", "content": "", "tool_calls": [
+        {"id": "1", "type": "function", "function": {"name": "time", "arguments": {"zone": "Europe/Zürich", "n": 1}}}]},
+    {"role": "tool", "content": "noon", "tool_call_id": "1"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("template", [HERMES, LLAMA])
+@pytest.mark.parametrize("tools", [TOOLS, None])
+def test_tools_and_calls_render_as_in_transformers(
+    tools: list[dict[str, object]] | None, template: str, text_dir: Path, tmp_path: Path
+) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((text_dir / name).read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(template)
+    ours, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    rendered = theirs.apply_chat_template(CALLED, tools=tools, tokenize=False, add_generation_prompt=True)
+    assert ours.render(CALLED, tools=tools) == rendered
+    assert ours.encode_chat(CALLED, tools=tools) == ours.encode(rendered)
+    assert ours.template is not None
+    assert ours.template.knows_tools
+
+
+def test_a_template_without_a_place_for_tools_is_known(tokenizer: Tokenizer) -> None:
+    assert tokenizer.template is not None
+    assert not tokenizer.template.knows_tools
+
+
+@given(ids=st.lists(st.integers(0, 339), max_size=30))
+@settings(max_examples=200)
+def test_the_bytes_of_tokens_join_to_the_text(tokenizer: Tokenizer, ids: list[int]) -> None:
+    joined = b"".join(tokenizer.token_bytes(token_id) for token_id in ids)
+    assert joined.decode(errors="replace") == tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def test_the_bytes_of_sentencepiece_tokens_are_known() -> None:
+    vocabulary = {"<unk>": 0, "▁hi": 1, "<0xE2>": 2, "é": 3}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    bare = Tokenizer(Path(), backend, backend, (), "", None)
+    assert [bare.token_bytes(token_id) for token_id in (1, 2, 3, 99)] == [b" hi", b"\xe2", "é".encode(), b""]
+
+
+def test_stop_strings_wait_for_the_least_tokens_and_called_tags_show(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("the end the end")
+    waiting = TextStream(tokenizer, ["the"], min_tokens=2)
+    shown = "".join(waiting.push([token_id]) for token_id in ids)
+    assert shown.startswith("the")
+    assert waiting.stopped == "the"
+    spelled = TextStream(tokenizer, spell=tokenizer.control_ids("<s>", "<none>"), ends=ids[:1])
+    assert spelled.push([3, *ids[:2]]) == "<s>" + tokenizer.decode(ids[1:2])
+
+
 def test_a_template_inside_the_tokenizer_config_is_found(text_dir: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "tokenizer.json").write_bytes((text_dir / "tokenizer.json").read_bytes())
     options = json.loads((text_dir / "tokenizer_config.json").read_text())

@@ -1,8 +1,10 @@
 """A fast stand-in for the engine: speaks its messages, computes nothing.
 
 `python -m tests.gateway.fake_engine SOCKET [--step-ms N] [--context N] [--stamp]`. Token `i` of a request is a visible
-one that depends on seed, choice and `i` alone. An adapter loads when its directory holds `adapter.ok`. With `--stamp`
-the log-probability of a token is the monotonic time it was sent. Ends with its parent.
+one that depends on seed, choice and `i` alone; but what stands in a prompt between the bytes 1 and 2 is said word for
+word, and then it stops. A prompt with byte 3 is answered `overloaded`, with byte 4 `internal`, with byte 5 never. An
+adapter loads when its directory holds `adapter.ok`. With `--stamp` the log-probability of a token is the monotonic time
+it was sent. Ends with its parent.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from engine.messages import (
     Generate,
     GetStatus,
     LoadAdapter,
+    PromptLogprobs,
     Slot,
     Status,
     Tokens,
@@ -29,8 +32,13 @@ from engine.messages import (
     decode_to_engine,
     encode,
 )  # fmt: skip
+from tests.gateway.tiny_model import make_vocabulary
 
 FIRST_VISIBLE, VISIBLE = 5, 26
+VOCABULARY = make_vocabulary()
+# As byte-level BPE writes bytes 1 to 5.
+SAY, SAID, OVERLOAD, FAIL, HANG = (VOCABULARY[letter] for letter in "āĂăĄą")
+LIKELY = (-0.25, -1.5, -2.5)
 
 
 @dataclass
@@ -38,6 +46,24 @@ class Running:
     client: bytes
     message: Generate
     produced: int = 0
+    script: list[int] | None = None
+    began: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        prompt = self.message.prompt
+        if SAY in prompt and SAID in prompt:
+            self.script = prompt[prompt.index(SAY) + 1 : prompt.index(SAID)]
+
+    def token(self) -> int:
+        sampling = self.message.sampling
+        if self.script is not None:
+            return [*self.script, *sampling.stop_token_ids[:1], 0][self.produced]
+        return FIRST_VISIBLE + (sampling.seed + 7 * self.message.choice + self.produced) % VISIBLE
+
+    @property
+    def late(self) -> bool:
+        seconds = self.message.deadline_seconds
+        return seconds > 0 and time.monotonic() - self.began > seconds
 
 
 @dataclass
@@ -88,6 +114,12 @@ class FakeEngine:
         if message.adapter is not None and message.adapter not in self.loaded:
             error = f"adapter {message.adapter} is not loaded"
             self._send(client, self._finished(message, "error", 0, error, "adapter_not_loaded"))
+        elif OVERLOAD in message.prompt:
+            self._send(client, self._finished(message, "error", 0, "too much", "overloaded", retry_after=6.5))
+        elif FAIL in message.prompt:
+            self._send(client, self._finished(message, "error", 0, "broken", "internal"))
+        elif message.grammar is not None and message.grammar.text == "(":
+            self._send(client, self._finished(message, "error", 0, "unclosed group", "invalid_request"))
         else:
             self.running[message.id] = Running(client, message)
 
@@ -96,21 +128,43 @@ class FakeEngine:
         replies: dict[bytes, list[bytes]] = {}
         for request_id, run in list(self.running.items()):
             frames = replies.setdefault(run.client, [])
-            token = FIRST_VISIBLE + (run.message.sampling.seed + 7 * run.message.choice + run.produced) % VISIBLE
-            logprob = time.monotonic() if self.stamp else -0.25
-            run.produced += 1
-            self.generated += 1
-            frames.append(encode(Tokens(epoch=self.epoch, id=request_id, token_ids=[token], logprobs=[logprob])))
-            if run.produced >= run.message.sampling.max_tokens:
-                frames.append(encode(self._finished(run.message, "length", run.produced)))
+            if run.late:
+                frames.append(encode(self._finished(run.message, "error", run.produced, "too late", "deadline")))
                 del self.running[request_id]
+            elif HANG not in run.message.prompt:
+                self._speak(run, frames)
         for client, frames in replies.items():
-            self.socket.send_multipart([client, *frames])
+            if frames:
+                self.socket.send_multipart([client, *frames])
 
-    def _finished(self, message: Generate, reason: str, count: int, error: str = "", code: str = "") -> Finished:
+    def _speak(self, run: Running, frames: list[bytes]) -> None:
+        message, sampling = run.message, run.message.sampling
+        if message.prompt_logprobs and not run.produced:
+            count = len(message.prompt) - 1
+            likely = [self._likely(token, sampling.top_logprobs) for token in message.prompt[1:]]
+            frames.append(encode(PromptLogprobs(epoch=self.epoch, id=message.id, logprobs=[-0.5] * count, top=likely)))
+        token = run.token()
+        logprob = time.monotonic() if self.stamp else LIKELY[0]
+        likely = [self._likely(token, sampling.top_logprobs)]
+        run.produced += 1
+        self.generated += 1
+        frames.append(
+            encode(Tokens(epoch=self.epoch, id=message.id, token_ids=[token], logprobs=[logprob], top=likely))
+        )
+        ends = run.script is not None and token in sampling.stop_token_ids
+        if ends or run.produced >= sampling.max_tokens:
+            frames.append(encode(self._finished(message, "stop" if ends else "length", run.produced)))
+            del self.running[message.id]
+
+    def _likely(self, token: int, count: int) -> list[tuple[int, float]]:
+        return [((token + place) % len(VOCABULARY), value) for place, value in enumerate(LIKELY[:count])]
+
+    def _finished(
+        self, message: Generate, reason: str, count: int, error: str = "", code: str = "", retry_after: float = 0.0
+    ) -> Finished:
         return Finished(
             epoch=self.epoch, id=message.id, reason=reason, adapter=message.adapter, error=error or None,
-            code=code, prompt_tokens=len(message.prompt), completion_tokens=count,
+            code=code, retry_after_seconds=retry_after, prompt_tokens=len(message.prompt), completion_tokens=count,
         )  # type: ignore[arg-type]  # fmt: skip
 
     def _status(self, request_id: str) -> Status:

@@ -8,17 +8,24 @@ from tokenizers import decoders, models, pre_tokenizers
 
 CONTROL = ["<|pad|>", "<|bos|>", "<|end|>", "<|user|>", "<|assistant|>"]
 TEMPLATE = (
-    "{% for m in messages %}<|{{ 'assistant' if m['role'] == 'assistant' else 'user' }}|>{{ m['content'] }}<|end|>"
+    "{% if tools %}<|user|>{{ tools | tojson }}<|end|>{% endif %}"
+    "{% for m in messages %}<|{{ 'assistant' if m['role'] == 'assistant' else 'user' }}|>{{ m['content'] }}"
+    "{% for call in m['tool_calls'] %}<tool_call>{{ call['function'] | tojson }}</tool_call>{% endfor %}<|end|>"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 HIDDEN, LAYERS, HEADS, KV_HEADS, CONTEXT = 32, 2, 4, 2, 512
 
 
-def write_tokenizer(directory: Path) -> int:
-    """Control tokens, then the letters a to z, then every other byte; no merges. Returns the vocabulary's size."""
+def make_vocabulary() -> dict[str, int]:
+    """Control tokens, then the letters a to z, then every other byte, as byte-level BPE writes them."""
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     others = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(letters))
-    vocabulary = {token: index for index, token in enumerate([*CONTROL, *letters, *others])}
+    return {token: index for index, token in enumerate([*CONTROL, *letters, *others])}
+
+
+def write_tokenizer(directory: Path) -> int:
+    """A tokenizer of single bytes with its chat template. Returns the vocabulary's size."""
+    vocabulary = make_vocabulary()
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
