@@ -11,6 +11,7 @@ from engine.memory.cache import KVCache
 from engine.models.spec import DecoderSpec, RopeSpec
 
 BLOCK, BLOCKS = 256, 64
+ROPE = RopeSpec("default", 10000.0)
 # (cached tokens, new tokens) of each row.
 STEPS = {
     "first token": [(0, 1)],
@@ -28,7 +29,7 @@ def spec_of(heads: int, kv_heads: int, head_dim: int, windows: tuple[int, ...]) 
     return DecoderSpec(
         architecture="LlamaForCausalLM", vocab_size=8, hidden_size=heads * head_dim, intermediate_size=8,
         layers=len(windows), heads=heads, kv_heads=kv_heads, head_dim=head_dim, norm_eps=1e-6, max_positions=4096,
-        rope=RopeSpec("default", 10000.0), tied=True, qkv_bias=False, output_bias=False, mlp_bias=False, windows=windows,
+        rope=ROPE, tied=True, qkv_bias=False, output_bias=False, mlp_bias=False, windows=windows,
     )  # fmt: skip
 
 
