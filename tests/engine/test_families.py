@@ -76,6 +76,19 @@ def test_rope_settings_are_read_as_they_were_written_before_transformers_5(tmp_p
     assert read_spec(tmp_path) == today
 
 
+def test_windowed_layers_are_counted_from_the_first_where_no_types_are_given(tmp_path: Path) -> None:
+    write_model(tmp_path, CASES["qwen2_later_layers_windowed"])
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["layer_types"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_spec(tmp_path).windows == (0, 20, 20)
+
+
+def test_a_window_no_context_outgrows_is_none(tmp_path: Path) -> None:
+    write_model(tmp_path, Case("MistralForCausalLM", {"sliding_window": 512}))
+    assert read_spec(tmp_path).windows == (0, 0, 0)
+
+
 def test_longrope_ends_where_its_other_frequencies_would_begin(tmp_path: Path) -> None:
     write_model(tmp_path, Case("LlamaForCausalLM", {"rope_parameters": LONGROPE}))
     assert read_spec(tmp_path).max_positions == 128
@@ -136,3 +149,9 @@ def test_configurations_out_of_reach_are_refused_by_name(
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(UnsupportedModel, match=complaint):
         read_spec(tmp_path)
+
+
+def test_the_readme_lists_every_architecture() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    section = readme.split("## Models the engine runs")[1].split("\n## ")[0]
+    assert [name for name in SUPPORTED if f"`{name}`" not in section] == []
