@@ -2,6 +2,7 @@
 #
 #   make up                                       the platform on this machine
 #   make up ARGS="--model PATH_OR_HF_ID"          with another model
+#   make bench-serving ARGS="--publish"           servers side by side, the table into README
 #   make test TORCH_INDEX=<index URL>             torch from that index (CPU or CUDA builds)
 
 PYTHON ?= python3
@@ -14,10 +15,10 @@ STAMP := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help up demo test check format bench install chromium clean
+.PHONY: help up demo test check format bench bench-serving install chromium clean
 
 help:
-	@echo "make up | demo | test | check | bench   (README.md says what each does)"
+	@echo "make up | demo | test | check | bench | bench-serving   (README.md says what each does)"
 
 up: $(STAMP)
 	$(BIN)/whet up $(ARGS)
@@ -39,10 +40,13 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	@for script in benchmarks/[a-z]*.py; do \
-		module=$$(basename $$script .py); echo "== $$module"; \
+	@for module in gateway engine_steps adapters prefix memory quality; do \
+		echo "== $$module"; \
 		$(BIN)/python -m benchmarks.$$module || exit 1; \
 	done
+
+bench-serving: $(STAMP)
+	$(BIN)/python -m benchmarks.serving $(ARGS)
 
 install: $(STAMP)
 

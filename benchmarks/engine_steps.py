@@ -8,11 +8,9 @@ quiet one.
 """
 
 import argparse
-import json
 import os
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -21,15 +19,18 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from engine.messages import Generate, Sampling
+from benchmarks.figures import STARTER, load_average, random_prompts, show, spread, timed
+from engine.messages import Generate, Sampling, Tokens
 from engine.offline import CLIENT, LocalEngine
 from engine.process import keep_heap
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path(__file__).parent.parent / "engine" / "starter")
+    parser.add_argument("--model", type=Path, default=STARTER)
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
     parser.add_argument("--batches", default="1,4,16")
     parser.add_argument("--prompt", type=int, default=200, help="tokens of every prompt")
@@ -41,11 +42,11 @@ def main() -> None:
     options = parser.parse_args()
     keep_heap()
     with LocalEngine(options.model, precision=options.precision) as engine:
-        dtype = engine.core.decoder.dtype
+        dtype = DTYPES[engine.core.status("benchmark").dtype]
         theirs = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).eval()
         print_setting(engine)
         for batch in (int(part) for part in options.batches.split(",")):
-            prompts = make_prompts(batch, options.prompt, engine.core.decoder.spec.vocab_size)
+            prompts = random_prompts(options.model, batch, options.prompt, batch)
             sampling = Sampling(temperature=options.temperature, seed=1, max_tokens=options.tokens)
             runs = [
                 (engine_run(engine, prompts, sampling), transformers_run(theirs, prompts, options.tokens))
@@ -58,11 +59,6 @@ def main() -> None:
             report(batch, "transformers_tokens_per_second", [batch * options.tokens / seconds for seconds in others])
 
 
-def make_prompts(batch: int, length: int, vocabulary: int) -> list[list[int]]:
-    """Random tokens, the same in every run."""
-    return torch.randint(5, vocabulary, (batch, length), generator=torch.Generator().manual_seed(0)).tolist()
-
-
 def engine_run(engine: LocalEngine, prompts: list[list[int]], sampling: Sampling) -> tuple[float, float]:
     """Median milliseconds of a step in which every row generates, and seconds for the whole batch."""
     core = engine.core
@@ -71,9 +67,9 @@ def engine_run(engine: LocalEngine, prompts: list[list[int]], sampling: Sampling
     steps: list[float] = []
     began = time.perf_counter()
     while core.busy:
-        generating = len(core.scheduler.running) == len(prompts) and all(s.missing == 1 for s in core.scheduler.running)
+        core.outbox.clear()
         seconds = timed(core.step)
-        if generating:
+        if sum(isinstance(message, Tokens) for _, message in core.outbox) == len(prompts):
             steps.append(seconds)
     total = time.perf_counter() - began
     core.outbox.clear()
@@ -88,27 +84,17 @@ def transformers_run(model: transformers.PreTrainedModel, prompts: list[list[int
     return timed(lambda: model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config))
 
 
-def timed(action: Callable[[], object]) -> float:
-    """Seconds an action takes."""
-    began = time.perf_counter()
-    action()
-    return time.perf_counter() - began
-
-
 def report(batch: int, name: str, values: list[float]) -> None:
     """One JSON line: median, minimum, maximum."""
-    figures = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    rounded = {key: round(value, 2) for key, value in figures.items()}
-    print(json.dumps({"batch": batch, "figure": name, **rounded}), flush=True)
+    show(batch=batch, figure=name, **spread(values))
 
 
 def print_setting(engine: LocalEngine) -> None:
     """What was measured, on what."""
     status = engine.core.status("benchmark")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    load = os.getloadavg()[0]
     setting = {"model": status.model, "dtype": status.dtype, "device": status.device, "threads": status.threads}
-    print(json.dumps({**setting, **versions, "load_average": round(load, 2)}), flush=True)
+    show(**setting, **versions, load_average=load_average())
 
 
 if __name__ == "__main__":
