@@ -149,6 +149,7 @@ class Engine:
             generated_tokens=self._generated,
             uptime_seconds=time.monotonic() - self._born,
             pid=os.getpid(),
+            labels=list(self.forward.spec.labels),
         )
 
     def close(self) -> None:

@@ -170,6 +170,8 @@ class EncoderEngine:
             generated_tokens=0,
             uptime_seconds=time.monotonic() - self._born,
             pid=os.getpid(),
+            encoder=True,
+            labels=list(self.encoder.spec.labels),
         )
 
     def close(self) -> None:

@@ -240,6 +240,10 @@ class Status(msgspec.Struct, tag="status", frozen=True, kw_only=True):
     pid: int
     # What multiplies: "torch", or "native" with its instruction set.
     kernels: str = "torch"
+    # An encoder pools and cannot generate. `labels` name a classification head's scores, in order; such models
+    # do not generate either.
+    encoder: bool = False
+    labels: list[str] = []
 
 
 ToEngine = Generate | Pool | Cancel | LoadAdapter | UnloadAdapter | Forget | GetStatus

@@ -20,7 +20,8 @@ ENCODERS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """`runs` is the transformers class. `labels` is 0 without a classification head; `segments` counts token types."""
+    """`runs` is the transformers class; `labels` name the scores of a classification head; `segments` counts token
+    types."""
 
     architecture: str
     runs: str
@@ -29,7 +30,7 @@ class EncoderSpec:
     max_positions: int
     segments: int
     pad_id: int
-    labels: int
+    labels: tuple[str, ...]
 
 
 def read_encoder_spec(directory: Path) -> EncoderSpec | None:
@@ -50,10 +51,12 @@ def read_encoder_spec(directory: Path) -> EncoderSpec | None:
         raise UnsupportedModel(f"{directory}: config.json lacks or misstates {error}") from error
 
 
-def label_count(config: Mapping[str, Any]) -> int:
-    """How many labels a classification head has; transformers leaves its default of 2 out of the file."""
+def _labels(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """In order; transformers leaves its default of two unnamed ones out of the file."""
     names = config.get("id2label")
-    return len(names) if isinstance(names, dict) and names else int(config.get("num_labels", 2))
+    if isinstance(names, dict) and names:
+        return tuple(str(names[str(index)]) for index in range(len(names)))
+    return tuple(f"LABEL_{index}" for index in range(int(config.get("num_labels", 2))))
 
 
 def _spec(name: str, config: Mapping[str, Any]) -> EncoderSpec:
@@ -70,5 +73,5 @@ def _spec(name: str, config: Mapping[str, Any]) -> EncoderSpec:
         max_positions=positions,
         segments=segments,
         pad_id=int(pad or 0),
-        labels=label_count(config) if name.endswith(CLASSIFIER) else 0,
+        labels=_labels(config) if name.endswith(CLASSIFIER) else (),
     )
