@@ -47,6 +47,10 @@ class Tokenizer:
         backend = tokenizers.Tokenizer.from_str(text)
         literal = tokenizers.Tokenizer.from_str(text)
         literal.encode_special_tokens = True
+        for one in (backend, literal):
+            # Files of embedding models ask for both; lengths are checked, and batches padded, where they are known.
+            one.no_truncation()
+            one.no_padding()
         options = _json(root / "tokenizer_config.json")
         return cls(
             directory=root,
