@@ -291,13 +291,20 @@ class Choice:
         return round(seconds * 1000, 3)
 
     def _measure(self, now: float) -> None:
-        metrics, model = self._parts.metrics, self.plan.target.project.slug
+        metrics, model, ending = self._parts.metrics, self.plan.target.project.slug, self.ending
         metrics.finished.labels(model, self.finish_reason).inc()
         metrics.prompt_tokens.labels(model).inc(len(self.planned.prompt))
         metrics.generation_tokens.labels(model).inc(len(self.token_ids))
         metrics.latency.labels(model).observe(now - self.plan.started)
+        if ending is not None:
+            metrics.prefix_queries.labels(model).inc(len(self.planned.prompt))
+            metrics.prefix_hits.labels(model).inc(ending.cached_tokens)
+            metrics.queued.labels(model).observe(ending.queue_seconds)
         if self._first_at:
             metrics.first_token.labels(model).observe(self._first_at - self.plan.started)
+        if len(self.token_ids) > 1:
+            seconds = (self._last_at - self._first_at) / (len(self.token_ids) - 1)
+            metrics.token_time.labels(model).observe(seconds)
         if self._longest_gap:
             metrics.longest_gap.labels(model).observe(self._longest_gap)
 

@@ -1,8 +1,10 @@
 """Prometheus metrics of the gateway; vLLM's names where the meaning is the same."""
 
+from typing import get_args
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from engine.messages import Status
+from engine.messages import SlotState, Status
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -19,6 +21,12 @@ class Metrics:
         self.generation_tokens = Counter(
             "vllm:generation_tokens", "Generated tokens of finished requests.", model, registry=self.registry
         )
+        self.prefix_queries = Counter(
+            "vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", model, registry=self.registry
+        )
+        self.prefix_hits = Counter(
+            "vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", model, registry=self.registry
+        )
         self.finished = Counter(
             "vllm:request_success", "Ended requests.", (*model, "finished_reason"), registry=self.registry
         )
@@ -30,6 +38,14 @@ class Metrics:
             "vllm:e2e_request_latency_seconds", "From arrival to the end.", model,
             buckets=SECONDS, registry=self.registry,
         )  # fmt: skip
+        self.queued = Histogram(
+            "vllm:request_queue_time_seconds", "From the engine's receipt to its first step.", model,
+            buckets=SECONDS, registry=self.registry,
+        )  # fmt: skip
+        self.token_time = Histogram(
+            "vllm:request_time_per_output_token_seconds", "Mean time a token took after the first.", model,
+            buckets=SECONDS, registry=self.registry,
+        )  # fmt: skip
         self.longest_gap = Histogram(
             "whet:longest_gap_seconds", "Longest silence between two chunks of a request.", model,
             buckets=SECONDS, registry=self.registry,
@@ -38,6 +54,13 @@ class Metrics:
         self._engine_running = Gauge("vllm:num_requests_running", "Sequences in the step.", registry=self.registry)
         self._engine_waiting = Gauge("vllm:num_requests_waiting", "Sequences not begun.", registry=self.registry)
         self._kv = Gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", registry=self.registry)
+        self._steps = Gauge("whet:engine_steps", "Steps since the engine started.", registry=self.registry)
+        self._generated = Gauge(
+            "whet:engine_generated_tokens", "Tokens since the engine started.", registry=self.registry
+        )
+        self._slots = Gauge(
+            "whet:adapter_slots", "Adapter slots by state; free ones hold nothing.", ("state",), registry=self.registry
+        )
         self._spool = Gauge("whet:log_spool_bytes", "Spool not yet shipped and unlinked.", registry=self.registry)
         self._age = Gauge("whet:snapshot_age_seconds", "Age of what is known of keys.", registry=self.registry)
         self._engine_up = Gauge("whet:engine_up", "1 while the engine is connected.", registry=self.registry)
@@ -49,6 +72,15 @@ class Metrics:
             self._engine_running.set(engine.running)
             self._engine_waiting.set(engine.waiting)
             self._kv.set(1 - engine.blocks_free / max(1, engine.blocks_total))
+            self._steps.set(engine.steps)
+            self._generated.set(engine.generated_tokens)
+            self._show_slots(engine)
         self._spool.set(spool_bytes)
         self._age.set(snapshot_age)
         return generate_latest(self.registry)
+
+    def _show_slots(self, engine: Status) -> None:
+        states = [slot.state for slot in engine.slots]
+        for state in get_args(SlotState):
+            self._slots.labels(state).set(states.count(state))
+        self._slots.labels("free").set(max(0, engine.slots_total - len(states)))

@@ -9,9 +9,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from engine.client import EngineGone
+from engine.messages import Status
 from services.app import PUBLIC, declared_scope, needs
 from services.errors import Forbidden
-from services.gateway import access, feedback
+from services.gateway import access, feedback, tokenization
 from services.gateway.bodies import CHAT, TEXT, Ask, parse_chat, parse_text
 from services.gateway.planning import make_plan
 from services.gateway.service import Gateway
@@ -57,11 +58,36 @@ async def _complete(request: Request, parse: Callable[[bytes], Ask]) -> Response
 
 
 @needs("infer")
+async def tokenize(request: Request) -> Response:
+    """POST /tokenize: a text or a chat as the model's tokens."""
+    key = caller(request)
+    gateway = gateway_of(request)
+    body = tokenization.parse_tokenize(await request.body())
+    if body.model is not None:
+        access.resolve(gateway.keeper.current, key, body.model)
+    engine = await gateway.live.link.describe()
+    return JSONResponse(await run_in_threadpool(tokenization.tokenize, body, gateway.tokenizer, engine.max_context))
+
+
+@needs("infer")
+async def detokenize(request: Request) -> Response:
+    """POST /detokenize: the model's tokens as a text."""
+    key = caller(request)
+    gateway = gateway_of(request)
+    body = tokenization.parse_detokenize(await request.body())
+    if body.model is not None:
+        access.resolve(gateway.keeper.current, key, body.model)
+    return JSONResponse(await run_in_threadpool(tokenization.detokenize, body, gateway.tokenizer))
+
+
+@needs("infer")
 async def list_models(request: Request) -> Response:
     """GET /v1/models: the projects this key may use, with the digests they serve."""
     key = caller(request)
-    projects = access.visible(gateway_of(request).keeper.current, key)
-    return JSONResponse({"object": "list", "data": [_model(project, project.slug) for project in projects]})
+    gateway = gateway_of(request)
+    engine = gateway.live.link.known
+    projects = access.visible(gateway.keeper.current, key)
+    return JSONResponse({"object": "list", "data": [_model(project, project.slug, engine) for project in projects]})
 
 
 @needs("infer")
@@ -69,17 +95,21 @@ async def get_model(request: Request) -> Response:
     """GET /v1/models/{model}"""
     key = caller(request)
     model = request.path_params["model"]
-    target = access.resolve(gateway_of(request).keeper.current, key, model)
-    return JSONResponse(_model(target.project, model))
+    gateway = gateway_of(request)
+    target = access.resolve(gateway.keeper.current, key, model)
+    return JSONResponse(_model(target.project, model, gateway.live.link.known))
 
 
-def _model(project: KnownProject, name: str) -> dict[str, object]:
+def _model(project: KnownProject, name: str, engine: Status | None) -> dict[str, object]:
+    """A project as a model; what only the engine knows is null while it is away."""
     return {
         "id": name,
         "object": "model",
         "created": int(project.created_at.timestamp()),
         "owned_by": "whet",
+        "max_model_len": engine.max_context if engine else None,
         "whet": {
+            "base": engine.base if engine else None,
             "adapter": project.active,
             "generation": project.generation,
             "artifacts": sorted(project.artifacts),
@@ -125,6 +155,8 @@ async def metrics(request: Request) -> Response:
 ROUTES = [
     Route(CHAT, chat_completions, methods=["POST"]),
     Route(TEXT, completions, methods=["POST"]),
+    Route("/tokenize", tokenize, methods=["POST"]),
+    Route("/detokenize", detokenize, methods=["POST"]),
     Route("/v1/models", list_models, methods=["GET"]),
     Route("/v1/models/{model}", get_model, methods=["GET"]),
     Route("/v1/feedback", give_feedback, methods=["POST"]),

@@ -16,6 +16,8 @@ from tests.gateway.parts import World, eventually
 PATHS = {
     "/v1/chat/completions": {"model": "entities", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
     "/v1/completions": {"model": "entities", "prompt": "hi", "max_tokens": 2},
+    "/tokenize": {"model": "entities", "prompt": "hi"},
+    "/detokenize": {"tokens": [5, 6]},
     "/v1/feedback": {"interaction_id": str(uuid7()), "rating": 1},
 }
 PLACES = [(route.path, sorted((route.methods or set()) - {"HEAD"})[0], declared_scope(route)) for route in ROUTES]
