@@ -27,15 +27,15 @@ def weights(spec: MoeSpec) -> tuple[torch.Tensor, list[torch.Tensor], list[torch
     return random(spec.experts, HIDDEN), gate_up, [random(HIDDEN, wide) for _ in range(spec.experts)]
 
 
-@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("way", [{"pack": True}, {"pack": False}, {"stacked": True}], ids=str)
 @pytest.mark.parametrize("tokens", [0, 1, 2, 33])
 @pytest.mark.parametrize(
     "spec", [MoeSpec(4, 1, 24, False), MoeSpec(4, 2, 24, True), MoeSpec(32, 8, 16, False), MoeSpec(3, 3, 24, True)]
 )
-def test_grouped_experts_equal_a_loop_over_tokens(spec: MoeSpec, tokens: int, pack: bool) -> None:
+def test_grouped_experts_equal_a_loop_over_tokens(spec: MoeSpec, tokens: int, way: dict[str, bool]) -> None:
     router, gate_up, down = weights(spec)
     x = torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens))
-    found = MoeLayer(spec, router, gate_up, down, pack=pack)(x)
+    found = MoeLayer(spec, router, gate_up, down, **way)(x)
     assert found.shape == x.shape
     assert torch.allclose(found, reference_moe(x, router, gate_up, down, spec), atol=1e-4)
 
