@@ -18,10 +18,13 @@ from engine.models.spec import DecoderSpec
 from engine.native.library import PANEL, Layer, Lora, Matrix, Model, Step, functions
 from engine.native.weights import NativeLora, Packed, interleave, pad, padded
 from engine.runner.heads import Heads
+from engine.runner.placement import parameters
 from engine.scheduling.scheduler import Row
 
 BLOCK = 16
 MOST_RANK = 256
+# Weights above this are read from memory at each step; last-level caches are about this large.
+CACHE_BYTES = 32 << 20
 
 
 def unsupported(spec: DecoderSpec, rank: int) -> str:
@@ -56,6 +59,7 @@ class NativeDecoder:
         self._keep: list[torch.Tensor] = []
         self._loras: dict[tuple[int | None, str], NativeLora] = {}
         self._int8 = int8
+        self._far = parameters(spec) * (1 if int8 else decoder.dtype.itemsize) > CACHE_BYTES
         pages = (spec.layers, blocks + 1, spec.kv_heads, BLOCK * spec.head_dim)
         self._keys, self._values = (torch.zeros(pages, dtype=decoder.dtype) for _ in range(2))
         self._layers = (Layer * spec.layers)(*[self._layer(index, layer) for index, layer in enumerate(decoder.layers)])
@@ -161,6 +165,7 @@ class NativeDecoder:
 
     def _packed(self, linear: Linear, weight: torch.Tensor) -> Matrix:
         packed = Packed.of(pad(weight), linear.bias, int8=self._int8)
+        packed.matrix.far = self._far
         self._keep += packed.tensors
         # The dense copy is let go layer by layer, so that loading never holds the model twice.
         linear.weight = torch.empty(0)

@@ -20,7 +20,7 @@ class Matrix(ctypes.Structure):
 
     _fields_: ClassVar[list[tuple[str, Any]]] = [
         ("data", Pointer), ("scale", Pointer), ("bias", Pointer),
-        ("outputs", Int), ("inputs", Int), ("kind", Int), ("unused", Int),
+        ("outputs", Int), ("inputs", Int), ("kind", Int), ("far", Int),
     ]  # fmt: skip
 
 

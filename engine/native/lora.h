@@ -51,7 +51,7 @@ static void add_piece(const Lora &lora, const uint32_t *x, const Piece &piece, f
     Out out = {y + (size_t)piece.row * stride, nullptr, stride, ADD};
     for (int p = 0; p < lora.outputs / 16; p++) {
         const uint32_t *part = (const uint32_t *)units + lora.part[p] * width / A::values;
-        rows_of<A, A, 1>(b, part, ranks / A::values, piece.rows, p, out);
+        rows_of<A, A, 1, 12>(b, part, ranks / A::values, piece.rows, p, false, out);
     }
 }
 

@@ -11,7 +11,8 @@ struct Matrix {
     const uint8_t *data;  // packed panels, 64-byte aligned
     const float *scale;   // per output, for INT8
     const float *bias;    // per output, or null
-    int32_t outputs, inputs, kind, unused;
+    int32_t outputs, inputs, kind;
+    int32_t far;          // the model is larger than the caches: one slower pass over its weights beats two
 };
 
 enum Mode { STORE, ADD, SWIGLU };
@@ -25,12 +26,17 @@ struct Out {
 
 template <class W, int MR, int NP>
 static inline __attribute__((always_inline)) void tile(const uint8_t *w, size_t panel, int units, const uint32_t *x,
-                                                       int stride, v16f acc[MR][NP]) {
+                                                       int stride, bool ahead, v16f out[MR][NP]) {
+    // Sums live in registers only if nobody takes the address of the array they are in.
+    v16f acc[MR][NP];
 #pragma GCC unroll 16
     for (int m = 0; m < MR; m++)
 #pragma GCC unroll 16
         for (int p = 0; p < NP; p++) acc[m][p] = (v16f){};
     for (int k = 0; k < units; k++) {
+        if (ahead)
+#pragma GCC unroll 16
+            for (int p = 0; p < NP; p++) __builtin_prefetch(w + (NP + p) * panel + (size_t)k * W::bytes, 0, 2);
         v16u weights[NP];
 #pragma GCC unroll 16
         for (int p = 0; p < NP; p++) weights[p] = W::weights(w + p * panel + (size_t)k * W::bytes);
@@ -39,6 +45,10 @@ static inline __attribute__((always_inline)) void tile(const uint8_t *w, size_t 
 #pragma GCC unroll 16
             for (int p = 0; p < NP; p++) acc[m][p] = W::mac(acc[m][p], weights[p], x[(size_t)m * stride + k]);
     }
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; m++)
+#pragma GCC unroll 16
+        for (int p = 0; p < NP; p++) out[m][p] = acc[m][p];
 }
 
 template <class A>
@@ -57,47 +67,63 @@ static inline void finish(const Matrix &w, v16f *acc, int panels, int panel, int
 }
 
 template <class W, class A, int MR, int NP>
-static void block(const Matrix &w, const uint32_t *x, int stride, int row, int panel, const Out &out) {
+static void block(const Matrix &w, const uint32_t *x, int stride, int row, int panel, bool ahead, const Out &out) {
     int units = w.inputs / W::values;
     size_t bytes = (size_t)units * W::bytes;
     v16f acc[MR][NP];
-    tile<W, MR, NP>(w.data + panel * bytes, bytes, units, x + (size_t)row * stride, stride, acc);
+    const uint8_t *from = w.data + panel * bytes;
+    x += (size_t)row * stride;
+    if (MR * NP <= 24) {
+        tile<W, MR, NP>(from, bytes, units, x, stride, ahead, acc);
+    } else {  // more sums than registers: one panel after the other
+        v16f one[MR][1];
+        for (int p = 0; p < NP; p++) {
+            tile<W, MR, 1>(from + p * bytes, bytes, units, x, stride, true, one);
+            for (int m = 0; m < MR; m++) acc[m][p] = one[m][0];
+        }
+    }
     for (int m = 0; m < MR; m++) finish<A>(w, acc[m], NP, panel, row + m, out);
 }
 
-template <class W, class A, int NP>
-static void rows_of(const Matrix &w, const uint32_t *x, int stride, int rows, int panel, const Out &out) {
-    typedef void (*Block)(const Matrix &, const uint32_t *, int, int, int, const Out &);
-    static const Block blocks[] = {
-        block<W, A, 1, NP>, block<W, A, 2, NP>, block<W, A, 3, NP>, block<W, A, 4, NP>,
-        block<W, A, NP == 2 ? 5 : 1, NP>, block<W, A, NP == 2 ? 6 : 1, NP>, block<W, A, NP == 2 ? 7 : 1, NP>,
-        block<W, A, NP == 2 ? 8 : 1, NP>, block<W, A, NP == 2 ? 9 : 1, NP>, block<W, A, NP == 2 ? 10 : 1, NP>,
-        block<W, A, NP == 2 ? 11 : 1, NP>, block<W, A, NP == 2 ? 12 : 1, NP>};
-    const int most = NP == 2 ? 12 : 4;
-    int tiles = (rows + most - 1) / most;
+// All rows over NP panels, in tiles as tall as registers allow (MOST), all about equally tall.
+template <class W, class A, int NP, int MOST>
+static void rows_of(const Matrix &w, const uint32_t *x, int stride, int rows, int panel, bool ahead, const Out &out) {
+    typedef void (*Block)(const Matrix &, const uint32_t *, int, int, int, bool, const Out &);
+#define TALL(n) block<W, A, n <= MOST ? n : 1, NP>
+    static const Block blocks[] = {TALL(1), TALL(2),  TALL(3),  TALL(4),  TALL(5),  TALL(6),  TALL(7),  TALL(8),
+                                   TALL(9), TALL(10), TALL(11), TALL(12), TALL(13), TALL(14), TALL(15), TALL(16)};
+#undef TALL
+    int tiles = (rows + MOST - 1) / MOST;
     for (int t = 0, row = 0; t < tiles; t++) {
         int take = (rows - row + tiles - t - 1) / (tiles - t);
-        blocks[take - 1](w, x, stride, row, panel, out);
+        blocks[take - 1](w, x, stride, row, panel, ahead && t == tiles - 1, out);
         row += take;
     }
 }
 
-// `x` is [rows, stride] units. Panels are shared out in groups; a group stays in cache while all rows pass over it.
+// Panels `panel` .. `panel + left` for all rows; a group of them stays in cache while the rows pass over it, and the
+// last rows fetch the next group meanwhile.
+template <class W, class A>
+static void panels_of(const Matrix &w, const uint32_t *x, int stride, int rows, int panel, int left, const Out &out) {
+    for (int width; left; panel += width, left -= width) {
+        if (rows == 1 && left >= 8) width = 8, rows_of<W, A, 8, 1>(w, x, stride, rows, panel, false, out);
+        else if (rows <= 4 && left >= 4) width = 4, rows_of<W, A, 4, 4>(w, x, stride, rows, panel, false, out);
+        else if (w.far && rows > 12 && rows <= 16 && left >= 2)
+            width = 2, rows_of<W, A, 2, 16>(w, x, stride, rows, panel, false, out);
+        else if (left >= 2) width = 2, rows_of<W, A, 2, 12>(w, x, stride, rows, panel, left >= 4, out);
+        else width = 1, rows_of<W, A, 1, 12>(w, x, stride, rows, panel, false, out);
+    }
+}
+
+// `x` is [rows, stride] units; chunks of panels are shared out among the threads.
 template <class W, class A>
 static void matmul(Pool &pool, const Matrix &w, const uint32_t *x, int stride, int rows, const Out &out) {
-    int panels = w.outputs / 16;
-    int width = rows == 1 ? 8 : rows <= 4 ? 4 : 2;
-    // Few groups would leave a thread idle at the end.
-    while (width > 2 && panels < 4 * width * pool.threads) width /= 2;
-    int groups = (panels + width - 1) / width;
-    pool.each(groups, [&](int, int group) {
-        int panel = group * width, left = panels - panel < width ? panels - panel : width;
-        while (left) {
-            if (left >= 8 && rows == 1) block<W, A, 1, 8>(w, x, stride, 0, panel, out), panel += 8, left -= 8;
-            else if (left >= 4 && rows <= 4) rows_of<W, A, 4>(w, x, stride, rows, panel, out), panel += 4, left -= 4;
-            else if (left >= 2) rows_of<W, A, 2>(w, x, stride, rows, panel, out), panel += 2, left -= 2;
-            else for (int row = 0; row < rows; row++) block<W, A, 1, 1>(w, x, stride, row, panel, out), left = 0;
-        }
+    int panels = w.outputs / 16, width = pool.threads == 1 ? panels : 16;
+    // Few chunks would leave a thread idle at the end.
+    while (width > 2 && panels < 4 * width * pool.threads && pool.threads > 1) width /= 2;
+    pool.each((panels + width - 1) / width, [&](int, int chunk) {
+        int panel = chunk * width, left = panels - panel < width ? panels - panel : width;
+        panels_of<W, A>(w, x, stride, rows, panel, left, out);
     });
 }
 
