@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from engine.layers.linear import Linear
-from engine.layers.score import ScoreHead
 from engine.layers.rope import Rope
+from engine.layers.score import ScoreHead
 from engine.models.decoder import Decoder
 from engine.models.decoder import Layer as DecoderLayer
 from engine.models.spec import DecoderSpec
