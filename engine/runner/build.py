@@ -6,12 +6,14 @@ import torch
 
 from engine.config import EngineConfig
 from engine.layers.backends import choose_attention
+from engine.layers.varlen import VarlenAttention
 from engine.memory.cache import KVCache
 from engine.models.decoder import Decoder
 from engine.models.spec import DecoderSpec
 from engine.native.build import NoNative, library
 from engine.native.decoder import NativeDecoder, unsupported
 from engine.runner.forward import Forward, TorchForward
+from engine.runner.graphs import GraphedForward, capturable
 from engine.runner.placement import block_size, choose_device, choose_dtype, choose_threads
 
 
@@ -33,7 +35,10 @@ def build_forward(config: EngineConfig, spec: DecoderSpec, *, blocks: int, posit
     if config.native and device.type == "cpu":
         print(f"torch kernels serve this model: {refusal}", file=sys.stderr)
     cache = KVCache(spec, blocks, block_size(device), dtype, device)
-    return TorchForward(decoder, cache, choose_attention(spec, cache, device))
+    attention = choose_attention(spec, cache, device)
+    if isinstance(attention, VarlenAttention) and capturable(spec):
+        return GraphedForward(decoder, cache, attention, rows=config.max_running, longest=positions)
+    return TorchForward(decoder, cache, attention)
 
 
 def no_native(config: EngineConfig, spec: DecoderSpec, device: torch.device) -> str:

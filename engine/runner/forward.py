@@ -64,12 +64,16 @@ class TorchForward:
             weights.fill(slot, a_RI, b_RO)
 
     def run(self, rows: Many[Row], take: Many[int], *, logits: bool) -> Heads:
-        h_TE = self.decoder.forward(self.prepare(rows), self.cache, self.attention)
+        h_TE = self.states(rows)
         hidden_RE = self.decoder.final(h_TE[torch.tensor(take, dtype=torch.long, device=self.device)])
         if not logits or not take:
             return Heads(hidden_RE, hidden_RE.new_empty(0, self.spec.vocab_size))
         slots = np.repeat([row.sequence.slot for row in rows], [row.length for row in rows])
         return Heads(hidden_RE, self.logits(hidden_RE, slots[list(take)].tolist()))
+
+    def states(self, rows: Many[Row]) -> torch.Tensor:
+        """Hidden states [T, E] of all the rows' tokens, before the final norm. Valid until the next run."""
+        return self.decoder.forward(self.prepare(rows), self.cache, self.attention)
 
     def logits(self, hidden_RE: torch.Tensor, slots: Many[int]) -> torch.Tensor:
         return self.decoder.logits(hidden_RE, lora_batch(slots, [1] * len(slots), self.device))

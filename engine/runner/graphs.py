@@ -20,6 +20,8 @@ from engine.layers.varlen import VarlenAttention, VarlenPlan
 from engine.memory.blocks import NULL_BLOCK
 from engine.memory.cache import KVCache
 from engine.models.decoder import Decoder, StepInput
+from engine.models.spec import DecoderSpec
+from engine.runner.forward import TorchForward
 from engine.scheduling.scheduler import Row
 
 # Forwards before a capture: libraries allocate workspaces and choose kernels in their first calls.
@@ -60,8 +62,8 @@ class Padded(NamedTuple):
 
 
 def row_tiers(most: int) -> list[int]:
-    """1, 2, 4, 8, then steps of 8 to 32 and of 16 beyond; the last is `most`."""
-    ladder = [1, 2, 4, *range(8, 32, 8), *range(32, most, 16)]
+    """1, 2, 4, 8, 16, 24, 32, 48, 64, and on by halves and thirds; the last is `most`."""
+    ladder = [1, 2, 4, *range(8, 32, 8), *(step for power in range(5, 20) for step in (2**power, 3 * 2 ** (power - 1)))]
     return [rows for rows in ladder if rows < most] + [most]
 
 
@@ -216,63 +218,74 @@ class CapturedForward:
         return self._out_TE
 
 
-class GraphedForward:
-    """`forward(rows)` like the runner's own: replays the step's tier, or computes eagerly what no tier holds.
+class GraphedForward(TorchForward):
+    """TorchForward that replays a step's tier, and computes eagerly what no tier holds: prompts, mostly.
 
-    `fresh` are the tiers of tokens per row: 1 to generate, 1 + k for verifying k drafted ones. `record` makes a Replay
-    of a forward; without it graphs are captured on the GPU.
+    `rows` and `longest` are the most sequences and tokens of one; `fresh` the tiers of tokens per row: 1 to generate,
+    1 + k to verify k drafted ones. `record` makes a Replay of a forward; without it graphs are captured on the GPU.
     """
+
+    kernels = "torch, CUDA graphs"
 
     def __init__(
         self,
         decoder: Decoder,
         cache: KVCache,
         attention: VarlenAttention,
-        eager: Callable[[Sequence[Row]], torch.Tensor],
         *,
         rows: int,
         longest: int,
         fresh: Sequence[int] = (1,),
         record: Callable[[Compute], Replay] | None = None,
     ) -> None:
-        self._decoder, self._cache, self._attention, self._eager = decoder, cache, attention, eager
+        super().__init__(decoder, cache, attention)
         self._rows, self._longest, self._fresh = rows, longest, fresh
         self._record = record
         self._graphs: dict[Tier, tuple[StaticInput, Replay]] = {}
 
-    @property
-    def tiers(self) -> list[Tier]:
-        """Tiers recorded so far, largest first."""
-        return list(self._graphs)
+    def add_slots(self, slots: int, rank: int) -> None:
+        """Allocate adapter slots, then record every tier: graphs hold the slot tensors' addresses."""
+        super().add_slots(slots, rank)
+        self.warm_up()
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Record every tier. Call it once the adapter slots are allocated; the first forward does, if nobody did."""
-        record = self._record or self._capture()
-        block = self._cache.block_size
-        for tier in all_tiers(self._rows, self._fresh, self._longest, block, bool(self._decoder.lora)):
-            inputs = StaticInput.make(tier, block, self._decoder.device)
-            self._graphs[tier] = inputs, record(self._forward_of(inputs))
+        """Record every tier. The first step does, when no slots were added before."""
+        record = self._record or _capture()
+        block = self.cache.block_size
+        for tier in all_tiers(self._rows, self._fresh, self._longest, block, bool(self.decoder.lora)):
+            inputs = StaticInput.make(tier, block, self.device)
+            self._graphs[tier] = inputs, record(self._compute_of(inputs))
 
     @torch.inference_mode()
-    def forward(self, rows: Sequence[Row]) -> torch.Tensor:
-        """Hidden states [tokens, E] before the final norm, in the order of the rows; valid until the next forward."""
+    def states(self, rows: Sequence[Row]) -> torch.Tensor:
         if not self._graphs:
             self.warm_up()
         pieces = [piece_of(row) for row in rows]
-        tier = choose_tier(self.tiers, pieces)
+        tier = choose_tier(list(self._graphs), pieces)
         if tier is None:
-            return self._eager(rows)
+            return super().states(rows)
         inputs, replay = self._graphs[tier]
-        inputs.fill(padded(pieces, tier, self._cache.block_size))
+        inputs.fill(padded(pieces, tier, self.cache.block_size))
         return replay()[: sum(len(piece.tokens) for piece in pieces)]
 
-    def _forward_of(self, inputs: StaticInput) -> Compute:
-        return lambda: self._decoder.forward(inputs.step(self._cache), self._cache, self._attention)
+    def close(self) -> None:
+        """Let the graphs and their memory go."""
+        self._graphs.clear()
+        super().close()
 
-    def _capture(self) -> Callable[[Compute], Replay]:
-        pool = torch.cuda.graph_pool_handle()
-        return lambda forward: CapturedForward(forward, pool)
+    def _compute_of(self, inputs: StaticInput) -> Compute:
+        return lambda: self.decoder.forward(inputs.step(self.cache), self.cache, self.attention)
+
+
+def capturable(spec: DecoderSpec) -> bool:
+    """Whether a forward launches the same kernels whatever the numbers: experts take turns by what the router says."""
+    return spec.moe is None
+
+
+def _capture() -> Callable[[Compute], Replay]:
+    pool = torch.cuda.graph_pool_handle()
+    return lambda compute: CapturedForward(compute, pool)
 
 
 def piece_of(row: Row) -> Piece:

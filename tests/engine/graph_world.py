@@ -1,6 +1,7 @@
 """A tiny decoder with random adapters and hand-made sequences: what graph tests on CPU and GPU share."""
 
 from collections.abc import Callable
+from collections.abc import Sequence as Many
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,13 @@ from engine.scheduling.scheduler import Row
 from engine.sequence import Sequence
 
 BLOCKS, RANK, SLOTS, LONGEST = 60, 4, 5, 128
+
+
+class OnlyReplays(GraphedForward):
+    """Computes nothing eagerly, so that a test of replays cannot pass without one."""
+
+    def prepare(self, rows: Many[Row]) -> StepInput:
+        raise AssertionError("this step should have a tier")
 
 
 class World:
@@ -88,26 +96,11 @@ class World:
         return self.decoder.forward(step, self.cache, attention)
 
     def graphed(
-        self,
-        rows: int,
-        fresh: tuple[int, ...],
-        eager: Callable[..., torch.Tensor] | None = None,
-        record: Callable[[Compute], Replay] | None = None,
+        self, rows: int, fresh: tuple[int, ...], record: Callable[[Compute], Replay] | None = None
     ) -> GraphedForward:
-        """Graphs of this decoder; without `eager` a step that no tier holds fails."""
-
-        def refuse(_: object) -> torch.Tensor:
-            raise AssertionError("this step should have a tier")
-
-        return GraphedForward(
-            self.decoder,
-            self.cache,
-            self.varlen,
-            eager or refuse,
-            rows=rows,
-            longest=LONGEST,
-            fresh=fresh,
-            record=record,
+        """Graphs of this decoder; a step that no tier holds fails."""
+        return OnlyReplays(
+            self.decoder, self.cache, self.varlen, rows=rows, longest=LONGEST, fresh=fresh, record=record
         )
 
     def prefilled(self, shapes: list[tuple[int, int, int]]) -> list[Row]:

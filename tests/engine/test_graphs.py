@@ -3,16 +3,35 @@
 The eager twin of a graph must give what an unpadded forward gives.
 """
 
-from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from engine import core
+from engine.config import EngineConfig
 from engine.layers.lora import LoraBatch, LoraWeights, lora_batch
 from engine.layers.varlen import VarlenAttention, agree, reference_kernel
-from engine.runner.graphs import GraphedForward, Piece, Tier, all_tiers, choose_tier, key_tiers, padded, row_tiers
-from tests.engine.conftest import ModelMaker
+from engine.memory.cache import KVCache
+from engine.messages import Sampling
+from engine.models.decoder import Decoder
+from engine.models.spec import DecoderSpec, MoeSpec
+from engine.runner.graphs import (
+    Compute,
+    GraphedForward,
+    Piece,
+    Replay,
+    Tier,
+    all_tiers,
+    capturable,
+    choose_tier,
+    key_tiers,
+    padded,
+    row_tiers,
+)
+from engine.runner.placement import block_size
+from tests.engine.conftest import EngineMaker, ModelMaker
 from tests.engine.graph_world import World
 
 CPU = torch.device("cpu")
@@ -30,6 +49,7 @@ def test_tiers_reach_exactly_the_most_rows_and_the_longest_context() -> None:
     assert row_tiers(64) == [1, 2, 4, 8, 16, 24, 32, 48, 64]
     assert row_tiers(1) == [1]
     assert row_tiers(20) == [1, 2, 4, 8, 16, 20]
+    assert row_tiers(300) == [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 300]
     assert key_tiers(40_000, 256) == [2048, 16_384, 40_192]
     assert key_tiers(300, 256) == [512]
 
@@ -90,11 +110,9 @@ def world(make_model: ModelMaker) -> World:
     return World(make_model(), kernel=reference_kernel, block=BLOCK)
 
 
-def twin(
-    world: World, rows: int, fresh: tuple[int, ...], eager: Callable[..., torch.Tensor] | None = None
-) -> GraphedForward:
+def twin(world: World, rows: int, fresh: tuple[int, ...]) -> GraphedForward:
     """The eager twin of captured graphs: the same buffers and the same forward, run instead of replayed."""
-    return world.graphed(rows, fresh, eager, record=lambda compute: compute)
+    return world.graphed(rows, fresh, record=lambda compute: compute)
 
 
 @pytest.mark.parametrize(
@@ -114,10 +132,10 @@ def test_a_padded_replay_gives_what_an_unpadded_forward_gives(
     rows = world.prefilled(shapes)
     graphed = twin(world, 8, fresh)
     expected = world.eager(rows).clone()
-    found = graphed.forward(rows)
+    found = graphed.states(rows)
     assert found.shape == expected.shape
     assert torch.allclose(found, expected, atol=1e-5, rtol=1e-5)
-    assert torch.equal(found, graphed.forward(rows)), "a second replay over what the first left behind differs"
+    assert torch.equal(found, graphed.states(rows)), "a second replay over what the first left behind differs"
 
 
 def test_layers_with_sliding_windows_replay_like_the_unpadded_forward(make_model: ModelMaker) -> None:
@@ -125,7 +143,7 @@ def test_layers_with_sliding_windows_replay_like_the_unpadded_forward(make_model
     assert agree(world.varlen, world.gather, world.decoder.spec, world.cache, CPU)
     rows = world.prefilled([(5, 1, 2), (40, 3, 0), (16, 2, 1), (9, 1, 0)])
     expected = world.eager(rows).clone()
-    assert torch.allclose(twin(world, 4, (1, 4)).forward(rows), expected, atol=1e-5, rtol=1e-5)
+    assert torch.allclose(twin(world, 4, (1, 4)).states(rows), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_padded_replay_writes_the_same_keys_and_values_and_nothing_else(world: World) -> None:
@@ -138,7 +156,7 @@ def test_a_padded_replay_writes_the_same_keys_and_values_and_nothing_else(world:
     wanted = [(keys[1:].clone(), values[1:].clone()) for keys, values in before]
     for (keys, values), (old_keys, old_values) in zip(before, kept, strict=True):
         keys[1:], values[1:] = old_keys, old_values
-    graphed.forward(rows)
+    graphed.states(rows)
     for (keys, values), (want_keys, want_values), (old_keys, _) in zip(before, wanted, kept, strict=True):
         assert torch.allclose(keys[1:], want_keys, atol=1e-5)
         assert torch.allclose(values[1:], want_values, atol=1e-5)
@@ -148,9 +166,9 @@ def test_a_padded_replay_writes_the_same_keys_and_values_and_nothing_else(world:
 def test_an_adapter_swapped_between_replays_is_the_one_that_answers(world: World) -> None:
     rows = world.prefilled([(5, 1, 1), (40, 1, 0)])
     graphed = twin(world, 4, (1,))
-    first = graphed.forward(rows).clone()
+    first = graphed.states(rows).clone()
     world.install(1, seed=99)
-    second = graphed.forward(rows).clone()
+    second = graphed.states(rows).clone()
     assert torch.allclose(second, world.eager(rows), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(first[0], second[0], atol=1e-2)
     assert torch.allclose(first[1], second[1], atol=1e-6)
@@ -158,17 +176,48 @@ def test_an_adapter_swapped_between_replays_is_the_one_that_answers(world: World
 
 def test_a_step_no_tier_holds_is_computed_eagerly(world: World) -> None:
     rows = world.prefilled([(0, 40, 0), (5, 1, 1)])
-    graphed = twin(world, 4, (1,), eager=world.eager)
-    assert torch.equal(graphed.forward(rows), world.eager(rows))
+    graphed = GraphedForward(
+        world.decoder, world.cache, world.varlen, rows=4, longest=128, record=lambda compute: compute
+    )
+    with torch.inference_mode():
+        assert torch.allclose(graphed.states(rows), world.eager(rows), atol=1e-5, rtol=1e-5)
+
+
+def test_an_engine_that_replays_gives_the_tokens_of_one_that_does_not(
+    make_model: ModelMaker, make_engine: EngineMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, replays = make_model(), []
+    prompts = [[1, *range(10, 10 + length)] for length in (3, 40, 17, 30, 5)]
+    sampling = Sampling(temperature=0.8, seed=7, max_tokens=12)
+    expected = make_engine(directory).generate(prompts, sampling)
+
+    def counted(compute: Compute) -> Replay:
+        return lambda: replays.append(compute) or compute()
+
+    def build(config: EngineConfig, spec: DecoderSpec, *, blocks: int, positions: int) -> GraphedForward:
+        decoder = Decoder(spec, config.model, dtype=torch.float32, device=CPU, positions=positions)
+        cache = KVCache(spec, blocks, block_size(CPU), torch.float32, CPU)
+        attention = VarlenAttention(spec, cache, CPU, kernel=reference_kernel)
+        return GraphedForward(decoder, cache, attention, rows=3, longest=positions, record=counted)
+
+    monkeypatch.setattr(core, "build_forward", build)
+    found = make_engine(directory, max_running=3).generate(prompts, sampling)
+    assert [answer.token_ids for answer in found] == [answer.token_ids for answer in expected]
+    assert len(replays) > 12
+
+
+def test_models_with_experts_are_not_captured(world: World) -> None:
+    assert capturable(world.decoder.spec)
+    assert not capturable(replace(world.decoder.spec, moe=MoeSpec(4, 2, 32, True)))
 
 
 def test_padding_leaves_no_trace_in_later_steps(world: World) -> None:
     rows = world.prefilled([(5, 1, 0), (40, 1, 3)])
     graphed = twin(world, 8, (1, 4))
-    expected = graphed.forward(rows[:1]).clone()
-    graphed.forward(world.prefilled([(11, 4, 2), (30, 2, 1), (2, 1, 5)]))
+    expected = graphed.states(rows[:1]).clone()
+    graphed.states(world.prefilled([(11, 4, 2), (30, 2, 1), (2, 1, 5)]))
     world.cache.paged(0)[0][0] = 1e4
-    assert torch.equal(graphed.forward(rows[:1]), expected)
+    assert torch.equal(graphed.states(rows[:1]), expected)
 
 
 def test_tokens_of_no_row_never_carry_what_the_memory_held_into_the_null_block(
@@ -176,7 +225,7 @@ def test_tokens_of_no_row_never_carry_what_the_memory_held_into_the_null_block(
 ) -> None:
     rows = world.prefilled([(5, 1, 2), (40, 3, 0)])
     monkeypatch.setattr(torch, "empty", lambda shape, **options: torch.full(shape, torch.nan, **options))
-    assert twin(world, 2, (4,)).forward(rows).isfinite().all()
+    assert twin(world, 2, (4,)).states(rows).isfinite().all()
     assert all(pages.isfinite().all() for layer in range(2) for pages in world.cache.paged(layer))
 
 

@@ -45,17 +45,17 @@ def test_a_replay_gives_what_the_eager_forward_gives(
     graphed = world.graphed(8, fresh)
     graphed.warm_up()
     expected = world.eager(rows, world.varlen).clone()
-    found = graphed.forward(rows).clone()
+    found = graphed.states(rows).clone()
     assert (found.float() - expected.float()).abs().max() < TOLERANCE
-    assert torch.equal(found, graphed.forward(rows)), "a replay changed what the next one computes"
+    assert torch.equal(found, graphed.states(rows)), "a replay changed what the next one computes"
 
 
 def test_adapters_swapped_between_replays_answer_at_once(world: World) -> None:
     rows = world.prefilled([(5, 1, 1), (40, 1, 0)])
     graphed = world.graphed(4, (1,))
-    first = graphed.forward(rows).clone()
+    first = graphed.states(rows).clone()
     world.install(1, seed=99)
-    second = graphed.forward(rows).clone()
+    second = graphed.states(rows).clone()
     assert (second.float() - world.eager(rows, world.varlen).float()).abs().max() < TOLERANCE
     assert (first[0].float() - second[0].float()).abs().max() > TOLERANCE
     assert torch.equal(first[1], second[1])
@@ -70,7 +70,7 @@ def test_a_thousand_random_steps_through_every_tier_stay_right(world: World) -> 
         chosen = [
             Row(rows[index].sequence, int(dice.integers(1, 5))) for index in dice.permutation(8)[: dice.integers(1, 9)]
         ]
-        found = graphed.forward(chosen).clone()
+        found = graphed.states(chosen).clone()
         if step % 50 == 0:
             assert (found.float() - world.eager(chosen, world.varlen).float()).abs().max() < TOLERANCE
     assert all(pages.isfinite().all() for layer in range(2) for pages in world.cache.paged(layer))
