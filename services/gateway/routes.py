@@ -12,7 +12,7 @@ from engine.client import EngineGone
 from engine.messages import Status
 from services.app import PUBLIC, declared_scope, needs
 from services.errors import Forbidden
-from services.gateway import access, feedback, tokenization
+from services.gateway import access, feedback, tokenization, vectors
 from services.gateway.bodies import CHAT, TEXT, Ask, parse_chat, parse_text
 from services.gateway.planning import make_plan
 from services.gateway.service import Gateway
@@ -159,6 +159,7 @@ ROUTES = [
     Route("/detokenize", detokenize, methods=["POST"]),
     Route("/v1/models", list_models, methods=["GET"]),
     Route("/v1/models/{model}", get_model, methods=["GET"]),
+    *vectors.ROUTES,
     Route("/v1/feedback", give_feedback, methods=["POST"]),
     Route("/health", health, methods=["GET"]),
     Route("/metrics", metrics, methods=["GET"]),

@@ -10,6 +10,7 @@ it was sent. Ends with its parent.
 import argparse
 import os
 import secrets
+import struct
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,8 @@ from engine.messages import (
     Generate,
     GetStatus,
     LoadAdapter,
+    Pool,
+    Pooled,
     PromptLogprobs,
     Slot,
     Status,
@@ -96,6 +99,8 @@ class FakeEngine:
         message = decode_to_engine(frame)
         if isinstance(message, Generate):
             self._admit(client, message)
+        elif isinstance(message, Pool):
+            self._pool(client, message)
         elif isinstance(message, Cancel):
             self.running.pop(message.id, None)
         elif isinstance(message, LoadAdapter):
@@ -109,6 +114,17 @@ class FakeEngine:
             self._send(client, Done(epoch=self.epoch, id=message.id))
         elif isinstance(message, GetStatus):
             self._send(client, self._status(message.id))
+
+    def _pool(self, client: bytes, message: Pool) -> None:
+        """How often each of eight kinds of token stands in the prompt; as a score, the prompt's length over ten."""
+        if message.adapter is not None and message.adapter not in self.loaded:
+            error = f"adapter {message.adapter} is not loaded"
+            self._send(client, self._finished(message, "error", 0, error, "adapter_not_loaded"))
+            return
+        counts = [float(sum(token % 8 == kind for token in message.prompt)) for kind in range(8)]
+        vector = [len(message.prompt) / 10] if message.how == "classify" else counts
+        packed = struct.pack(f"<{len(vector)}f", *vector)
+        self._send(client, Pooled(epoch=self.epoch, id=message.id, vector=packed, prompt_tokens=len(message.prompt)))
 
     def _admit(self, client: bytes, message: Generate) -> None:
         if message.adapter is not None and message.adapter not in self.loaded:
@@ -160,7 +176,13 @@ class FakeEngine:
         return [((token + place) % len(VOCABULARY), value) for place, value in enumerate(LIKELY[:count])]
 
     def _finished(
-        self, message: Generate, reason: str, count: int, error: str = "", code: str = "", retry_after: float = 0.0
+        self,
+        message: Generate | Pool,
+        reason: str,
+        count: int,
+        error: str = "",
+        code: str = "",
+        retry_after: float = 0.0,
     ) -> Finished:
         return Finished(
             epoch=self.epoch, id=message.id, reason=reason, adapter=message.adapter, error=error or None,
@@ -176,10 +198,10 @@ class FakeEngine:
             epoch=self.epoch, id=request_id, base="ba5e" * 16, model="fake", dtype="none", device="none", threads=1,
             max_context=self.context, running=len(self.running), waiting=0, blocks_total=100, blocks_free=100,
             slots=slots, slots_total=8, steps=self.steps, generated_tokens=self.generated, uptime_seconds=0.0,
-            pid=os.getpid(),
+            pid=os.getpid(), labels=["relevant"],
         )  # fmt: skip
 
-    def _send(self, client: bytes, message: Done | Finished | Status) -> None:
+    def _send(self, client: bytes, message: Done | Finished | Pooled | Status) -> None:
         self.socket.send_multipart([client, encode(message)])
 
 

@@ -16,6 +16,9 @@ from tests.gateway.parts import World, eventually
 PATHS = {
     "/v1/chat/completions": {"model": "entities", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
     "/v1/completions": {"model": "entities", "prompt": "hi", "max_tokens": 2},
+    "/v1/embeddings": {"model": "entities", "input": "hi"},
+    "/v1/classify": {"model": "entities", "input": ["hi"]},
+    "/v1/rerank": {"model": "entities", "query": "hi", "documents": ["a", "b"]},
     "/tokenize": {"model": "entities", "prompt": "hi"},
     "/detokenize": {"tokens": [5, 6]},
     "/v1/feedback": {"interaction_id": str(uuid7()), "rating": 1},
