@@ -117,4 +117,5 @@ def lora_batch(slots: Sequence[int], counts: Sequence[int], device: torch.device
     if len(runs) <= MAX_RUNS:
         return LoraBatch(tuple(runs))
     index = torch.repeat_interleave(torch.tensor(slots), torch.tensor(counts)).to(device)
-    return LoraBatch(tuple(runs), index)
+    # Gathering for a GPU-sized prompt would copy gigabytes; the fixed-shape products copy nothing.
+    return LoraBatch(tuple(runs), index, static=device.type == "cuda")
