@@ -49,5 +49,7 @@ def block_size(device: torch.device) -> int:
 
 def parameters(spec: DecoderSpec) -> int:
     """About how many parameters the model has (biases and norms left out)."""
-    per_layer = spec.hidden_size * (spec.qkv_size + spec.attention_size + 3 * spec.intermediate_size)
-    return spec.layers * per_layer + spec.vocab_size * spec.hidden_size * (1 if spec.tied else 2)
+    mixture = spec.moe.experts * spec.moe.intermediate_size if spec.moe else 0
+    widths = sum(mixture if sparse else spec.intermediate_size for sparse in spec.sparse)
+    blocks = spec.layers * (spec.qkv_size + spec.attention_size) + 3 * widths
+    return spec.hidden_size * blocks + spec.vocab_size * spec.hidden_size * (1 if spec.tied else 2)

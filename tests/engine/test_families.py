@@ -10,6 +10,7 @@ import transformers
 
 from engine.models.registry import SUPPORTED, read_spec
 from engine.models.spec import UnsupportedModel
+from engine.runner.placement import parameters
 from tests.engine.conftest import EngineMaker
 from tests.engine.families import CASES, LONGROPE, ROPES, SHAPE, YARN, Case, expected, some_tokens, write_model
 from tests.engine.forwarding import Forwarding
@@ -103,6 +104,13 @@ def test_missing_keys_mean_what_they_mean_to_transformers(architecture: str, tmp
     told = read_spec(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(sizes | {"architectures": [architecture]}))
     assert read_spec(tmp_path) == told
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_one_kv_head_tied", "qwen3_moe", "mixtral"])
+def test_a_models_size_is_known_before_it_is_loaded(name: str, tmp_path: Path) -> None:
+    model = write_model(tmp_path, CASES[name])
+    # The estimate leaves norms and routers out.
+    assert parameters(read_spec(tmp_path)) == pytest.approx(model.num_parameters(), rel=0.02)
 
 
 def test_a_classifier_has_labels_and_scores_and_no_lm_head(tmp_path: Path) -> None:
