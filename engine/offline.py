@@ -11,12 +11,14 @@ from typing import Self
 import torch
 
 from engine.adapters.files import MANIFEST, AdapterRefused
-from engine.client import Completion
+from engine.client import Completion, PoolFailed
 from engine.config import Device, EngineConfig, Precision
 from engine.core import Engine
-from engine.messages import Finished, Generate, Sampling, Tokens
+from engine.messages import Finished, FromEngine, Generate, Pool, Pooled, Pooling, Sampling, Tokens
+from engine.models.spec import UnsupportedModel
 from engine.scheduling.scheduler import Row
 from engine.sequence import Sequence
+from engine.start import make_engine
 
 CLIENT = b"offline"
 
@@ -38,6 +40,7 @@ class LocalEngine:
         adapter_slots: int = 8,
         adapter_rank: int = 32,
         pack: bool = True,
+        native: bool = True,
     ) -> None:
         config = EngineConfig(
             model=Path(model),
@@ -52,8 +55,9 @@ class LocalEngine:
             adapter_slots=adapter_slots,
             adapter_rank=adapter_rank,
             pack=pack,
+            native=native,
         )
-        self.core = Engine(config)
+        self._engine = make_engine(config)
         self._ids = count()
 
     def __enter__(self) -> Self:
@@ -64,7 +68,14 @@ class LocalEngine:
 
     def close(self) -> None:
         """Let the engine's thread end."""
-        self.core.close()
+        self._engine.close()
+
+    @property
+    def core(self) -> Engine:
+        """The engine of a decoder. Raises UnsupportedModel when the model is an encoder, which only embeds."""
+        if not isinstance(self._engine, Engine):
+            raise UnsupportedModel("this model is an encoder: it has embed, and nothing else")
+        return self._engine
 
     def generate(
         self, requests: Many[Generate | list[int]], sampling: Sampling | None = None, adapter: str | None = None
@@ -77,6 +88,20 @@ class LocalEngine:
             continue
         done = collect(self.core)
         return [done[request.id] for request in asked]
+
+    def embed(self, prompts: Many[list[int]], how: Pooling = "mean", adapter: str | None = None) -> torch.Tensor:
+        """One vector per prompt, [prompts, hidden], or with `classify` raw scores [prompts, labels]; fp32, batched.
+
+        Not normalised. Raises PoolFailed for a prompt that cannot be pooled.
+        """
+        asked = [Pool(id=f"pool-{next(self._ids)}", prompt=prompt, how=how, adapter=adapter) for prompt in prompts]
+        for request in asked:
+            self._engine.submit_pool(CLIENT, request)
+        while self._engine.step():
+            continue
+        answers = {message.id: message for _, message in self._engine.outbox}
+        self._engine.outbox = []
+        return torch.stack([_vector(answers[request.id]) for request in asked]) if asked else torch.empty(0, 0)
 
     def load_adapter(self, directory: Path | str) -> str:
         """Load an artefact directory now; returns its digest. Raises AdapterRefused."""
@@ -141,6 +166,13 @@ class LocalEngine:
     def _default_chunks(self, tokens: int) -> list[int]:
         budget = self.core.config.step_tokens
         return [budget] * (tokens // budget) + ([tokens % budget] if tokens % budget else [])
+
+
+def _vector(answer: FromEngine) -> torch.Tensor:
+    if isinstance(answer, Finished):
+        raise PoolFailed(answer)
+    assert isinstance(answer, Pooled), "a Pool is answered by Pooled or Finished"
+    return torch.frombuffer(bytearray(answer.vector), dtype=torch.float32)
 
 
 def collect(core: Engine) -> dict[str, Completion]:
