@@ -56,6 +56,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+# The engine's CPU path is C++, compiled in a few seconds; without a system compiler a wheel brings one.
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
+		$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[compiler]'
+	@$(BIN)/python -m engine.native.build || true
 	@touch $@
 
 # The browser test drives the system's Chromium.
