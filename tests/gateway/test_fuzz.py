@@ -111,7 +111,7 @@ def test_the_body_that_is_mutated_is_valid(client: httpx.Client, path: str) -> N
 
 @pytest.mark.parametrize("path", POSTS)
 def test_mutations_of_a_valid_body_never_break_the_gateway(client: httpx.Client, path: str) -> None:
-    @fuzz(120)
+    @fuzz(300)
     @given(body=mutated(path))
     def check(body: object) -> None:
         answered(client, path, json.dumps(body).encode())
@@ -121,7 +121,7 @@ def test_mutations_of_a_valid_body_never_break_the_gateway(client: httpx.Client,
 
 @pytest.mark.parametrize("path", POSTS)
 def test_any_json_and_any_bytes_never_break_the_gateway(client: httpx.Client, path: str) -> None:
-    @fuzz(40)
+    @fuzz(80)
     @given(content=st.one_of(values.map(lambda value: json.dumps(value).encode()), st.binary(max_size=200)))
     def check(content: bytes) -> None:
         assert 400 <= answered(client, path, content) < 500
