@@ -92,8 +92,6 @@ class GrammarMatcher:
         False when the draft is not admitted: nothing said about what follows it would mean anything. `early` asks for
         no stop yet; where nothing else is admitted, the grammar wins.
         """
-        if any(token in stops for token in drafted):
-            return False
         taken = self._matcher.try_consume_tokens(list(drafted)) if drafted else 0
         if taken == len(drafted):
             self._matcher.unsafe_compute_mask_ptr(words_W.ctypes.data, words_W.nbytes)

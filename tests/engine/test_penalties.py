@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.layers.penalties import Counts, Edits
+from engine.layers.penalties import Counts, Edits, bias_, penalise_
 from engine.messages import Generate, Sampling
 from engine.offline import LocalEngine
 from engine.runner.sampling import Place, accepted, complete, draw_at
@@ -76,6 +76,25 @@ def test_mixed_rows_draw_what_the_plain_loop_draws_and_report_the_models_own_log
             ranked = sorted(range(VOCABULARY), key=lambda token, row=row: -row[token])
             assert [token for token, _ in top] == ranked[: place.sequence.request.sampling.top_logprobs]
             assert all(logprob == pytest.approx(plain_sampling.logprob(row, token), abs=1e-5) for token, logprob in top)
+
+
+def test_every_logit_is_edited_as_in_the_plain_loop_and_no_other_rows() -> None:
+    generator = random.Random(8)
+    asked = [sampling(**kind) for kind in KINDS if "min_tokens" not in kind]
+    answers = [generator.choices(range(VOCABULARY), k=15) for _ in asked]
+    edits = [Edits(one, PROMPT) for one in asked]
+    for edit, answer in zip(edits, answers, strict=True):
+        edit.follow([*PROMPT, *answer])
+    logits = logits_of(len(asked))
+    expected = [
+        plain_sampling.edited(row, one, PROMPT, answer)
+        for row, one, answer in zip(logits.tolist(), asked, answers, strict=True)
+    ]
+    bias_(logits, list(enumerate(edits)))
+    penalise_(
+        logits, [(row, edit.counts.marks(asked[row])) for row, edit in enumerate(edits) if edit.counts is not None]
+    )
+    assert torch.allclose(logits, torch.tensor(expected), atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", range(len(KINDS)))
@@ -156,6 +175,8 @@ def test_no_stop_token_is_drawn_before_min_tokens_and_every_one_after() -> None:
     logits[0, [6, 7, 11]] = torch.tensor([9.0, 8.0, 1.0])
     drawn = [draw_at([Place(sequence(options, [1] * count))], logits.clone()).token_ids[0] for count in range(5)]
     assert drawn == [11, 11, 11, 6, 6]
+    one = sequence(options, [1])
+    assert draw_at([Place(one, (1,) * count) for count in range(4)], logits.repeat(4, 1)).token_ids == [11, 11, 6, 6]
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
