@@ -163,6 +163,8 @@ class Engine:
             return "invalid_request", f"request id {request.id!r} is already in flight"
         if len(self._sequences) >= self.config.max_waiting:
             return "overloaded", f"{len(self._sequences)} requests are in flight already; try again later"
+        if self.forward.spec.labels:
+            return "unsupported", "this model classifies and has no language-model head; ask it for classes"
         if not request.prompt:
             return "invalid_request", "the prompt is empty"
         if len(request.prompt) >= self.max_context:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from engine.messages import Sampling
 from engine.models.registry import SUPPORTED, read_spec
 from engine.models.spec import UnsupportedModel
 from engine.runner.placement import parameters
@@ -120,6 +121,13 @@ def test_a_classifier_has_labels_and_scores_and_no_lm_head(tmp_path: Path) -> No
     assert decoder.head is None
     assert decoder.score is not None
     assert torch.equal(decoder.score, model.score.weight)
+
+
+def test_a_classifier_is_not_asked_for_text(tmp_path: Path, make_engine: EngineMaker) -> None:
+    write_model(tmp_path, CASES["qwen2_classifier"])
+    answer = make_engine(tmp_path).generate([some_tokens(5)], Sampling(temperature=0.0, seed=0, max_tokens=3))[0]
+    assert answer.token_ids == []
+    assert (answer.finished.reason, answer.finished.code) == ("error", "unsupported")
 
 
 def test_unnamed_labels_are_numbered_as_transformers_does(tmp_path: Path) -> None:
