@@ -11,6 +11,7 @@ import torch
 
 from engine import core
 from engine.config import EngineConfig
+from engine.layers.attention import Span
 from engine.layers.lora import LoraBatch, LoraWeights, lora_batch
 from engine.layers.varlen import VarlenAttention, agree, reference_kernel
 from engine.memory.cache import KVCache
@@ -259,6 +260,17 @@ def test_a_foreign_adapter_that_overflows_does_not_spoil_other_rows() -> None:
 
 def test_the_paged_kernels_arguments_mean_what_gathering_means(world: World) -> None:
     assert agree(world.varlen, world.gather, world.decoder.spec, world.cache, CPU)
+
+
+@pytest.mark.parametrize("key_offsets", [True, False])
+def test_torchs_own_kernel_takes_every_argument(world: World, key_offsets: bool) -> None:
+    meta, spec = torch.device("meta"), replace(world.decoder.spec, windows=(0, 9))
+    cache = KVCache(spec, 4, 256, torch.bfloat16, meta)
+    attention = VarlenAttention(spec, cache, meta, key_offsets=key_offsets)
+    plan = attention.plan([Span(0, 40, 1, np.arange(1, 5)), Span(1, 0, 7, np.arange(1, 5))])
+    q_THD = torch.empty(8, spec.heads, spec.head_dim, dtype=torch.bfloat16, device=meta)
+    with torch.inference_mode():
+        assert [attention(layer, q_THD, plan).shape for layer in range(2)] == [(8, spec.attention_size)] * 2
 
 
 def test_a_kernel_that_ignores_the_causal_mask_is_noticed(world: World) -> None:

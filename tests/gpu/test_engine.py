@@ -25,6 +25,7 @@ def test_bf16_with_graphs_only_takes_tokens_that_fp32_finds_about_as_good(
 ) -> None:
     directory = make_model()
     engine = make_engine(directory, device="cuda", precision="bf16", kv_tokens=8192)
+    assert engine.core.forward.kernels == "torch, CUDA graphs"
     model = reference(directory)
     for prompt, answer in zip(PROMPTS, engine.generate(PROMPTS, GREEDY), strict=True):
         assert len(answer.token_ids) == 24
