@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 
@@ -18,6 +19,7 @@ from engine.grammar.matcher import GrammarMatcher, Lookahead, mask_
 from engine.messages import Generate, Grammar, Sampling
 from engine.runner.sampling import Place, accepted, complete, draw_at
 from engine.sequence import Sequence
+from tests.engine.conftest import EngineMaker, ModelMaker
 
 TOKENIZER = Path(__file__).parents[2] / "engine" / "starter" / "tokenizer.json"
 KNOWN, EOS = 2160, 2
@@ -33,6 +35,8 @@ PERSON = {
     "required": ["name", "age", "tags"],
     "additionalProperties": False,
 }
+
+Model = Callable[[list[Sequence]], torch.Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +64,14 @@ def constrained(matcher: GrammarMatcher, **options: object) -> Sequence:
     return made
 
 
-def run(sequences: list[Sequence], seed: int = 0) -> list[str]:
-    """Answer all with a model that says anything; the reason each ended for, "" when it ran out of steps."""
+def run(sequences: list[Sequence], seed: int = 0, model: Model | None = None) -> list[str]:
+    """Answer all, without a model with one that says anything; the reason each ended for."""
     generator = torch.Generator().manual_seed(seed)
     reasons = [""] * len(sequences)
     while going := [index for index, reason in enumerate(reasons) if not reason]:
-        logits = 2 * torch.randn(len(going), VOCABULARY, generator=generator)
-        drawn = draw_at([Place(sequences[index]) for index in going], logits)
+        asked = [sequences[index] for index in going]
+        logits = model(asked) if model else 2 * torch.randn(len(going), VOCABULARY, generator=generator)
+        drawn = draw_at([Place(sequence) for sequence in asked], logits)
         for index, token, fault in zip(going, drawn.token_ids, drawn.faults, strict=True):
             if fault is not None:
                 reasons[index] = fault.reason
@@ -99,6 +104,25 @@ def test_random_hot_models_answer_json_that_its_schema_accepts(
         for seed in range(30)
     ]
     assert run(sequences) == ["stop"] * 30
+    for sequence in sequences:
+        jsonschema.validate(json.loads(text_of(backend, sequence)), PERSON)
+
+
+@pytest.mark.parametrize("weights", ["starter", "random"])
+def test_real_models_answer_valid_json_even_hot(
+    weights: str,
+    compiler: GrammarCompiler,
+    backend: tokenizers.Tokenizer,
+    make_model: ModelMaker,
+    make_engine: EngineMaker,
+) -> None:
+    engine = make_engine(TOKENIZER.parent if weights == "starter" else make_model(vocab_size=VOCABULARY))
+    sequences = [constrained(compiler.compile(schema(PERSON)), seed=seed, temperature=1.5) for seed in range(3)]
+
+    def model(asked: list[Sequence]) -> torch.Tensor:
+        return torch.stack([engine.logits(sequence.tokens)[-1] for sequence in asked])
+
+    assert run(sequences, model=model) == ["stop"] * 3
     for sequence in sequences:
         jsonschema.validate(json.loads(text_of(backend, sequence)), PERSON)
 
