@@ -51,7 +51,7 @@ def between_markers(readme: str, text: str) -> str:
 
 def render(runs: Sequence[Record], records: Sequence[Record]) -> str:
     """The whole page."""
-    parts = [preface(runs)]
+    parts = [preface(runs, records)]
     for case in unique(record["case"] for record in records):
         mine = [record for record in records if record["case"] == case]
         servers = [name for name in TITLES if any(record["server"] == name for record in mine)]
@@ -60,17 +60,19 @@ def render(runs: Sequence[Record], records: Sequence[Record]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def preface(runs: Sequence[Record]) -> str:
+def preface(runs: Sequence[Record], records: Sequence[Record]) -> str:
     """On what, with which versions, by which command."""
     last = runs[-1]
     host = last["machine"]
     versions = {name: text for run in runs for name, text in run["versions"].items() if text}
     listed = "; ".join(f"{TITLES[name]}: {text}" for name, text in versions.items())
     commands = " then ".join(f"`{command}`" for command in unique(run["command"] for run in runs))
+    share = max((record["client_share"] for record in records if "client_share" in record), default=0.0)
     return (
         f"{host['cpus']} cores of {host['cpu']} ({', '.join(host['features'])}), {host['memory_gib']:g} GiB, "
         f"{last['began'][:10]}, commit {last['commit']}. {listed}. {commands}. Output tokens a second over HTTP, "
-        "streamed, closed loop: median (minimum to maximum) of the rounds. ÷ are ratios of medians; ✗ is a missed goal."
+        "streamed, closed loop: median (minimum to maximum) of the rounds. ÷ are ratios of medians; ✗ is a missed "
+        f"goal. The client, on the same cores, took at most {100 * share:.1f} % of one core."
     )
 
 

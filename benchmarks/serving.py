@@ -6,8 +6,8 @@
 For every model the servers take turns, in another order each round: start, first token, warm up, every shape at every
 concurrency in a closed loop, memory, stop. `whet` is `whet up`: gateway, log, Postgres, engine process. `engine` is the
 engine alone in one process, without HTTP. Output is greedy and of fixed length, no prompt is sent twice, nothing is
-speculated. Then Poisson arrivals, once for each server. Every cell is on disk at once: the same command continues a run
-that was cut. Peers are installed by `python -m benchmarks.peers`.
+speculated. After that Poisson arrivals, once for each server. Every cell is on disk at once: the same command continues
+a run that was cut. Peers are installed by `python -m benchmarks.peers`.
 """
 
 import argparse
@@ -71,11 +71,12 @@ def main() -> None:
         options.idle_seconds, until,
     )  # fmt: skip
     results = Results(options.results)
-    if not options.table_only:
-        results.begin(setting(options))
-        for name in options.only:
-            measure_case(make_case(options, name), options.servers, plan, results)
-    publish.write(results, options.results.with_name("serving.md"), into_readme=options.publish)
+    try:
+        if not options.table_only:
+            results.begin(setting(options))
+            measure([make_case(options, name) for name in options.only], options.servers, plan, results)
+    finally:
+        publish.write(results, options.results.with_name("serving.md"), into_readme=options.publish)
 
 
 def parse() -> argparse.Namespace:
@@ -147,13 +148,25 @@ def make_case(options: argparse.Namespace, name: str) -> Case:
     return Case(name, models / name, options.peers_dir.absolute())
 
 
-def measure_case(case: Case, servers: tuple[str, ...], plan: Plan, results: Results) -> None:
-    """All rounds of one model, then its Poisson arrivals. A server that fails is recorded and does not end the run."""
+def measure(cases: Sequence[Case], servers: tuple[str, ...], plan: Plan, results: Results) -> None:
+    """The closed loops of every model, then Poisson arrivals. A server that fails is recorded, and the run goes on."""
+    for case in cases:
+        measure_loops(case, servers, plan, results)
+    for case in cases:
+        measure_arrivals(case, servers, plan, results)
+
+
+def measure_loops(case: Case, servers: tuple[str, ...], plan: Plan, results: Results) -> None:
+    """All rounds of one model, the servers in another order each."""
     for turn in range(plan.rounds):
         for server in servers[turn % len(servers) :] + servers[: turn % len(servers)]:
             done = results.having("cell", case.name, server, turn)
             cells = [(s, c, 0.0) for s in plan.shapes for c in plan.concurrency if (s, c) not in done]
             attempt(Block(case, server, turn, plan, results), cells)
+
+
+def measure_arrivals(case: Case, servers: tuple[str, ...], plan: Plan, results: Results) -> None:
+    """Poisson arrivals at every rate, once for each server."""
     for server in (name for name in servers if name != "engine"):
         rates = [q for q in plan.rates if not results.has(kind="poisson", case=case.name, server=server, qps=q)]
         attempt(Block(case, server, None, plan, results), [(POISSON_SHAPE, 0, float(rate)) for rate in rates])

