@@ -1,136 +1,28 @@
 """CUDA graphs for the steps that generate: one launch instead of hundreds.
 
-A graph is captured per tier: so many rows of at most so many tokens each, keys up to a length, with adapters or
-without. A step is padded to the smallest tier that holds it and its numbers are copied into that tier's fixed buffers.
-Padding rows write to the null block and read it; tokens beyond the last row attend to nothing. Adapter weights live in
-fixed slot tensors (see LoraBatch.static), so graphs survive swaps.
+A graph is captured per tier (engine/runner/tiers.py). A step is padded to the smallest tier that holds it, and its
+numbers are copied into that tier's fixed buffers. Adapter weights live in fixed slot tensors (see LoraBatch.static), so
+graphs survive swaps.
 Suffixes: T tokens of the tier, E hidden size.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from engine.layers.lora import LoraBatch
 from engine.layers.varlen import VarlenAttention, VarlenPlan
-from engine.memory.blocks import NULL_BLOCK
 from engine.memory.cache import KVCache
 from engine.models.decoder import Decoder, StepInput
 from engine.models.spec import DecoderSpec
 from engine.runner.forward import TorchForward
+from engine.runner.tiers import Padded, Tier, all_tiers, choose_tier, padded, piece_of
 from engine.scheduling.scheduler import Row
 
 # Forwards before a capture: libraries allocate workspaces and choose kernels in their first calls.
 WARM_UPS = 2
-# The shortest tier of key lengths, and how much longer each next one is. With split-KV off only the width of the block
-# tables grows with it, so few tiers will do.
-SHORTEST_KEYS, KEYS_GROWTH = 2048, 8
-
-
-class Tier(NamedTuple):
-    """Everything that shapes a launch: the key of a graph. `keys` is a multiple of the block size."""
-
-    rows: int
-    fresh: int
-    keys: int
-    lora: bool
-
-    @property
-    def tokens(self) -> int:
-        """Tokens the forward computes, padding included."""
-        return self.rows * self.fresh
-
-
-class Piece(NamedTuple):
-    """One row of a step: its new tokens, after `start` cached ones that lie in `table`'s blocks."""
-
-    tokens: list[int]
-    start: int
-    table: NDArray[np.int64]
-    slot: int
-
-
-class Padded(NamedTuple):
-    """A tier's numbers: int64 [4, T] (token, position, cache slot, adapter slot), and the int32 plan, flat."""
-
-    wide_4T: NDArray[np.int64]
-    narrow: NDArray[np.int32]
-
-
-def row_tiers(most: int) -> list[int]:
-    """1, 2, 4, 8, 16, 24, 32, 48, 64, and on by halves and thirds; the last is `most`."""
-    ladder = [1, 2, 4, *range(8, 32, 8), *(step for power in range(5, 20) for step in (2**power, 3 * 2 ** (power - 1)))]
-    return [rows for rows in ladder if rows < most] + [most]
-
-
-def key_tiers(longest: int, block: int) -> list[int]:
-    """SHORTEST_KEYS, then KEYS_GROWTH times longer each; the last holds `longest`. Multiples of the block size."""
-    tiers, keys = [], SHORTEST_KEYS
-    while keys < longest:
-        tiers.append(_multiple(keys, block))
-        keys *= KEYS_GROWTH
-    return [*tiers, _multiple(longest, block)]
-
-
-def all_tiers(rows: int, fresh: Sequence[int], longest: int, block: int, lora: bool) -> list[Tier]:
-    """Every tier, largest first: later graphs then fit into the memory the first ones took."""
-    tiers = [
-        Tier(row_tier, fresh_tier, keys, with_lora)
-        for row_tier in row_tiers(rows)
-        for fresh_tier in fresh
-        for keys in key_tiers(longest, block)
-        for with_lora in ((False, True) if lora else (False,))
-    ]
-    return sorted(tiers, key=lambda tier: (tier.tokens, tier.rows, tier.keys, tier.lora), reverse=True)
-
-
-def choose_tier(tiers: Sequence[Tier], pieces: Sequence[Piece]) -> Tier | None:
-    """The cheapest tier that holds the step, or None when it is none's: `tiers` as all_tiers orders them."""
-    fresh = max(len(piece.tokens) for piece in pieces)
-    keys = max(piece.start + len(piece.tokens) for piece in pieces)
-    lora = any(piece.slot for piece in pieces)
-    fitting = (
-        tier
-        for tier in reversed(tiers)
-        if tier.rows >= len(pieces) and tier.fresh >= fresh and tier.keys >= keys and tier.lora == lora
-    )
-    return next(fitting, None)
-
-
-def padded(pieces: Sequence[Piece], tier: Tier, block: int) -> Padded:
-    """The step's numbers, filled up to the tier.
-
-    Tokens left over form padding rows over the null block, `tier.fresh` each while they last. Rows shorter than the
-    tier's leave more tokens over than rows; those lie beyond the last row and only write to the null block.
-    """
-    wide_4T = np.zeros((4, tier.tokens), dtype=np.int64)
-    counts, lengths = np.zeros((2, tier.rows), dtype=np.int64)
-    tables = np.full((tier.rows, tier.keys // block), NULL_BLOCK, dtype=np.int64)
-    offset = 0
-    for row in range(tier.rows):
-        piece = pieces[row] if row < len(pieces) else _padding(min(tier.fresh, tier.tokens - offset), tables[row])
-        counts[row], lengths[row] = len(piece.tokens), piece.start + len(piece.tokens)
-        held = piece.table[: tables.shape[1]]
-        tables[row, : len(held)] = held
-        places = np.arange(piece.start, lengths[row])
-        wide_4T[:2, offset : offset + counts[row]] = piece.tokens, places
-        wide_4T[2, offset : offset + counts[row]] = held[places // block] * block + places % block
-        wide_4T[3, offset : offset + counts[row]] = piece.slot
-        offset += len(piece.tokens)
-    plan = ([0], counts.cumsum(), lengths, [0], lengths.cumsum(), tables.reshape(-1))
-    return Padded(wide_4T, np.concatenate(plan).astype(np.int32))
-
-
-def _padding(count: int, null_table: NDArray[np.int64]) -> Piece:
-    return Piece([0] * count, 0, null_table, 0)
-
-
-def _multiple(value: int, of: int) -> int:
-    return -(-value // of) * of
 
 
 @dataclass(frozen=True)
@@ -286,12 +178,3 @@ def capturable(spec: DecoderSpec) -> bool:
 def _capture() -> Callable[[Compute], Replay]:
     pool = torch.cuda.graph_pool_handle()
     return lambda compute: CapturedForward(compute, pool)
-
-
-def piece_of(row: Row) -> Piece:
-    """What a scheduled row computes."""
-    sequence, table = row.sequence, row.sequence.table
-    assert table is not None, "scheduled sequences hold blocks"
-    return Piece(
-        sequence.tokens[sequence.computed : sequence.computed + row.length], sequence.computed, table, sequence.slot
-    )

@@ -15,7 +15,8 @@ from engine.memory.cache import KVCache
 from engine.messages import Generate, Sampling
 from engine.models.decoder import Decoder, StepInput
 from engine.models.registry import read_spec
-from engine.runner.graphs import Compute, GraphedForward, Replay, piece_of
+from engine.runner.graphs import Compute, GraphedForward, Replay
+from engine.runner.tiers import piece_of
 from engine.scheduling.scheduler import Row
 from engine.sequence import Sequence
 

@@ -18,20 +18,9 @@ from engine.memory.cache import KVCache
 from engine.messages import Sampling
 from engine.models.decoder import Decoder
 from engine.models.spec import DecoderSpec, MoeSpec
-from engine.runner.graphs import (
-    Compute,
-    GraphedForward,
-    Piece,
-    Replay,
-    Tier,
-    all_tiers,
-    capturable,
-    choose_tier,
-    key_tiers,
-    padded,
-    row_tiers,
-)
+from engine.runner.graphs import Compute, GraphedForward, Replay, capturable
 from engine.runner.placement import block_size
+from engine.runner.tiers import Piece, Tier, all_tiers, choose_tier, key_tiers, padded, row_tiers
 from tests.engine.conftest import EngineMaker, ModelMaker
 from tests.engine.graph_world import World
 
