@@ -19,6 +19,7 @@ struct Layer {
 struct Model {
     int32_t layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary, fp32;
     int32_t tokens, context;    // most tokens of one step, most positions of one sequence
+    int32_t solo, unused;       // steps of fewer tokens run on one thread: waking another would cost more than it does
     float eps, scale;
     const Layer *layer;
     Matrix head;
@@ -56,7 +57,7 @@ static void *aligned(size_t bytes) {
 }
 
 template <class F> static void over_tokens(Pool &pool, int tokens, int width, F f) {
-    int chunk = tokens * width > 1 << 15 ? (tokens + 4 * pool.threads - 1) / (4 * pool.threads) : tokens;
+    int chunk = tokens * width > 1 << 15 ? (tokens + 4 * pool.active() - 1) / (4 * pool.active()) : tokens;
     pool.each((tokens + chunk - 1) / chunk, [&](int, int item) {
         int end = (item + 1) * chunk < tokens ? (item + 1) * chunk : tokens;
         for (int t = item * chunk; t < end; t++) f(t);
@@ -302,12 +303,14 @@ Engine *whet_open(const Model *model, int threads) {
 int whet_threads(const Engine *engine) { return engine->pool.threads; }
 
 void whet_forward(Engine *engine, const Step *step) {
+    engine->pool.alone = step->tokens < engine->model.solo;
     if (engine->model.fp32) forward<F32>(*engine, *step);
     else forward<Bf16>(*engine, *step);
 }
 
 // Logits of hidden states as whet_forward gave them, at most `tokens` rows.
 void whet_project(Engine *engine, const float *hidden, const int32_t *slots, int rows, float *logits) {
+    engine->pool.alone = rows < engine->model.solo;
     if (engine->model.fp32) project<F32>(*engine, hidden, slots, rows, logits);
     else project<Bf16>(*engine, hidden, slots, rows, logits);
 }

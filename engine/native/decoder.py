@@ -18,7 +18,7 @@ from engine.models.spec import DecoderSpec
 from engine.native.library import PANEL, Layer, Lora, Matrix, Model, Step, functions
 from engine.native.weights import NativeLora, Packed, interleave, pad, padded
 from engine.runner.heads import Heads
-from engine.runner.placement import parameters
+from engine.runner.placement import Pool, parameters
 from engine.scheduling.scheduler import Row
 
 BLOCK = 16
@@ -46,7 +46,7 @@ class NativeDecoder:
     Raises NoNative when the library cannot be built, MemoryError when buffers cannot be had.
     """
 
-    def __init__(self, decoder: Decoder, *, blocks: int, tokens: int, positions: int, threads: int, int8: bool) -> None:
+    def __init__(self, decoder: Decoder, *, blocks: int, tokens: int, positions: int, pool: Pool, int8: bool) -> None:
         self._native = functions()
         self.spec = spec = decoder.spec
         self.dtype = decoder.dtype
@@ -55,7 +55,7 @@ class NativeDecoder:
         self.device = decoder.device
         self.score: ScoreHead | None = None
         self.kernels = f"native {self._native.whet_instructions().decode()}"
-        self._threads = threads
+        self._threads = pool.threads
         self._keep: list[torch.Tensor] = []
         self._loras: dict[tuple[int | None, str], NativeLora] = {}
         self._int8 = int8
@@ -66,6 +66,7 @@ class NativeDecoder:
         self._model = self._describe(decoder)
         self._model.tokens = tokens
         self._model.context = positions
+        self._model.solo = pool.solo
         self._engine: int | None = self._open()
         self._step = Step()
         self._hidden = torch.empty(0, spec.hidden_size)

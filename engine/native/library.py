@@ -50,6 +50,7 @@ class Model(ctypes.Structure):
     _fields_: ClassVar[list[tuple[str, Any]]] = [
         ("layers", Int), ("hidden", Int), ("intermediate", Int), ("heads", Int), ("kv_heads", Int), ("head_dim", Int),
         ("vocabulary", Int), ("fp32", Int), ("tokens", Int), ("context", Int),
+        ("solo", Int), ("unused", Int),
         ("eps", ctypes.c_float), ("scale", ctypes.c_float), ("layer", ctypes.POINTER(Layer)),
         ("head", Matrix), ("lora_head", Lora), ("embedding", Pointer), ("norm", Pointer),
         ("cos", Pointer), ("sin", Pointer),

@@ -14,6 +14,7 @@ static inline void relax() {
 struct Pool {
     typedef void (*Body)(void *context, int thread, int item);
     int threads = 1;
+    bool alone = false;  // the owner works by itself until this is false again
     Body body = nullptr;
     void *context = nullptr;
     int items = 0;
@@ -34,6 +35,7 @@ struct Pool {
             threads++;
         }
     }
+    int active() const { return alone ? 1 : threads; }
     void stop() {
         __atomic_store_n(&stopping, 1, __ATOMIC_SEQ_CST);
         ring();
@@ -41,7 +43,7 @@ struct Pool {
     }
     // Runs body(context, thread, item) for every item, on as many threads as are awake.
     void run(Body what, void *with, int count) {
-        if (threads == 1 || count == 1) {
+        if (active() == 1 || count == 1) {
             for (int item = 0; item < count; item++) what(with, 0, item);
             return;
         }

@@ -14,7 +14,7 @@ from engine.native.build import NoNative, library
 from engine.native.decoder import NativeDecoder, unsupported
 from engine.runner.forward import Forward, TorchForward
 from engine.runner.graphs import GraphedForward, capturable
-from engine.runner.placement import block_size, choose_device, choose_dtype, choose_threads
+from engine.runner.placement import block_size, choose_device, choose_dtype, choose_pool, choose_threads
 
 
 def build_forward(config: EngineConfig, spec: DecoderSpec, *, blocks: int, positions: int) -> Forward:
@@ -28,9 +28,9 @@ def build_forward(config: EngineConfig, spec: DecoderSpec, *, blocks: int, posit
     pack = config.pack and bool(refusal)
     decoder = Decoder(spec, config.model, dtype=dtype, device=device, positions=positions, pack=pack)
     if not refusal:
-        int8 = config.precision == "int8"
+        int8, pool = config.precision == "int8", choose_pool(config, spec)
         return NativeDecoder(
-            decoder, blocks=blocks, tokens=config.step_tokens, positions=positions, threads=threads, int8=int8
+            decoder, blocks=blocks, tokens=config.step_tokens, positions=positions, pool=pool, int8=int8
         )
     if config.native and device.type == "cpu":
         print(f"torch kernels serve this model: {refusal}", file=sys.stderr)

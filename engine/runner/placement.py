@@ -1,6 +1,7 @@
 """Where and how the model runs: device, dtype, threads, page size."""
 
 import os
+from typing import NamedTuple
 
 import torch
 
@@ -9,7 +10,16 @@ from engine.models.spec import DecoderSpec
 
 # Below this many parameters a second thread gains nothing (measured on the starter model's shape).
 ONE_THREAD_PARAMETERS = 50_000_000
+# Steps of a small model that are shorter than this stay on one thread: the other cores have a gateway to run.
+SOLO_TOKENS = 48
 CPU_BLOCK, CUDA_BLOCK = 16, 256
+
+
+class Pool(NamedTuple):
+    """`threads` share a step; steps of fewer than `solo` tokens run on the caller's alone."""
+
+    threads: int
+    solo: int
 
 
 def choose_device(config: EngineConfig) -> torch.device:
@@ -40,6 +50,14 @@ def choose_threads(config: EngineConfig, spec: DecoderSpec) -> int:
     if parameters(spec) < ONE_THREAD_PARAMETERS:
         return 1
     return len(os.sched_getaffinity(0))
+
+
+def choose_pool(config: EngineConfig, spec: DecoderSpec) -> Pool:
+    """For the native path: every core, but with a small model only for steps that are worth waking the others."""
+    if config.threads:
+        return Pool(config.threads, 0)
+    small = parameters(spec) < ONE_THREAD_PARAMETERS
+    return Pool(len(os.sched_getaffinity(0)), SOLO_TOKENS if small else 0)
 
 
 def block_size(device: torch.device) -> int:
