@@ -3,7 +3,7 @@
 import torch
 
 from engine.layers.attention import Attention, GatherAttention
-from engine.layers.varlen import VarlenAttention, agree
+from engine.layers.varlen import CHECKED_BLOCKS, VarlenAttention, agree
 from engine.memory.cache import KVCache
 from engine.models.spec import DecoderSpec
 
@@ -11,11 +11,14 @@ from engine.models.spec import DecoderSpec
 def choose_attention(spec: DecoderSpec, cache: KVCache, device: torch.device) -> Attention:
     """Paged flash attention on a GPU in half precision, gathering everywhere else.
 
-    Raises RuntimeError when the GPU's kernel gives wrong results: a wrong answer is worse than no start.
+    Raises RuntimeError when the GPU's kernel gives wrong results, as a wrong answer is worse than no start, and
+    ValueError when the cache is too small to find out.
     """
     gather = GatherAttention(spec, cache, device, cache.dtype)
     if device.type != "cuda" or cache.dtype == torch.float32:
         return gather
+    if cache.blocks <= CHECKED_BLOCKS:
+        raise ValueError(f"on a GPU --kv-tokens must be at least {CHECKED_BLOCKS * cache.block_size}")
     return _agreeing(gather, spec, cache, device)
 
 

@@ -30,6 +30,8 @@ from engine.models.spec import DecoderSpec
 Kernel = Callable[..., object]
 # The start-up check's tolerance: bf16 rounds to 3 significant digits, and outputs are averages of unit normals.
 AGREEMENT = 0.03
+# Blocks that check writes and reads, beside the null block.
+CHECKED_BLOCKS = 2
 
 
 @dataclass(frozen=True)
@@ -179,11 +181,11 @@ def _agree_once(
 ) -> bool:
     size, dtype = cache.block_size, cache.dtype
     generator = torch.Generator().manual_seed(0)
-    table = np.arange(1, 3, dtype=np.int64)
+    table = np.arange(1, CHECKED_BLOCKS + 1, dtype=np.int64)
     offsets = [0, *accumulate(fresh for _, fresh in lengths)]
     spans = [Span(offset, start, fresh, table) for offset, (start, fresh) in zip(offsets, lengths, strict=False)]
-    slots = torch.arange(size, 3 * size, device=device)
-    kv = torch.randn(2 * size, 2 * spec.kv_heads, spec.head_dim, generator=generator).to(device, dtype)
+    slots = torch.arange(size, (CHECKED_BLOCKS + 1) * size, device=device)
+    kv = torch.randn(len(slots), 2 * spec.kv_heads, spec.head_dim, generator=generator).to(device, dtype)
     q = torch.randn(offsets[-1], spec.heads, spec.head_dim, generator=generator).to(device, dtype)
     cache.write(layer, kv, cache.write_index(slots))
     try:

@@ -12,6 +12,7 @@ import torch
 from engine import core
 from engine.config import EngineConfig
 from engine.layers.attention import Span
+from engine.layers.backends import choose_attention
 from engine.layers.lora import LoraBatch, LoraWeights, lora_batch
 from engine.layers.varlen import VarlenAttention, agree, reference_kernel
 from engine.memory.cache import KVCache
@@ -249,6 +250,12 @@ def test_a_foreign_adapter_that_overflows_does_not_spoil_other_rows() -> None:
 
 def test_the_paged_kernels_arguments_mean_what_gathering_means(world: World) -> None:
     assert agree(world.varlen, world.gather, world.decoder.spec, world.cache, CPU)
+
+
+def test_a_cache_too_small_for_the_start_up_check_is_refused_in_words(world: World) -> None:
+    cache = KVCache(world.decoder.spec, 1, 256, torch.bfloat16, CPU)
+    with pytest.raises(ValueError, match="--kv-tokens must be at least 512"):
+        choose_attention(world.decoder.spec, cache, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("key_offsets", [True, False])
