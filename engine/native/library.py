@@ -13,6 +13,8 @@ Int = ctypes.c_int32
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 PANEL = 16
+# The most projections fused into one: query, key and value.
+PARTS = 3
 
 
 class Matrix(ctypes.Structure):
@@ -29,7 +31,8 @@ class Lora(ctypes.Structure):
 
     _fields_: ClassVar[list[tuple[str, Any]]] = [
         ("a", Pointer), ("b", Pointer), ("a_bytes", ctypes.c_int64), ("b_bytes", ctypes.c_int64),
-        ("width", Pointer), ("part", Pointer), ("parts", Int), ("inputs", Int), ("outputs", Int), ("unused", Int),
+        ("width", Pointer), ("parts", Int), ("inputs", Int), ("first", Int * PARTS), ("panels", Int * PARTS),
+        ("spacing", Int), ("unused", Int),
     ]  # fmt: skip
 
 

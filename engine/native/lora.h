@@ -1,16 +1,17 @@
-// Adapters added to rows that each name a slot. One slot holds A as panels of `parts * width` ranks and B as panels of
-// `width` units per sixteen outputs; an output panel reads the ranks of its own part of a fused projection only.
+// Adapters added to rows that each name a slot. One slot holds A as panels of all ranks of a fused projection, and B part
+// by part, as panels of `width` ranks: an output reads the ranks of its own part only.
 #pragma once
 #include "matmul.h"
 
-static const int PIECE = 12, MOST_RANKS = 3 * 256;
+static const int PIECE = 12, PARTS = 3, MOST_RANKS = PARTS * 256;
 
 struct Lora {
     uint8_t *a, *b;             // [slots][a_bytes], [slots][b_bytes]
     int64_t a_bytes, b_bytes;
-    const int32_t *width;       // per slot: ranks of one part, a multiple of 16; 0 when the slot has none
-    const int32_t *part;        // per output panel
-    int32_t parts, inputs, outputs, unused;
+    const int32_t *width;       // per slot: ranks of one part, even; 0 when the slot has none
+    int32_t parts, inputs;
+    int32_t first[PARTS], panels[PARTS];  // where a part's output panels begin and how many there are
+    int32_t spacing, unused;    // 2 where panels of two parts alternate, else 1
 };
 
 struct Piece {
@@ -30,28 +31,50 @@ static int pieces_of(const int32_t *slots, int rows, Piece *pieces) {
     return count;
 }
 
+template <class A, int MR, int NP>
+static void lift(const uint8_t *b, int units, const uint32_t *x, int stride, float *y, int y_stride, int spacing) {
+    v16f acc[MR][NP];
+    tile<A, MR, NP>(b, (size_t)units * 64, units, x, stride, false, acc);
+    for (int m = 0; m < MR; m++)
+        for (int p = 0; p < NP; p++) {
+            float *to = y + (size_t)m * y_stride + p * spacing * 16;
+            store(to, load(to) + acc[m][p]);
+        }
+}
+
+// One part of B for all rows of a piece, at most PIECE: four panels at a time, two where there are many rows.
+template <class A, int MR>
+static void lift_part(const uint8_t *b, int panels, int units, const uint32_t *x, int stride, float *y, int y_stride,
+                      int spacing) {
+    const int most = MR <= 6 ? 4 : 2;
+    size_t panel = (size_t)units * 64;
+    int p = 0;
+    for (; p + most <= panels; p += most)
+        lift<A, MR, most>(b + p * panel, units, x, stride, y + p * spacing * 16, y_stride, spacing);
+    for (; p < panels; p++) lift<A, MR, 1>(b + p * panel, units, x, stride, y + p * spacing * 16, y_stride, spacing);
+}
+
 template <class A>
 static void add_piece(const Lora &lora, const uint32_t *x, const Piece &piece, float *y, int stride) {
     typedef typename A::element element;
-    int width = lora.width[piece.slot], ranks = lora.parts * width;
+    int width = lora.width[piece.slot], ranks = (lora.parts * width + 15) / 16 * 16;
     if (!width) return;
-    static thread_local Pool alone;
-    alignas(64) float low[PIECE * 64];
+    alignas(64) float low[PIECE * MOST_RANKS];
     alignas(64) element units[PIECE * MOST_RANKS];
-    const uint32_t *rows = x + (size_t)piece.row * (lora.inputs / A::values);
-    size_t panel = (size_t)lora.inputs * sizeof(element) * 16;
-    for (int rank = 0; rank < ranks; rank += 64) {
-        int some = ranks - rank < 64 ? ranks - rank : 64;
-        Matrix a = {lora.a + piece.slot * lora.a_bytes + rank / 16 * panel, nullptr, nullptr, some, lora.inputs, 0, 0};
-        matmul<A, A>(alone, a, rows, lora.inputs / A::values, piece.rows, {low, nullptr, 64, STORE});
-        for (int row = 0; row < piece.rows; row++)
-            for (int i = 0; i < some; i += 16) A::put(units + row * ranks + rank + i, load(low + row * 64 + i));
-    }
-    Matrix b = {lora.b + piece.slot * lora.b_bytes, nullptr, nullptr, lora.outputs, width, 0, 0};
-    Out out = {y + (size_t)piece.row * stride, nullptr, stride, ADD};
-    for (int p = 0; p < lora.outputs / 16; p++) {
-        const uint32_t *part = (const uint32_t *)units + lora.part[p] * width / A::values;
-        rows_of<A, A, 1, 12>(b, part, ranks / A::values, piece.rows, p, false, out);
+    int inputs = lora.inputs / A::values;
+    Matrix a = {lora.a + piece.slot * lora.a_bytes, nullptr, nullptr, ranks, lora.inputs, 0, 0};
+    panels_of<A, A>(a, x + (size_t)piece.row * inputs, inputs, piece.rows, 0, ranks / 16, {low, nullptr, ranks, STORE});
+    for (int i = 0; i < piece.rows * ranks; i += 16) A::put(units + i, load(low + i));
+    typedef void (*Lift)(const uint8_t *, int, int, const uint32_t *, int, float *, int, int);
+    static const Lift lifts[] = {lift_part<A, 1>, lift_part<A, 2>, lift_part<A, 3>,  lift_part<A, 4>,
+                                 lift_part<A, 5>, lift_part<A, 6>, lift_part<A, 7>,  lift_part<A, 8>,
+                                 lift_part<A, 9>, lift_part<A, 10>, lift_part<A, 11>, lift_part<A, 12>};
+    const uint8_t *b = lora.b + piece.slot * lora.b_bytes;
+    for (int part = 0; part < lora.parts; part++) {
+        lifts[piece.rows - 1](b, lora.panels[part], width / A::values, (const uint32_t *)(units + part * width),
+                              ranks / A::values, y + (size_t)piece.row * stride + lora.first[part] * 16, stride,
+                              lora.spacing);
+        b += (size_t)lora.panels[part] * width * 16 * sizeof(element);
     }
 }
 

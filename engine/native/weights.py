@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.native.library import KINDS, PANEL, Lora, Matrix, functions
+from engine.native.library import KINDS, PANEL, PARTS, Int, Lora, Matrix, functions
 
 
 def padded(size: int) -> int:
@@ -23,7 +23,7 @@ def pad(matrix_OI: torch.Tensor) -> torch.Tensor:
 
 
 def pack(matrix_OI: torch.Tensor) -> torch.Tensor:
-    """A copy in panels of sixteen outputs; see matmul.h. Sizes must be multiples of a panel."""
+    """A copy in panels of sixteen outputs; see matmul.h. Outputs in whole panels, inputs in whole units."""
     dense = matrix_OI.contiguous()
     out = torch.empty_like(dense)
     functions().whet_pack(dense.data_ptr(), out.data_ptr(), *dense.shape, dense.element_size())
@@ -76,7 +76,7 @@ class Packed:
 
 
 class NativeLora:
-    """Slot tensors of one fused projection; the same interface as engine.layers.lora.LoraWeights.
+    """Slot tensors of one fused projection, laid out as lora.h reads them.
 
     `parts` are the output sizes of what was fused; each part has ranks of its own, so B holds no zeros between parts.
     """
@@ -92,51 +92,48 @@ class NativeLora:
         interleaved: bool = False,
     ) -> None:
         self._parts, self._inputs, self._interleaved = tuple(parts), padded(in_size), interleaved
-        self._sizes = [padded(size) for size in parts]
-        self._rank = padded(rank)
-        self._outputs = sum(self._sizes)
-        self._a = torch.zeros(slots, len(parts) * self._rank * self._inputs, dtype=dtype)
-        self._b = torch.zeros(slots, self._outputs * self._rank, dtype=dtype)
+        self._panels = [padded(size) // PANEL for size in parts]
+        most = _even(rank)
+        self._a = torch.zeros(slots, padded(len(parts) * most) * self._inputs, dtype=dtype)
+        self._b = torch.zeros(slots, sum(self._panels) * PANEL * most, dtype=dtype)
         self._width = torch.zeros(slots, dtype=torch.int32)
-        panels = [part for part, size in enumerate(self._sizes) for _ in range(size // PANEL)]
-        if interleaved:
-            panels = [panel % 2 for panel in range(self._outputs // PANEL)]
-        self._part = torch.tensor(panels, dtype=torch.int32)
 
     def fill(self, slot: int, a_RI: torch.Tensor, b_RO: torch.Tensor) -> None:
         """Copy one adapter's stacked matrices in. Ranks that touch no output of a part are left out of it."""
-        split = list(zip(self._ranks(b_RO), self._parts, strict=True))
-        width = padded(max((len(ranks) for (ranks, _), _ in split), default=0))
+        split = self._split(b_RO)
+        width = _even(max(len(ranks) for ranks, _ in split))
         self._width[slot] = width
         if not width:
             return
-        a = torch.zeros(len(split), width, self._inputs)
-        b = torch.zeros(self._outputs, width)
-        row = 0
-        for index, ((ranks, columns), size) in enumerate(split):
-            a[index, : len(ranks), : a_RI.shape[1]] = a_RI[ranks].float()
-            b[row : row + size, : len(ranks)] = b_RO[ranks, columns].float().T
-            row += self._sizes[index]
-        if self._interleaved:
-            b = interleave(b)
-        self._copy(self._a[slot], a.flatten(0, 1))
-        self._copy(self._b[slot], b)
+        a = torch.zeros(padded(len(split) * width), self._inputs)
+        lifts = []
+        for index, (ranks, columns) in enumerate(split):
+            a[index * width : index * width + len(ranks), : a_RI.shape[1]] = a_RI[ranks].float()
+            b = torch.zeros(self._panels[index] * PANEL, width)
+            b[: self._parts[index], : len(ranks)] = b_RO[ranks, columns].float().T
+            lifts.append(pack(b.to(self._b.dtype)).view(-1))
+        packed = pack(a.to(self._a.dtype)).view(-1)
+        self._a[slot, : len(packed)].copy_(packed)
+        self._b[slot, : sum(map(len, lifts))].copy_(torch.cat(lifts))
 
     def structure(self) -> Lora:
         """What the library reads; valid while this object lives."""
+        count = len(self._parts)
+        starts = range(count) if self._interleaved else [sum(self._panels[:index]) for index in range(count)]
         return Lora(
             a=self._a.data_ptr(),
             b=self._b.data_ptr(),
             a_bytes=self._a.stride(0) * self._a.element_size(),
             b_bytes=self._b.stride(0) * self._b.element_size(),
             width=self._width.data_ptr(),
-            part=self._part.data_ptr(),
-            parts=len(self._parts),
+            parts=count,
             inputs=self._inputs,
-            outputs=self._outputs,
+            first=(Int * PARTS)(*starts),
+            panels=(Int * PARTS)(*self._panels),
+            spacing=2 if self._interleaved else 1,
         )
 
-    def _ranks(self, b_RO: torch.Tensor) -> list[tuple[torch.Tensor, slice]]:
+    def _split(self, b_RO: torch.Tensor) -> list[tuple[torch.Tensor, slice]]:
         """For each part: the ranks it uses and its columns of B."""
         found, start = [], 0
         for size in self._parts:
@@ -145,6 +142,7 @@ class NativeLora:
             start += size
         return found
 
-    def _copy(self, room: torch.Tensor, matrix: torch.Tensor) -> None:
-        packed = pack(matrix.to(room.dtype)).view(-1)
-        room[: len(packed)].copy_(packed)
+
+def _even(rank: int) -> int:
+    """Two bf16 ranks make a unit."""
+    return rank + rank % 2
