@@ -1,10 +1,35 @@
 """Token ids to text as they arrive, never splitting a character."""
 
+import codecs
+from collections.abc import Callable, Container
+
 import tokenizers
 
 REPLACEMENT = "\ufffd"
 # A character takes at most 4 bytes; this many tokens without a clean end are noise, not an unfinished character.
 NOISE_TOKENS = 64
+
+
+class ByteDetokenizer:
+    """Detokenizer for byte-level tokenizers: the same text, without asking the tokenizer for each token.
+
+    `spell` gives a token's bytes; the ids in `silent` show nothing.
+    """
+
+    def __init__(self, spell: Callable[[int], bytes], silent: Container[int]) -> None:
+        self._spell = spell
+        self._silent = silent
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that became certain with this token."""
+        return "" if token_id in self._silent else self._decoder.decode(self._spell(token_id))
+
+    def flush(self) -> str:
+        """What was held back, as U+FFFD when the stream ended inside a character."""
+        text = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return text
 
 
 class Detokenizer:

@@ -3,11 +3,18 @@
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
-from engine.text.detokenizer import Detokenizer
+from engine.text.detokenizer import ByteDetokenizer, Detokenizer
 from engine.text.stops import StopStrings
 from engine.text.tokenizer import Tokenizer
 
 NOTHING: Mapping[int, str] = MappingProxyType({})
+
+
+def make_detokenizer(tokenizer: Tokenizer) -> Detokenizer | ByteDetokenizer:
+    """The cheapest that gives the tokenizer's own text."""
+    if tokenizer.byte_level:
+        return ByteDetokenizer(tokenizer.token_bytes, tokenizer.special_ids)
+    return Detokenizer(tokenizer.backend)
 
 
 class TextStream:
@@ -30,7 +37,7 @@ class TextStream:
         self.ends = frozenset(tokenizer.eos_ids) | frozenset(ends)
         self._min_tokens = min_tokens
         self._spell = spell
-        self._detokenizer = Detokenizer(tokenizer.backend)
+        self._detokenizer = make_detokenizer(tokenizer)
         self._stops = StopStrings(stop)
         self.consumed = 0
 

@@ -117,23 +117,25 @@ class Tokenizer:
         return known
 
     def _spell(self, token_id: int) -> bytes:
-        added = self.backend.get_added_tokens_decoder().get(token_id)
-        token = added.content if added else self.backend.id_to_token(token_id)
+        token = self.backend.id_to_token(token_id)
         if token is None:
             return b""
-        if added is None and self._byte_level and all(letter in BYTE_OF for letter in token):
-            return bytes(BYTE_OF[letter] for letter in token)
-        if added is None and (byte := BYTE_TOKEN.fullmatch(token)):
-            return bytes([int(byte[1], 16)])
-        return token.replace("\u2581", " ").encode()
+        if self.byte_level:
+            return bytes(map(BYTE_OF.__getitem__, token)) if BYTE_OF.keys() >= set(token) else token.encode()
+        if token_id in self.backend.get_added_tokens_decoder():
+            return token.encode()
+        byte = BYTE_TOKEN.fullmatch(token)
+        return bytes([int(byte[1], 16)]) if byte else token.replace("\u2581", " ").encode()
+
+    @cached_property
+    def byte_level(self) -> bool:
+        """Whether a text is nothing but the bytes of its tokens, whatever stands beside them."""
+        decoder = json.loads(self.backend.to_str())["decoder"]
+        return bool(decoder) and decoder["type"] == "ByteLevel"
 
     @cached_property
     def _bytes(self) -> dict[int, bytes]:
         return {}
-
-    @cached_property
-    def _byte_level(self) -> bool:
-        return "ByteLevel" in str(json.loads(self.backend.to_str())["decoder"])
 
     @cached_property
     def _control_tokens(self) -> tuple[str, ...]:

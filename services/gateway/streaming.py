@@ -100,9 +100,12 @@ class EventStream(Response):
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
-            async with aclosing(self._events()) as events:
-                async for data in events:
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
+            for writer in self._writers:
+                if first := writer.first():
+                    await send(_body(first))
+            await (self._send_one(send) if len(self._choices) == 1 else self._send_several(send))
+            if self._plan.ask.include_usage:
+                await send(_body(rendering.usage_chunk(self._plan, self._choices)))
             last = rendering.DONE
         except WhetError as error:
             # The status has left already; OpenAI's clients raise on an event that carries an error.
@@ -110,38 +113,36 @@ class EventStream(Response):
             last = rendering.event(error.body())
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
-    async def _events(self) -> AsyncGenerator[bytes]:
-        for writer in self._writers:
-            if first := writer.first():
-                yield first
-        async with aclosing(self._pieces()) as pieces:
+    async def _send_one(self, send: Send) -> None:
+        """The token path: nothing between the choice and the socket but this loop."""
+        writer = self._writers[0]
+        async with aclosing(self._choices[0].pieces()) as pieces:
+            async for piece in pieces:
+                await send(_body(writer.piece(piece)))
+        await send(_body(writer.ending()))
+
+    async def _send_several(self, send: Send) -> None:
+        async with aclosing(_interleaved(self._choices)) as pieces:
             async for index, piece in pieces:
                 writer = self._writers[index]
-                yield writer.ending() if piece is None else writer.piece(piece)
-        if self._plan.ask.include_usage:
-            yield rendering.usage_chunk(self._plan, self._choices)
-
-    def _pieces(self) -> AsyncGenerator[tuple[int, Piece | None]]:
-        """Pieces with their choice's index; None when that choice has ended."""
-        return _one(self._choices[0]) if len(self._choices) == 1 else _interleaved(self._choices)
+                await send(_body(writer.ending() if piece is None else writer.piece(piece)))
 
 
-async def _one(choice: Choice) -> AsyncGenerator[tuple[int, Piece | None]]:
-    async with aclosing(choice.pieces()) as pieces:
-        async for piece in pieces:
-            yield choice.index, piece
-    yield choice.index, None
+def _body(data: bytes) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": data, "more_body": True}
 
 
 async def _interleaved(choices: Sequence[Choice]) -> AsyncGenerator[tuple[int, Piece | None]]:
-    """As they come. The first failure is raised and ends the others."""
+    """Pieces with their choice's index as they come, None when that choice has ended. The first failure is raised and
+    ends the others."""
     inbox: asyncio.Queue[tuple[int, Piece | None] | Exception] = asyncio.Queue()
 
     async def forward(choice: Choice) -> None:
         try:
-            async with aclosing(_one(choice)) as pieces:
-                async for item in pieces:
-                    inbox.put_nowait(item)
+            async with aclosing(choice.pieces()) as pieces:
+                async for piece in pieces:
+                    inbox.put_nowait((choice.index, piece))
+            inbox.put_nowait((choice.index, None))
         except Exception as error:
             inbox.put_nowait(error)
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from engine.text.detokenizer import Detokenizer
+from engine.text.detokenizer import ByteDetokenizer, Detokenizer
 from engine.text.stops import StopStrings
-from engine.text.stream import TextStream
+from engine.text.stream import TextStream, make_detokenizer
 from engine.text.tokenizer import Tokenizer
 
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<s>"]
@@ -229,18 +229,26 @@ def test_text_needs_no_torch() -> None:
     assert found.stdout.strip() == "False False"
 
 
-@given(token_ids=st.lists(st.integers(4, 339), max_size=60))
-@settings(max_examples=150, deadline=None)
-def test_streamed_text_equals_decoding_at_once(token_ids: list[int], tokenizer: Tokenizer) -> None:
-    stream = Detokenizer(tokenizer.backend)
+@given(token_ids=st.lists(st.integers(4, 339), max_size=60), by_bytes=st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_streamed_text_equals_decoding_at_once(token_ids: list[int], by_bytes: bool, tokenizer: Tokenizer) -> None:
+    stream = make_detokenizer(tokenizer) if by_bytes else Detokenizer(tokenizer.backend)
     pieces = [stream.push(token_id) for token_id in token_ids]
     assert "".join(pieces) + stream.flush() == tokenizer.decode(token_ids)
 
 
-@given(text=st.text(max_size=40))
-@settings(max_examples=100, deadline=None)
-def test_no_piece_of_real_text_splits_a_character(text: str, tokenizer: Tokenizer) -> None:
-    stream = Detokenizer(tokenizer.backend)
+@given(token_ids=st.lists(st.integers(0, 339), max_size=60))
+@settings(max_examples=150, deadline=None)
+def test_control_tokens_inside_a_character_show_nothing(token_ids: list[int], tokenizer: Tokenizer) -> None:
+    stream = make_detokenizer(tokenizer)
+    assert isinstance(stream, ByteDetokenizer)
+    assert "".join(map(stream.push, token_ids)) + stream.flush() == tokenizer.decode(token_ids)
+
+
+@given(text=st.text(max_size=40), by_bytes=st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_no_piece_of_real_text_splits_a_character(text: str, by_bytes: bool, tokenizer: Tokenizer) -> None:
+    stream = make_detokenizer(tokenizer) if by_bytes else Detokenizer(tokenizer.backend)
     pieces = [stream.push(token_id) for token_id in tokenizer.encode(text)]
     if "\ufffd" not in text:
         assert not any("\ufffd" in piece for piece in pieces)
