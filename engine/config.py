@@ -34,6 +34,7 @@ class EngineConfig:
     max_waiting: int = 2048
     pack: bool = True
     native: bool = True
+    prefix_cache: bool = True
 
     def __post_init__(self) -> None:
         _require(self.kv_tokens >= 256, "--kv-tokens must be at least 256")
@@ -56,6 +57,9 @@ def parse(arguments: Sequence[str] | None = None) -> EngineConfig:
         default = EngineConfig.__dataclass_fields__[name].default
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--no-native", dest="native", action="store_false", help="run on torch's kernels only")
+    parser.add_argument(
+        "--no-prefix-cache", dest="prefix_cache", action="store_false", help="compute every prompt from its beginning"
+    )
     values = vars(parser.parse_args(arguments))
     try:
         return EngineConfig(**values)

@@ -1,7 +1,7 @@
 """The engine itself, without a process around it: requests in, messages out, one step at a time.
 
-Every request that enters gets exactly one ending; blocks, slots and references are released in `_end` and nowhere
-else. Not thread-safe: one thread submits, steps and empties the outbox.
+Every request that enters gets exactly one ending; blocks, slots and references are released in `_close` and
+nowhere else. Not thread-safe: one thread submits, steps and empties the outbox.
 """
 
 import os
@@ -15,18 +15,26 @@ from itertools import count
 import torch
 
 from engine.adapters.loading import AdapterReader
-from engine.adapters.manager import AdapterManager
+from engine.adapters.manager import AdapterManager, Answer
 from engine.adapters.slots import AdapterSlots
 from engine.config import EngineConfig
 from engine.digest import base_digest
-from engine.layers.sampler import invalid_sampling
+from engine.grammar.workshop import GrammarWorkshop
 from engine.memory.blocks import BlockPool
+from engine.memory.prefix import PrefixCache
 from engine.messages import (
     Done,
+    ErrorCode,
+    Finished,
     FinishReason,
+    Forget,
     FromEngine,
     Generate,
     LoadAdapter,
+    Pool,
+    Pooled,
+    PromptLogprobs,
+    Sampling,
     Status,
     Tokens,
     UnloadAdapter,
@@ -34,8 +42,13 @@ from engine.messages import (
 from engine.models.registry import read_spec
 from engine.runner.build import build_forward
 from engine.runner.placement import block_size, choose_device
+from engine.runner.pooling import Pooler, vector_bytes
 from engine.runner.runner import Runner, StepOutput
-from engine.scheduling.scheduler import Row, Scheduler
+from engine.runner.sampling import NOT_FINITE, accepted, complete
+from engine.scheduling.admission import Admission, Refusal
+from engine.scheduling.deadlines import Deadlines
+from engine.scheduling.parking import Parking
+from engine.scheduling.scheduler import Scheduler
 from engine.sequence import Sequence
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -54,15 +67,22 @@ class Engine:
         self.max_context = min(config.max_context or spec.max_positions, spec.max_positions, pool.total * size)
         self.forward = build_forward(config, spec, blocks=pool.total, positions=self.max_context)
         self.runner = Runner(self.forward)
-        self.scheduler = Scheduler(
-            pool, max_running=config.max_running, step_tokens=config.step_tokens, max_context=self.max_context
-        )
         self.base = base_digest(config.model)
+        self.scheduler = Scheduler(
+            pool,
+            max_running=config.max_running,
+            step_tokens=config.step_tokens,
+            max_context=self.max_context,
+            prefix=PrefixCache(pool, self.base, self._precision) if config.prefix_cache else None,
+        )
         reader = AdapterReader(config.artifacts.absolute(), self.base, spec, config.adapter_rank, self.forward.dtype)
         slots = AdapterSlots(self.forward, config.adapter_slots, config.adapter_rank)
         self.adapters = AdapterManager(reader, slots, wake)
+        self.admission = Admission(config, spec, self.max_context)
+        self._grammars = GrammarWorkshop(config.model, spec.vocab_size, wake)
+        self._deadlines = Deadlines()
+        self._parking = Parking()
         self._sequences: dict[tuple[bytes, str], Sequence] = {}
-        self._parked: dict[str, list[Sequence]] = {}
         self._arrivals = count()
         self._born = time.monotonic()
         self._steps = 0
@@ -73,19 +93,29 @@ class Engine:
         """Whether a step would compute something."""
         return bool(self.scheduler.running or self.scheduler.waiting)
 
+    @property
+    def patience_seconds(self) -> float | None:
+        """How long an idle engine may sleep before a request's deadline passes; None when there is none."""
+        return None if self._deadlines.next is None else max(0.0, self._deadlines.next - time.perf_counter())
+
     def submit(self, client: bytes, request: Generate) -> None:
-        """Take a request in, or answer at once why not."""
+        """Take a request for tokens in, or answer at once why not."""
         limit = min(len(request.prompt) + request.sampling.max_tokens, self.max_context)
-        sequence = Sequence(client, request, next(self._arrivals), limit)
-        refusal = self._refusal(client, request)
-        if refusal is not None:
-            self.outbox.append((client, sequence.ending(self.epoch, "error", *refusal)))
-            return
-        self._sequences[client, request.id] = sequence
-        if request.adapter is not None and self.adapters.loading(request.adapter):
-            self._parked.setdefault(request.adapter, []).append(sequence)
-        else:
-            self._start(sequence)
+        self._take(Sequence(client, request, next(self._arrivals), limit))
+
+    def submit_pool(self, client: bytes, request: Pool) -> None:
+        """Take a request for a vector in, or answer at once why not. It is scheduled like one for tokens."""
+        read = Generate(
+            id=request.id,
+            prompt=request.prompt,
+            sampling=Sampling(temperature=0.0, seed=0, max_tokens=1),
+            adapter=request.adapter,
+            cache_salt=request.cache_salt,
+            priority=request.priority,
+            share=request.share,
+            deadline_seconds=request.deadline_seconds,
+        )
+        self._take(Sequence(client, read, next(self._arrivals), len(request.prompt) + 1, pool=request))
 
     def cancel(self, client: bytes, request_id: str) -> None:
         """End a request whose client has read enough; unknown ids finished first."""
@@ -99,6 +129,12 @@ class Engine:
             self._end(sequence, "cancelled")
         self.outbox = [(receiver, message) for receiver, message in self.outbox if receiver != client]
 
+    def forget(self, client: bytes, message: Forget) -> None:
+        """Drop what is cached of a namespace; answered with Done."""
+        if self.scheduler.prefix is not None:
+            self.scheduler.prefix.forget(message.namespace)
+        self.outbox.append((client, Done(epoch=self.epoch, id=message.id)))
+
     def load_adapter(self, client: bytes, message: LoadAdapter) -> None:
         """Answered with Done when the adapter serves, or why it does not."""
         self.adapters.load(message.digest, message.path, self._answer(client, message.id))
@@ -108,14 +144,11 @@ class Engine:
         self.adapters.unload(message.digest, self._answer(client, message.id))
 
     def step(self) -> bool:
-        """Settle adapters, then compute one batch. False when there was nothing to compute."""
-        for digest in self.adapters.settle():
-            for sequence in self._parked.pop(digest, []):
-                self._start(sequence)
+        """Let in who need not wait any more, then compute one batch. False when there was nothing to compute."""
+        self._settle()
         rows = self.scheduler.schedule()
         if not rows:
             return False
-        self._mark_started(rows)
         try:
             self._apply(self.runner.step(rows))
         except Exception as error:
@@ -134,7 +167,7 @@ class Engine:
             id=request_id,
             base=self.base,
             model=str(self.config.model),
-            dtype=self.config.precision if self.config.precision == "int8" else DTYPE_NAMES[self.forward.dtype],
+            dtype=self._precision,
             device=self.forward.device.type,
             kernels=self.forward.kernels,
             threads=torch.get_num_threads(),
@@ -153,36 +186,64 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Stop the adapter thread. What is in flight is simply gone: the epoch tells clients."""
+        """Stop the threads. What is in flight is simply gone: the epoch tells clients."""
         self.adapters.close()
+        self._grammars.close()
         self.forward.close()
 
-    def _refusal(self, client: bytes, request: Generate) -> tuple[str, str] | None:
-        """Code and sentence when a request cannot be taken."""
-        if (client, request.id) in self._sequences:
-            return "invalid_request", f"request id {request.id!r} is already in flight"
-        if len(self._sequences) >= self.config.max_waiting:
-            return "overloaded", f"{len(self._sequences)} requests are in flight already; try again later"
-        if self.forward.spec.labels:
-            return "unsupported", "this model classifies and has no language-model head; ask it for classes"
-        if not request.prompt:
-            return "invalid_request", "the prompt is empty"
-        if len(request.prompt) >= self.max_context:
-            length = len(request.prompt)
-            return (
-                "prompt_too_long",
-                f"the prompt has {length} tokens; the context holds {self.max_context} with the answer",
-            )
-        if min(request.prompt) < 0 or max(request.prompt) >= self.forward.spec.vocab_size:
-            return "invalid_request", f"token ids must lie between 0 and {self.forward.spec.vocab_size - 1}"
-        if reason := invalid_sampling(request.sampling, self.forward.spec.vocab_size):
-            return "invalid_request", reason
-        if not self._servable(request.adapter):
-            return "adapter_not_loaded", f"adapter {request.adapter} is not loaded"
-        return None
+    @property
+    def _precision(self) -> str:
+        return self.config.precision if self.config.precision == "int8" else DTYPE_NAMES[self.forward.dtype]
 
-    def _servable(self, adapter: str | None) -> bool:
-        return adapter is None or self.adapters.slots.ready(adapter) or self.adapters.loading(adapter)
+    def _take(self, sequence: Sequence) -> None:
+        """Answer why not, or hold the request until it has exactly one ending."""
+        refusal = self._refusal(sequence)
+        if refusal is not None:
+            self.outbox.append((sequence.client, sequence.ending(self.epoch, "error", *refusal)))
+            return
+        request = sequence.request
+        self._sequences[sequence.client, request.id] = sequence
+        self.admission.enter(sequence)
+        self._deadlines.enter(sequence)
+        if request.grammar is not None:
+            self._grammars.order(sequence, request.grammar)
+        else:
+            self._place(sequence)
+
+    def _refusal(self, sequence: Sequence) -> Refusal | None:
+        request = sequence.request
+        if (sequence.client, request.id) in self._sequences:
+            return Refusal("invalid_request", f"request id {request.id!r} is already in flight")
+        refusal = self.admission.refusal(request, sequence.pool)
+        if refusal is not None:
+            return refusal
+        adapter = request.adapter
+        if adapter is None or self.adapters.slots.ready(adapter) or self.adapters.loading(adapter):
+            return None
+        return Refusal("adapter_not_loaded", f"adapter {adapter} is not loaded")
+
+    def _settle(self) -> None:
+        """Between two steps: start who waited for a grammar or an adapter, end who waited too long."""
+        for sequence, matcher, refusal, failure in self._grammars.finished():
+            sequence.grammar = matcher
+            if matcher is not None:
+                self._place(sequence)
+            else:
+                self._end(sequence, "error", "invalid_request" if refusal else "internal", refusal or failure)
+        for digest in self.adapters.settle():
+            for sequence in self._parking.release(digest):
+                self._start(sequence)
+        if self._deadlines.next is not None:
+            for sequence in self._deadlines.due(time.perf_counter()):
+                self._end(sequence, "error", "deadline", "the request's deadline passed before it was finished")
+
+    def _place(self, sequence: Sequence) -> None:
+        """Start a sequence, or park it while its adapter is being loaded."""
+        adapter = sequence.request.adapter
+        if adapter is not None and self.adapters.loading(adapter):
+            self._parking.enter(adapter, sequence)
+        else:
+            self._start(sequence)
 
     def _start(self, sequence: Sequence) -> None:
         """Take the adapter's reference and queue the sequence; an adapter that failed to load ends it."""
@@ -192,46 +253,80 @@ class Engine:
                 self._end(sequence, "error", "adapter_not_loaded", f"adapter {adapter} could not be loaded")
                 return
             sequence.slot = self.adapters.slots.acquire(adapter)
+        if sequence.pool is not None:
+            length = len(sequence.request.prompt)
+            sequence.pooler = Pooler(length, sequence.pool.how, self.forward.score, sequence.slot)
         self.scheduler.add(sequence)
-
-    def _mark_started(self, rows: list[Row]) -> None:
-        now = time.perf_counter()
-        for sequence, _ in rows:
-            if sequence.started is None:
-                sequence.started = now
 
     def _apply(self, output: StepOutput) -> None:
         """Account for what was computed and hand out the new tokens."""
         drawn = [row.sequence for row in output.rows if row.samples]
-        for row in output.rows:
-            row.sequence.computed += row.length
-        self._generated += len(drawn)
+        starts = {sequence: sequence.computed for sequence in (*output.pooled, *output.prompt)}
+        self.scheduler.advance(output.rows)
+        for sequence, chunk in output.prompt.items():
+            sequence.learn(starts[sequence], chunk.logprobs, chunk.top)
         for sequence, token, logprob, top, fault in zip(drawn, *output.sampled, strict=True):
             if fault is not None:
+                if fault is NOT_FINITE:
+                    self.scheduler.distrust(sequence)
                 self._end(sequence, "error", fault.code, fault.reason)
-                continue
-            reason = sequence.accept(token, logprob)
-            ranked = [top] if sequence.request.sampling.top_logprobs else []
-            message = Tokens(
-                epoch=self.epoch, id=sequence.request.id, token_ids=[token], logprobs=[logprob], top=ranked
-            )
-            self.outbox.append((sequence.client, message))
-            if reason is not None:
-                self._end(sequence, reason)
+            else:
+                self._give(sequence, token, logprob, top)
+        for sequence, hidden_TE in output.pooled.items():
+            self._pool(sequence, hidden_TE, starts[sequence])
 
-    def _end(self, sequence: Sequence, reason: FinishReason, code: str = "", error: str | None = None) -> None:
-        """The one ending: release everything, say Finished. A second call does nothing."""
-        if sequence.ended:
+    def _give(self, sequence: Sequence, token: int, logprob: float, top: list[tuple[int, float]]) -> None:
+        """Accept a token, send it, and end the sequence it completes."""
+        request = sequence.request
+        if request.prompt_logprobs and not sequence.produced:
+            scored = PromptLogprobs(epoch=self.epoch, id=request.id, logprobs=sequence.scores, top=sequence.ranked)
+            self.outbox.append((sequence.client, scored))
+        self._generated += 1
+        reason = sequence.accept(token, logprob)
+        ranked = [top] if request.sampling.top_logprobs else []
+        message = Tokens(epoch=self.epoch, id=request.id, token_ids=[token], logprobs=[logprob], top=ranked)
+        self.outbox.append((sequence.client, message))
+        accepted(sequence, token)
+        self.scheduler.waiting.charge(sequence, 1)
+        if reason is not None or complete(sequence):
+            self._end(sequence, "stop" if reason is None else reason)
+
+    def _pool(self, sequence: Sequence, hidden_TE: torch.Tensor, start: int) -> None:
+        """Take the states of a chunk, and answer after the last one."""
+        pooler = sequence.pooler
+        assert isinstance(pooler, Pooler), "sequences that pool are started with a pooler"
+        pooler.add(hidden_TE, start)
+        if not pooler.complete:
             return
+        vector_N = pooler.vector()
+        if bool(vector_N.isfinite().all()):
+            self._close(sequence, sequence.pooled(self.epoch, vector_bytes(vector_N)))
+        else:
+            self.scheduler.distrust(sequence)
+            self._end(sequence, "error", NOT_FINITE.code, "the model's states are not finite")
+
+    def _end(self, sequence: Sequence, reason: FinishReason, code: ErrorCode = "", error: str | None = None) -> None:
+        """End a sequence with Finished, if it has not ended."""
+        if not sequence.ended:
+            self._close(sequence, sequence.ending(self.epoch, reason, code, error))
+
+    def _close(self, sequence: Sequence, ending: Finished | Pooled) -> None:
+        """The one ending: release everything, say so."""
+        assert not sequence.ended, "a request has one ending"
         sequence.ended = True
         del self._sequences[sequence.client, sequence.request.id]
         self.scheduler.remove(sequence)
-        for parked in self._parked.values():
-            if sequence in parked:
-                parked.remove(sequence)
+        self.admission.leave(sequence)
+        self._deadlines.leave(sequence)
+        self._grammars.discard(sequence)
+        self._parking.leave(sequence)
         if sequence.slot and sequence.request.adapter is not None:
             self.adapters.slots.release(sequence.request.adapter)
-        self.outbox.append((sequence.client, sequence.ending(self.epoch, reason, code, error)))
+        self.outbox.append((sequence.client, ending))
 
-    def _answer(self, client: bytes, request_id: str) -> Callable[[str], None]:
-        return lambda error: self.outbox.append((client, Done(epoch=self.epoch, id=request_id, error=error)))
+    def _answer(self, client: bytes, request_id: str) -> Answer:
+        def answer(error: str, transient: bool = False) -> None:
+            done = Done(epoch=self.epoch, id=request_id, error=error, transient=transient)
+            self.outbox.append((client, done))
+
+        return answer

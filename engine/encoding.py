@@ -90,6 +90,16 @@ class EncoderEngine:
         """Whether a step would compute something."""
         return bool(self._queue)
 
+    @property
+    def patience_seconds(self) -> float | None:
+        """No deadline passes while the engine is idle: whoever waits here makes it busy."""
+        return None
+
+    @property
+    def patience_seconds(self) -> float | None:
+        """An idle encoder may sleep until it is asked: whoever waits here is computed in the next steps."""
+        return None
+
     def submit(self, client: bytes, request: Generate) -> None:
         """An encoder writes nothing: always refused."""
         self._refuse(client, request, "unsupported", "this model is an encoder: it embeds and classifies, nothing else")
@@ -144,8 +154,8 @@ class EncoderEngine:
             for waiting in batch:
                 self._fail(waiting, "error", "internal", f"the step failed: {type(error).__name__}: {error}")
         else:
-            for waiting, vector in zip(batch, vectors, strict=True):
-                self._answer(waiting, vector, started)
+            for waiting, vector_N in zip(batch, vectors, strict=True):
+                self._answer(waiting, vector_N, started)
         self._steps += 1
         return True
 
@@ -217,23 +227,26 @@ class EncoderEngine:
             batch.append(other)
         return batch
 
-    def _compute(self, requests: list[Pool]) -> list[bytes]:
+    def _compute(self, requests: list[Pool]) -> list[torch.Tensor]:
         prompts = [Prompt(request.prompt, request.pair_start) for request in requests]
         if requests[0].how == "classify":
-            return [vector_bytes(scores_L) for scores_L in self.encoder.scores(prompts)]
+            return list(self.encoder.scores(prompts))
         vectors = []
         for request, states_TE in zip(requests, self.encoder.hidden(prompts), strict=True):
             pooler = Pooler(len(request.prompt), request.how)
             pooler.add(states_TE)
-            vectors.append(pooler.finish())
+            vectors.append(pooler.vector())
         return vectors
 
-    def _answer(self, waiting: Waiting, vector: bytes, started: float) -> None:
+    def _answer(self, waiting: Waiting, vector_N: torch.Tensor, started: float) -> None:
+        if not bool(vector_N.isfinite().all()):
+            self._fail(waiting, "error", "internal", "the model's states are not finite")
+            return
         self._forget(waiting)
         reply = Pooled(
             epoch=self.epoch,
             id=waiting.request.id,
-            vector=vector,
+            vector=vector_bytes(vector_N),
             prompt_tokens=len(waiting.request.prompt),
             queue_seconds=started - waiting.arrived,
             total_seconds=time.perf_counter() - waiting.arrived,

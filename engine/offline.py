@@ -156,7 +156,10 @@ class LocalEngine:
         if not 0 < len(token_ids) <= self.core.max_context:
             raise ValueError(f"between 1 and {self.core.max_context} tokens, not {len(token_ids)}")
         sampling = Sampling(temperature=0.0, seed=0, max_tokens=1)
-        request = Generate(id=f"hidden-{next(self._ids)}", prompt=token_ids, sampling=sampling, adapter=adapter)
+        # Asking for the prompt's log-probabilities keeps cached blocks away: every token's state is wanted here.
+        request = Generate(
+            id=f"hidden-{next(self._ids)}", prompt=token_ids, sampling=sampling, adapter=adapter, prompt_logprobs=True
+        )
         sequence = Sequence(CLIENT, request, arrival=next(self._ids), limit=self.core.max_context)
         if adapter is not None:
             sequence.slot = self.core.adapters.slots.acquire(adapter)

@@ -5,6 +5,7 @@
 
 import ctypes
 import json
+import math
 import os
 import signal
 import socket
@@ -92,10 +93,14 @@ class EngineProcess:
         self._alarm_writer.close()
 
     def _wait(self) -> None:
-        """Sleep while there is nothing to compute; a message, a loaded adapter or a signal wakes us."""
-        ready = dict(self._poller.poll(0 if self.engine.busy else IDLE_MILLISECONDS))
+        """Sleep while there is nothing to compute; a message, a loaded adapter, a deadline or a signal wakes us."""
+        ready = dict(self._poller.poll(0 if self.engine.busy else self._idle_milliseconds()))
         if self._alarm.fileno() in ready:
             self._alarm.recv(4096)
+
+    def _idle_milliseconds(self) -> int:
+        patience = self.engine.patience_seconds
+        return IDLE_MILLISECONDS if patience is None else min(IDLE_MILLISECONDS, math.ceil(1000 * patience))
 
     def _receive(self) -> None:
         while True:
@@ -131,8 +136,7 @@ class EngineProcess:
             case UnloadAdapter():
                 self.engine.unload_adapter(client, message)
             case Forget():
-                # Nothing is kept per namespace as long as there is no prefix cache and no suffix corpus.
-                self.engine.outbox.append((client, Done(epoch=self.engine.epoch, id=message.id)))
+                self.engine.forget(client, message)
             case GetStatus():
                 self.engine.outbox.append((client, self.engine.status(message.id)))
 

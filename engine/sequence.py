@@ -2,20 +2,25 @@
 
 import time
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.messages import Finished, FinishReason, Generate, Pool
+from engine.memory.prefix import Node, Root
+from engine.messages import ErrorCode, Finished, FinishReason, Generate, Pool, Pooled
 
 PRIORITY_RANK = {"interactive": 0, "batch": 1}
+by_rank = attrgetter("rank")
 
 
 @dataclass(eq=False)
 class Sequence:
     """One running or waiting request. The scheduler owns blocks and `computed`; the core owns the slot and the ending.
 
-    `tokens` is prompt and completion; the first `computed` of them have keys and values in `blocks`.
+    `tokens` is prompt and completion; the first `computed` of them have keys and values in `blocks`. Of these blocks
+    the first `chained` are known to the prefix cache; `tip` is the last such (None once no more may be added).
+    `rank` sorts the most deserving first: interactive before batch, then oldest.
     """
 
     client: bytes
@@ -33,7 +38,16 @@ class Sequence:
     # What constrains the answer (set by the core) and what edits its logits (made by the runner): see runner/sampling.
     grammar: object | None = None
     penalties: object | None = None
+    # A request for a vector: what it asked for and, while it runs, what makes the vector.
     pool: Pool | None = None
+    pooler: object | None = None
+    scores: list[float] = field(default_factory=list)
+    ranked: list[list[tuple[int, float]]] = field(default_factory=list)
+    queued: bool = False
+    root: Root | None = None
+    tip: Root | Node | None = None
+    chained: int = 0
+    promises: list[int] = field(default_factory=list)
     cached_tokens: int = 0
     arrived: float = field(default_factory=time.perf_counter)
     started: float | None = None
@@ -42,11 +56,10 @@ class Sequence:
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
         self.stops = frozenset(self.request.sampling.stop_token_ids)
-
-    @property
-    def rank(self) -> tuple[int, int]:
-        """Sorts the most deserving first: interactive before batch, then oldest."""
-        return PRIORITY_RANK[self.request.priority], self.arrival
+        self.rank = PRIORITY_RANK[self.request.priority], self.arrival
+        # Whoever needs the states of every token computes every token.
+        every = self.pool is not None and self.pool.how in ("mean", "first")
+        self.reuses = not (every or self.request.prompt_logprobs)
 
     @property
     def produced(self) -> int:
@@ -70,7 +83,20 @@ class Sequence:
             return "length"
         return None
 
-    def ending(self, epoch: int, reason: FinishReason, code: str = "", error: str | None = None) -> Finished:
+    def learn(self, start: int, scores: list[float], ranked: list[list[tuple[int, float]]]) -> None:
+        """Take log-probabilities of the prompt tokens behind `start`; they come anew after a preemption."""
+        del self.scores[start:], self.ranked[start:]
+        self.scores += scores
+        self.ranked += ranked
+
+    def ending(
+        self,
+        epoch: int,
+        reason: FinishReason,
+        code: ErrorCode = "",
+        error: str | None = None,
+        retry_after_seconds: float = 0.0,
+    ) -> Finished:
         """The Finished message; the caller guards that it is built once."""
         now = time.perf_counter()
         return Finished(
@@ -79,10 +105,25 @@ class Sequence:
             reason=reason,
             adapter=self.request.adapter,
             error=error,
-            code=code,  # type: ignore[arg-type]  # callers pass members of the Literal
+            code=code,
+            retry_after_seconds=retry_after_seconds,
             prompt_tokens=len(self.request.prompt),
             completion_tokens=self.produced,
+            cached_tokens=self.cached_tokens,
             queue_seconds=(self.started or now) - self.arrived,
             first_token_seconds=(self.first_token or now) - self.arrived,
+            total_seconds=now - self.arrived,
+        )
+
+    def pooled(self, epoch: int, vector: bytes) -> Pooled:
+        """The Pooled message; the caller guards that it is built once."""
+        now = time.perf_counter()
+        return Pooled(
+            epoch=epoch,
+            id=self.request.id,
+            vector=vector,
+            prompt_tokens=len(self.request.prompt),
+            cached_tokens=self.cached_tokens,
+            queue_seconds=(self.started or now) - self.arrived,
             total_seconds=now - self.arrived,
         )

@@ -1,15 +1,20 @@
 """Loads adapters beside those that serve: read and checked in a thread, copied into a slot between two steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from engine.adapters.files import AdapterRefused
+from engine.adapters.files import AdapterRefused, AdapterUnreadable
 from engine.adapters.loading import Adapter, AdapterReader
 from engine.adapters.slots import AdapterSlots
 from engine.messages import Slot
 
-Answer = Callable[[str], None]
+
+class Answer(Protocol):
+    """Hears how a command went: why it failed, "" when it took effect; `transient` failures may be tried again."""
+
+    def __call__(self, error: str, transient: bool = False) -> None: ...
 
 
 @dataclass
@@ -41,13 +46,12 @@ class AdapterManager:
             answer("")
         elif digest in self._loads:
             self._loads[digest].answers.append(answer)
-        elif self.slots.get(digest) is not None:
+        elif self.slots.get(digest) is not None and not self._loads:
             # A roll-back right after a swap: the old adapter is still here, serving its last requests.
-            self.slots.revive(digest)
-            for waiting in self._unloads.pop(digest, []):
-                waiting("the adapter was loaded again before its last request had finished")
+            self._revive(digest)
             answer("")
         else:
+            # A draining adapter whose slot others wait for lines up behind them, or they would starve.
             future = self._thread.submit(self.reader.read, digest, path)
             self._loads[digest] = Load(future, [answer])
             future.add_done_callback(lambda _: self._wake())
@@ -55,19 +59,25 @@ class AdapterManager:
     def unload(self, digest: str, answer: Answer) -> None:
         """Drain `digest`. One that is not there is already unloaded."""
         if digest in self._loads:
-            answer("this adapter is still loading")
+            answer("this adapter is still loading", transient=True)
         elif self.slots.get(digest) is None:
             answer("")
         else:
             self._unloads.setdefault(digest, []).append(answer)
             self.slots.drain(digest)
 
-    def settle(self) -> list[str]:
-        """Between two steps: install what has been read, answer what is over. Digests whose load ended, well or not."""
-        self._answer_unloads()
-        ended = [digest for digest, load in list(self._loads.items()) if self._try_install(digest, load)]
-        self._answer_unloads()
-        return ended
+    def settle(self) -> Iterator[str]:
+        """Between two steps: install what has been read, answer what is over. Digests whose load ended, well or not.
+
+        Each is named before the next is installed: once its requests refer to it, it cannot be evicted for the next.
+        """
+        if self._unloads:
+            self._answer_unloads()
+        for digest, load in list(self._loads.items()):
+            if self._try_install(digest, load):
+                yield digest
+        if self._unloads:
+            self._answer_unloads()
 
     def table(self) -> list[Slot]:
         """All adapters and their states, for Status."""
@@ -81,16 +91,33 @@ class AdapterManager:
         if not load.future.done():
             return False
         error = load.future.exception()
-        if error is None:
-            if not self.slots.make_room():
-                return False
-            self.slots.install(load.future.result())
-        elif not isinstance(error, AdapterRefused):
-            error = RuntimeError(f"loading failed: {type(error).__name__}: {error}")
+        if error is None and not self._install(digest, load):
+            return False
         del self._loads[digest]
+        # Only a refusal says something about the artefact; whatever else went wrong may go well the next time.
+        transient = isinstance(error, AdapterUnreadable) or not isinstance(error, AdapterRefused | None)
+        if transient and not isinstance(error, AdapterUnreadable):
+            error = RuntimeError(f"loading failed: {type(error).__name__}: {error}")
         for answer in load.answers:
-            answer(str(error) if error else "")
+            answer(str(error) if error else "", transient)
         return True
+
+    def _install(self, digest: str, load: Load) -> bool:
+        """Whether the adapter is in a slot now. First come, first served: nobody is overtaken for long."""
+        if self.slots.get(digest) is not None:
+            if next(iter(self._loads)) != digest:
+                return False
+            self._revive(digest)
+        elif not self.slots.make_room():
+            return False
+        else:
+            self.slots.install(load.future.result())
+        return True
+
+    def _revive(self, digest: str) -> None:
+        self.slots.revive(digest)
+        for waiting in self._unloads.pop(digest, []):
+            waiting("the adapter was loaded again before its last request had finished")
 
     def _answer_unloads(self) -> None:
         for digest in [digest for digest in self._unloads if self.slots.get(digest) is None]:
