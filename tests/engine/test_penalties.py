@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Sequence as Many
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from engine.offline import LocalEngine
 from engine.runner.sampling import Place, accepted, complete, draw_at
 from engine.sequence import Sequence
 from tests.engine import plain_sampling
+from tests.engine.conftest import EngineMaker
 
 VOCABULARY = 50
 PROMPT = [4, 9, 9, 30]
@@ -225,3 +227,25 @@ def test_greedy_answers_of_the_engine_follow_the_penalties_of_a_plain_loop(engin
         assert token == plain_sampling.token(left, options, 0, len(prompt) + len(answer))
         answer.append(token)
     assert len(answer) >= 10
+
+
+def test_preempted_answers_keep_their_penalties(model_dir: Path, make_engine: EngineMaker) -> None:
+    requests = [
+        Generate(
+            id=str(row),
+            prompt=[1, 20 + row, 30, 40],
+            sampling=sampling(
+                seed=row, max_tokens=90, repetition_penalty=1.4, frequency_penalty=0.5, presence_penalty=0.5
+            ),
+        )
+        for row in range(8)
+    ]
+    roomy, tight = make_engine(model_dir), make_engine(model_dir, kv_tokens=256)
+    alone = [roomy.generate([request])[0].token_ids for request in requests]
+    for request in requests:
+        tight.core.submit(b"c", request)
+    sequences = list(tight.core._sequences.values())
+    while tight.core.step():
+        continue
+    assert sum(one.preemptions for one in sequences) > 0
+    assert [one.tokens[4:] for one in sequences] == alone
