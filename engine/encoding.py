@@ -95,11 +95,6 @@ class EncoderEngine:
         """No deadline passes while the engine is idle: whoever waits here makes it busy."""
         return None
 
-    @property
-    def patience_seconds(self) -> float | None:
-        """An idle encoder may sleep until it is asked: whoever waits here is computed in the next steps."""
-        return None
-
     def submit(self, client: bytes, request: Generate) -> None:
         """An encoder writes nothing: always refused."""
         self._refuse(client, request, "unsupported", "this model is an encoder: it embeds and classifies, nothing else")

@@ -14,6 +14,7 @@ from engine.config import EngineConfig
 from engine.encoding import EncoderEngine
 from engine.layers.score import ScoreHead
 from engine.messages import Done, Finished, Generate, LoadAdapter, Pool, Pooled, Sampling
+from engine.models.encoder import Prompt
 from engine.models.encoder_spec import read_encoder_spec
 from engine.models.spec import UnsupportedModel
 from engine.runner.pooling import Pooler
@@ -205,6 +206,23 @@ def test_a_step_that_fails_answers_its_requests_and_the_engine_goes_on(
     assert ending.code == "internal"
     engine.outbox = []
     assert len(ask(engine, [[5]])) == 1
+
+
+def test_states_that_are_not_finite_are_an_error_of_their_request_alone(
+    make_encoder: EncoderMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_on(make_encoder("Bert"))
+    exact = engine.encoder.hidden
+
+    def poisoned(prompts: list[Prompt]) -> list[torch.Tensor]:
+        return [states * float("nan") if len(states) == 2 else states for states in exact(prompts)]
+
+    monkeypatch.setattr(engine.encoder, "hidden", poisoned)
+    for index in range(3):
+        engine.submit_pool(b"c", Pool(id=str(index), prompt=[5] * (index + 1)))
+    engine.step()
+    codes = {message.id: getattr(message, "code", "pooled") for _, message in engine.outbox}
+    assert codes == {"0": "pooled", "1": "internal", "2": "pooled"}
 
 
 def test_weights_that_are_missing_or_pickled_are_refused(make_encoder: EncoderMaker, tmp_path: Path) -> None:
