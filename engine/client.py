@@ -47,7 +47,14 @@ class EngineGone(ConnectionError):
 
 
 class EngineRefused(RuntimeError):
-    """The engine answered a LoadAdapter, UnloadAdapter or Forget with an error; what served before still serves."""
+    """The engine answered a LoadAdapter, UnloadAdapter or Forget with an error; what served before still serves.
+
+    A `transient` one says nothing about the artefact (a file could not be read just now): try again, condemn nothing.
+    """
+
+    def __init__(self, reason: str, *, transient: bool = False) -> None:
+        super().__init__(reason)
+        self.transient = transient
 
 
 class PoolFailed(RuntimeError):
@@ -217,7 +224,7 @@ class EngineClient:
         if not isinstance(reply, Done):
             raise EngineGone(f"the engine answered a command with a {type(reply).__name__}")
         if reply.error:
-            raise EngineRefused(reply.error)
+            raise EngineRefused(reply.error, transient=reply.transient)
 
     async def _ask(
         self, message: GetStatus | LoadAdapter | UnloadAdapter | Forget, seconds: float | None

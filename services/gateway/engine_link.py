@@ -79,6 +79,11 @@ class EngineLink:
             try:
                 return await self._begin(msgspec.structs.replace(message, adapter=adapter))
             except EngineRefused as error:
+                if error.transient:
+                    # Nothing is wrong with the artefact, so older weights must not answer in its place.
+                    raise Unavailable(
+                        f"adapter {adapter} cannot be loaded now: {error}", code="adapter_unavailable"
+                    ) from error
                 failure = Unavailable(f"adapter {adapter} cannot be loaded: {error}", code="adapter_unavailable")
                 log.error("adapter_falls_back", alarm=True, digest=adapter, request=message.id, error=str(error))
             except EngineGone as error:
@@ -119,7 +124,7 @@ class EngineLink:
     def _loaded(self, digest: str, task: asyncio.Task[None]) -> None:
         del self._loads[digest]
         error = None if task.cancelled() else task.exception()
-        if isinstance(error, EngineRefused):
+        if isinstance(error, EngineRefused) and not error.transient:
             self._broken[digest] = time.monotonic() + BROKEN_SECONDS
         elif error is None:
             self._broken.pop(digest, None)

@@ -144,7 +144,7 @@ def _load(client: SyncEngineClient, settings: Settings, digests: Sequence[str]) 
         try:
             client.load_adapter(digest, str(settings.artifacts / digest))
         except EngineRefused as error:
-            if position == 0:
+            if position == 0 and not error.transient:
                 raise Broken(f"the engine refused the adapter: {error}") from error
             raise
 

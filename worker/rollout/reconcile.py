@@ -108,6 +108,9 @@ class Reconciler:
             try:
                 self._client.load_adapter(digest, str(self._artifacts / digest))
             except EngineRefused as error:
+                if error.transient:
+                    log.warning("adapter cannot be loaded now", digest=digest, error=str(error))
+                    continue
                 for claim in wanted.serving[digest]:
                     self._retreat(claim, digest, str(error))
             else:

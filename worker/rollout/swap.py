@@ -119,6 +119,8 @@ def _load(client: SyncEngineClient, settings: Settings, digest: str) -> None:
     try:
         client.load_adapter(digest, str(settings.artifacts / digest))
     except EngineRefused as error:
+        if error.transient:
+            raise RuntimeError(f"the engine could not load the artefact just now: {error}") from error
         raise Broken(f"the engine refused the artefact: {error}") from error
 
 
