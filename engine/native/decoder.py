@@ -16,6 +16,7 @@ from engine.models.decoder import Decoder
 from engine.models.decoder import Layer as DecoderLayer
 from engine.models.spec import DecoderSpec
 from engine.native.library import PANEL, Layer, Lora, Matrix, Model, Step, functions
+from engine.native.memory import Arena
 from engine.native.weights import NativeLora, Packed, interleave, pad, padded
 from engine.runner.heads import Heads
 from engine.runner.placement import Pool, parameters
@@ -61,7 +62,8 @@ class NativeDecoder:
         self._int8 = int8
         self._far = parameters(spec) * (1 if int8 else decoder.dtype.itemsize) > CACHE_BYTES
         pages = (spec.layers, blocks + 1, spec.kv_heads, BLOCK * spec.head_dim)
-        self._keys, self._values = (torch.zeros(pages, dtype=decoder.dtype) for _ in range(2))
+        self._arena = Arena()
+        self._keys, self._values = (self._arena.zeros(pages, decoder.dtype) for _ in range(2))
         self._layers = (Layer * spec.layers)(*[self._layer(index, layer) for index, layer in enumerate(decoder.layers)])
         self._model = self._describe(decoder)
         self._model.tokens = tokens
@@ -78,7 +80,7 @@ class NativeDecoder:
         kv, wide, narrow = spec.kv_heads * spec.head_dim, spec.intermediate_size, spec.hidden_size
 
         def make(in_size: int, *parts: int, interleaved: bool = False) -> NativeLora:
-            return NativeLora(slots + 1, rank, in_size, parts, self.dtype, interleaved=interleaved)
+            return NativeLora(slots + 1, rank, in_size, parts, self.dtype, self._arena, interleaved=interleaved)
 
         for index, layer in enumerate(self._layers):
             made = {
@@ -165,7 +167,7 @@ class NativeDecoder:
         return self._keep[-1].data_ptr()
 
     def _packed(self, linear: Linear, weight: torch.Tensor) -> Matrix:
-        packed = Packed.of(pad(weight), linear.bias, int8=self._int8)
+        packed = Packed.of(pad(weight), linear.bias, self._arena, int8=self._int8)
         packed.matrix.far = self._far
         self._keep += packed.tensors
         # The dense copy is let go layer by layer, so that loading never holds the model twice.
@@ -199,7 +201,7 @@ class NativeDecoder:
         half = spec.head_dim // 2
         embedding = None
         if not spec.tied:
-            self._keep.append(decoder.embedding_VE.contiguous())
+            self._keep.append(self._arena.copy(decoder.embedding_VE))
             embedding = self._keep[-1].data_ptr()
         # In fp32 whatever the model computes in: the products round, the angles need not.
         cos, sin = Rope(spec.rope, spec.head_dim, self._positions, torch.float32, self.device).tables()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.native.library import KINDS, PANEL, PARTS, Int, Lora, Matrix, functions
+from engine.native.memory import Arena
 
 
 def padded(size: int) -> int:
@@ -22,10 +23,10 @@ def pad(matrix_OI: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(matrix_OI, (0, columns, 0, rows)) if rows or columns else matrix_OI
 
 
-def pack(matrix_OI: torch.Tensor) -> torch.Tensor:
+def pack(matrix_OI: torch.Tensor, arena: Arena | None = None) -> torch.Tensor:
     """A copy in panels of sixteen outputs; see matmul.h. Outputs in whole panels, inputs in whole units."""
     dense = matrix_OI.contiguous()
-    out = torch.empty_like(dense)
+    out = arena.zeros(dense.shape, dense.dtype) if arena else torch.empty_like(dense)
     functions().whet_pack(dense.data_ptr(), out.data_ptr(), *dense.shape, dense.element_size())
     return out
 
@@ -51,13 +52,13 @@ class Packed:
     tensors: list[torch.Tensor]
 
     @classmethod
-    def of(cls, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, *, int8: bool) -> "Packed":
+    def of(cls, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, arena: Arena, *, int8: bool) -> "Packed":
         """From a dense weight whose sizes are whole panels."""
         tensors, scale = [], None
         if int8:
             weight_OI, scale = quantize(weight_OI)
             tensors.append(scale)
-        data = pack(weight_OI)
+        data = pack(weight_OI, arena)
         tensors.append(data)
         bias = None
         if bias_O is not None:
@@ -94,8 +95,8 @@ class NativeLora:
         self._parts, self._inputs, self._interleaved = tuple(parts), padded(in_size), interleaved
         self._panels = [padded(size) // PANEL for size in parts]
         most = _even(rank)
-        self._a = torch.zeros(slots, padded(len(parts) * most) * self._inputs, dtype=dtype)
-        self._b = torch.zeros(slots, sum(self._panels) * PANEL * most, dtype=dtype)
+        self._a = arena.zeros((slots, padded(len(parts) * most) * self._inputs), dtype)
+        self._b = arena.zeros((slots, sum(self._panels) * PANEL * most), dtype)
         self._width = torch.zeros(slots, dtype=torch.int32)
 
     def fill(self, slot: int, a_RI: torch.Tensor, b_RO: torch.Tensor) -> None:
