@@ -3,6 +3,7 @@ the processor's own cache is worth several percent of a step (benchmarks/NOTES.m
 
 import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 from math import prod
 
 import torch
@@ -32,9 +33,7 @@ class Arena:
 
 def _huge(size: int) -> torch.Tensor:
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
+    # A kernel without huge pages gives the same memory, a little slower.
+    with suppress(AttributeError, OSError):
         pages.madvise(mmap.MADV_HUGEPAGE)
-    except (AttributeError, OSError):
-        # A kernel without huge pages: the same memory, a little slower.
-        pass
     return torch.frombuffer(pages, dtype=torch.uint8)

@@ -89,6 +89,7 @@ class NativeLora:
         in_size: int,
         parts: Sequence[int],
         dtype: torch.dtype,
+        arena: Arena,
         *,
         interleaved: bool = False,
     ) -> None:
