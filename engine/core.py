@@ -94,6 +94,11 @@ class Engine:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
     @property
+    def in_flight(self) -> int:
+        """Requests without their ending, those that wait for a grammar or an adapter included."""
+        return len(self._sequences)
+
+    @property
     def patience_seconds(self) -> float | None:
         """How long an idle engine may sleep before a request's deadline passes; None when there is none."""
         return None if self._deadlines.next is None else max(0.0, self._deadlines.next - time.perf_counter())
@@ -288,8 +293,10 @@ class Engine:
         self.outbox.append((sequence.client, message))
         accepted(sequence, token)
         self.scheduler.waiting.charge(sequence, 1)
-        if reason is not None or complete(sequence):
-            self._end(sequence, "stop" if reason is None else reason)
+        if complete(sequence):
+            reason = "stop"
+        if reason is not None:
+            self._end(sequence, reason)
 
     def _pool(self, sequence: Sequence, hidden_TE: torch.Tensor, start: int) -> None:
         """Take the states of a chunk, and answer after the last one."""

@@ -1,6 +1,7 @@
 """The engine inside this process: for tests, training and benchmarks. The same scheduler, runner and slots."""
 
 import hashlib
+import time
 from collections.abc import Sequence as Many
 from dataclasses import replace
 from itertools import count
@@ -21,6 +22,8 @@ from engine.sequence import Sequence
 from engine.start import make_engine
 
 CLIENT = b"offline"
+# Between two looks at a grammar or an adapter that another thread prepares.
+PAUSE_SECONDS = 0.001
 
 
 class LocalEngine:
@@ -84,8 +87,9 @@ class LocalEngine:
         asked = [self._request(request, sampling, adapter) for request in requests]
         for request in asked:
             self.core.submit(CLIENT, request)
-        while self.core.step():
-            continue
+        while self.core.in_flight:
+            if not self.core.step():
+                time.sleep(PAUSE_SECONDS)
         done = collect(self.core)
         return [done[request.id] for request in asked]
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine.client import Completion
 from engine.grammar.compile import CACHED, MAX_BYTES, MAX_DEPTH, GrammarCompiler
 from engine.grammar.matcher import GrammarMatcher, Lookahead, mask_
 from engine.messages import Generate, Grammar, Sampling
+from engine.offline import LocalEngine
 from engine.runner.sampling import Place, accepted, complete, draw_at
 from engine.sequence import Sequence
 from tests.engine.conftest import EngineMaker, ModelMaker
@@ -125,6 +128,67 @@ def test_real_models_answer_valid_json_even_hot(
     assert run(sequences, model=model) == ["stop"] * 3
     for sequence in sequences:
         jsonschema.validate(json.loads(text_of(backend, sequence)), PERSON)
+
+
+@pytest.fixture(scope="module")
+def speaking_model(make_model: ModelMaker) -> Path:
+    """A random model with the starter's tokenizer."""
+    directory = make_model(vocab_size=VOCABULARY, eos_token_id=EOS)
+    shutil.copy(TOKENIZER, directory)
+    return directory
+
+
+def test_constrained_answers_of_an_engine_are_the_same_alone_and_in_a_crowd_that_is_preempted(
+    speaking_model: Path, backend: tokenizers.Tokenizer, make_engine: EngineMaker
+) -> None:
+    requests = [
+        Generate(
+            id=str(row),
+            choice=row % 3,
+            prompt=[5, 6, 7],
+            grammar=schema(PERSON) if row % 4 else None,
+            sampling=Sampling(
+                seed=row, max_tokens=150, temperature=1.5, stop_token_ids=(EOS,), presence_penalty=row % 2
+            ),
+        )
+        for row in range(12)
+    ]
+    roomy, tight = make_engine(speaking_model), make_engine(speaking_model, kv_tokens=256)
+    alone = [answered(roomy, request) for request in requests]
+    for request in requests:
+        tight.core.submit(b"c", request)
+    sequences = list(tight.core._sequences.values())
+    drain(tight)
+    assert sum(one.preemptions for one in sequences) > 0
+    assert [one.tokens[3:] for one in sequences] == [completion.token_ids for completion in alone]
+    for request, completion in zip(requests, alone, strict=True):
+        if request.grammar is not None:
+            assert completion.finished.reason == "stop"
+            jsonschema.validate(json.loads(backend.decode(completion.token_ids)), PERSON)
+
+
+def test_an_engine_refuses_a_bad_grammar_and_goes_on(speaking_model: Path, make_engine: EngineMaker) -> None:
+    engine, sampling = make_engine(speaking_model), Sampling(seed=0, max_tokens=9, stop_token_ids=(EOS,))
+    bad, good = (
+        answered(engine, Generate(id=pattern, prompt=[5], sampling=sampling, grammar=regex(pattern)))
+        for pattern in ("a(b", "[0-9]{9}")
+    )
+    assert (bad.finished.reason, bad.finished.code, bad.token_ids) == ("error", "invalid_request", [])
+    assert "unclosed group" in (bad.finished.error or "")
+    # Complete with the last token it may have: that is an end, not a cut.
+    assert good.finished.reason == "stop"
+
+
+def answered(engine: LocalEngine, request: Generate) -> Completion:
+    return engine.generate([request])[0]
+
+
+def drain(engine: LocalEngine) -> None:
+    """Step to the end; grammars are compiled in another thread meanwhile."""
+    until = time.monotonic() + 60
+    while engine.core.in_flight:
+        assert time.monotonic() < until
+        engine.core.step()
 
 
 @pytest.mark.parametrize(
