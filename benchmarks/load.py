@@ -5,7 +5,8 @@
 
 A closed loop keeps `c` requests in flight; an open one sends at Poisson arrivals. The client shares the processors
 with the server it measures, so it does little: one protocol object per request on uvloop's sockets, no HTTP library,
-and JSON is parsed once per answer, for its usage. Its own processor time is part of every result.
+and JSON is parsed once per answer, for its usage. Its own processor time is part of every result: 12 µs a token with 16
+requests in flight, where one of them alone pays 36 for the wake-ups.
 """
 
 import argparse

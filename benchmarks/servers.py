@@ -154,6 +154,12 @@ def stop(process: "subprocess.Popen[bytes]") -> None:
         child.kill()
 
 
+def prepare(server: str, case: Case) -> None:
+    """What is made once and is no part of a start. Raises PeerMissing."""
+    if server == "llamacpp":
+        peers.convert(case.peers, case.directory, case.precision)
+
+
 def free_port() -> int:
     """A port nobody listens on now."""
     with socket.socket() as probe:

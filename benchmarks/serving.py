@@ -26,7 +26,7 @@ import psutil
 from benchmarks import load, machine, peers, publish
 from benchmarks.load import Target
 from benchmarks.results import Record, Results
-from benchmarks.servers import NAMES, Case, ServerFailed, clean_environment, serving
+from benchmarks.servers import NAMES, Case, ServerFailed, clean_environment, prepare, serving
 
 CASES = ("tiny-bf16", "small-bf16", "tiny-fp32", "small-fp32")
 SHAPES = ("350/50", "120/25", "50/100")
@@ -199,6 +199,7 @@ class Block:
         if self.server == "engine":
             self.run_engine(idle)
             return
+        prepare(self.server, self.case)
         words = json.loads((self.case.directory / "words.json").read_text())
         began = time.perf_counter()
         with serving(self.server, self.case) as target:
