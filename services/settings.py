@@ -32,7 +32,9 @@ class Settings(BaseSettings):
     console_port: int = Field(8001, ge=0, le=65535, description="Port of the console and the admin API.")
     public_console_url: str = Field("", description="How browsers reach the console, when behind a proxy.")
     model: str = Field("starter", description="`starter`, a directory, or a Hugging Face model id.")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="Weights and compute type of the engine.")
+    precision: Literal["auto", "fp32", "bf16", "int8"] = Field(
+        "auto", description="Weights and compute type of the engine; int8 keeps weights in 8 bits (CPU only)."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the engine runs.")
     engine_threads: int = Field(0, ge=0, description="CPU threads of the engine; 0 chooses by model size.")
     kv_tokens: int = Field(32768, ge=256, description="Tokens the KV cache holds.")
