@@ -42,7 +42,7 @@ from engine.messages import (
 from engine.models.registry import read_spec
 from engine.runner.build import build_forward
 from engine.runner.placement import block_size, choose_device
-from engine.runner.pooling import Pooler, vector_bytes
+from engine.runner.pooling import Pooler, readable, vector_bytes
 from engine.runner.runner import Runner, StepOutput
 from engine.runner.sampling import NOT_FINITE, accepted, complete
 from engine.scheduling.admission import Admission, Refusal
@@ -112,7 +112,7 @@ class Engine:
         """Take a request for a vector in, or answer at once why not. It is scheduled like one for tokens."""
         read = Generate(
             id=request.id,
-            prompt=request.prompt,
+            prompt=readable(request, self.forward.spec.pad_token),
             sampling=Sampling(temperature=0.0, seed=0, max_tokens=1),
             adapter=request.adapter,
             cache_salt=request.cache_salt,
@@ -120,7 +120,7 @@ class Engine:
             share=request.share,
             deadline_seconds=request.deadline_seconds,
         )
-        self._take(Sequence(client, read, next(self._arrivals), len(request.prompt) + 1, pool=request))
+        self._take(Sequence(client, read, next(self._arrivals), len(read.prompt) + 1, pool=request))
 
     def cancel(self, client: bytes, request_id: str) -> None:
         """End a request whose client has read enough; unknown ids finished first."""

@@ -6,7 +6,7 @@ Suffixes: T tokens of a chunk, E hidden size, N the vector's length (E, or the n
 import torch
 
 from engine.layers.score import ScoreHead
-from engine.messages import Pooling
+from engine.messages import Pool, Pooling
 
 HOW: tuple[Pooling, ...] = ("last", "mean", "first", "classify")
 
@@ -67,6 +67,14 @@ class Pooler:
     def finish(self) -> bytes:
         """The result as `Pooled.vector` carries it: little-endian fp32."""
         return vector_bytes(self.vector())
+
+
+def readable(request: Pool, pad_token: int | None) -> list[int]:
+    """The prompt without padding at its end, where a head is asked: heads read the last token that is none."""
+    end = len(request.prompt)
+    while request.how == "classify" and end > 1 and request.prompt[end - 1] == pad_token:
+        end -= 1
+    return request.prompt[:end]
 
 
 def vector_bytes(vector_N: torch.Tensor) -> bytes:

@@ -71,7 +71,8 @@ class Metrics:
         if engine is not None:
             self._engine_running.set(engine.running)
             self._engine_waiting.set(engine.waiting)
-            self._kv.set(1 - engine.blocks_free / max(1, engine.blocks_total))
+            # An encoder has no KV blocks.
+            self._kv.set(1 - engine.blocks_free / engine.blocks_total if engine.blocks_total else 0)
             self._steps.set(engine.steps)
             self._generated.set(engine.generated_tokens)
             self._show_slots(engine)

@@ -94,6 +94,31 @@ def test_scores_equal_transformers(step_tokens: int, classifier_dir: Path, make_
     assert engine.core.status("s").labels == ["LABEL_0", "LABEL_1", "LABEL_2"]
 
 
+def test_padding_at_the_end_is_not_what_the_head_reads(
+    tmp_path: Path, classifier_dir: Path, make_engine: EngineMaker
+) -> None:
+    model = classifier(classifier_dir)
+    model.config.pad_token_id = 0
+    model.save_pretrained(tmp_path)
+    padded = [[5, 6, 7, 0, 0], [0, 0], [0, 5]]
+    with torch.inference_mode():
+        expected = torch.stack([model(torch.tensor([prompt])).logits[0] for prompt in padded])
+    assert (make_engine(tmp_path).embed(padded, "classify") - expected).abs().max() < 1e-4
+
+
+def test_a_cached_beginning_gives_the_same_vector(model_dir: Path, make_engine: EngineMaker) -> None:
+    core = make_engine(model_dir).core
+    pooled: dict[str, Pooled] = {}
+    for name, how in {"cold": "last", "warm": "last", "whole": "mean"}.items():
+        core.submit_pool(b"c", Pool(id=name, prompt=PROMPTS[1], how=how))
+        while core.step():
+            continue
+        pooled[name] = core.outbox.pop()[1]
+    assert [pooled[name].cached_tokens > 0 for name in ("cold", "warm", "whole")] == [False, True, False]
+    cold, warm = (torch.frombuffer(bytearray(pooled[name].vector), dtype=torch.float32) for name in ("cold", "warm"))
+    assert (cold - warm).abs().max() < 1e-4
+
+
 ADAPTERS: dict[str, dict[str, Any]] = {
     "head_saved": {"task_type": TaskType.SEQ_CLS, "target_modules": ["q_proj", "down_proj"]},
     "head_low_rank": {"target_modules": ["v_proj", "score"], "use_rslora": True},
