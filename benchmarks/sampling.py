@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import tokenizers
 import torch
 
 from engine.grammar.compile import GrammarCompiler
@@ -53,8 +54,6 @@ def places(kind: str, vocabulary: int) -> list[Place]:
 
 def opening() -> list[int]:
     """The tokens of a JSON text's beginning."""
-    import tokenizers
-
     ids: list[int] = tokenizers.Tokenizer.from_file(str(TOKENIZER)).encode('{"names": ["Ada", "Bo').ids
     return ids
 
