@@ -126,7 +126,9 @@ def arrivals(records: Sequence[Record], servers: Sequence[str]) -> str:
 
 def failures(records: Sequence[Record]) -> str:
     """What did not run, or lost requests."""
-    broken = [f"{TITLES[r['server']]}: {r['error'].splitlines()[0][:200]}" for r in records if r["kind"] == "failure"]
+    done = {(record["server"], record["round"]) for record in records if record["kind"] != "failure"}
+    failed = [r for r in records if r["kind"] == "failure" and (r["server"], r["round"]) not in done]
+    broken = [f"{TITLES[r['server']]}: {r['error'].splitlines()[0][:200]}" for r in failed]
     lost = [
         f"{TITLES[r['server']]}: {r['failed']} of {r['requests']} requests failed" for r in records if r.get("failed")
     ]
