@@ -18,7 +18,7 @@ def world(postgres: PostgresServer) -> Iterator[World]:
         yield made
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def real_world(postgres: PostgresServer) -> Iterator[World]:
     """The same over the real engine."""
     with make_world(postgres, real_engine=True) as made:

@@ -13,7 +13,7 @@ TEMPLATE = (
     "{% for call in m['tool_calls'] %}<tool_call>{{ call['function'] | tojson }}</tool_call>{% endfor %}<|end|>"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-HIDDEN, LAYERS, HEADS, KV_HEADS, CONTEXT = 32, 2, 4, 2, 512
+HIDDEN, LAYERS, HEADS, KV_HEADS, CONTEXT = 32, 2, 4, 2, 1024
 
 
 def make_vocabulary() -> dict[str, int]:
