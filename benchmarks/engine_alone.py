@@ -14,7 +14,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from benchmarks.load import make_prompts, parse_shape, waves_to_fill
+from benchmarks.shapes import make_prompts, parse_shape, waves_to_fill
 from engine.messages import Sampling
 from engine.offline import LocalEngine
 from engine.process import keep_heap

@@ -23,6 +23,8 @@ from urllib.parse import urlsplit
 
 import uvloop
 
+from benchmarks.shapes import make_prompts, parse_shape
+
 T = TypeVar("T")
 PATH = "/v1/completions"
 TIMEOUT_SECONDS = 600.0
@@ -269,23 +271,6 @@ def quantile(ordered: Sequence[float], q: float) -> float:
     low = int(place)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-
-
-def make_prompts(words: Sequence[str], length: int, count: int, seed: object) -> list[str]:
-    """Prompts of exactly `length` tokens that share no beginning worth caching, the same for a seed."""
-    draw = random.Random(str(seed))
-    return ["".join(draw.choices(words, k=length)) for _ in range(count)]
-
-
-def parse_shape(text: str) -> tuple[int, int]:
-    """`350/50`: tokens of the prompt and of the answer."""
-    prompt, _, answer = text.partition("/")
-    return int(prompt), int(answer)
-
-
-def waves_to_fill(seconds: float, one: float, *, most: int) -> int:
-    """How many waves of requests that take as long as `one` fill the time: at least one."""
-    return max(1, min(most, round(seconds / one)))
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks import load, machine, peers, publish
+from benchmarks import load, machine, peers, publish, shapes
 from benchmarks.load import Target
 from benchmarks.results import Record, Results
 from benchmarks.servers import NAMES, Case, ServerFailed, clean_environment, prepare, serving
@@ -217,24 +217,24 @@ class Block:
 
     def first_token(self, target: Target, words: list[str], began: float, idle: Record) -> None:
         """How long the start took, then enough work for whatever compiles or grows on first use."""
-        answers = load.run(load.closed_loop(target, load.make_prompts(words, 16, 1, "first"), 1, 1)).answers
+        answers = load.run(load.closed_loop(target, shapes.make_prompts(words, 16, 1, "first"), 1, 1)).answers
         if answers[0].error:
             raise ServerFailed(answers[0].error)
         seconds = answers[0].arrivals[0] - began
         if self.turn is not None:
             self.keep("start", first_token_seconds=round(seconds, 2), **idle)
         for concurrency in (1, 16):
-            prompts = load.make_prompts(words, 60, concurrency, f"warm {concurrency}")
+            prompts = shapes.make_prompts(words, 60, concurrency, f"warm {concurrency}")
             load.run(load.closed_loop(target, prompts, 12, concurrency))
 
     def closed(self, target: Target, words: list[str], shape: str, concurrency: int) -> None:
         """One wave of requests says how many fill the time. A wave that fills it alone is the measurement."""
-        length, tokens = load.parse_shape(shape)
+        length, tokens = shapes.parse_shape(shape)
         seed = f"{self.case.name} {self.turn} {shape} {concurrency}"
-        prompts = load.make_prompts(words, length, concurrency * (1 + MOST_WAVES), seed)
+        prompts = shapes.make_prompts(words, length, concurrency * (1 + MOST_WAVES), seed)
         measured = load.run(load.closed_loop(target, prompts[:concurrency], tokens, concurrency))
         if measured.seconds < self.plan.cell_seconds:
-            waves = load.waves_to_fill(self.plan.cell_seconds, measured.seconds, most=MOST_WAVES)
+            waves = shapes.waves_to_fill(self.plan.cell_seconds, measured.seconds, most=MOST_WAVES)
             chosen = prompts[concurrency : (1 + waves) * concurrency]
             measured = load.run(load.closed_loop(target, chosen, tokens, concurrency))
         self.keep("cell", shape=shape, concurrency=concurrency, seed=seed, **load.summary(measured))
@@ -244,9 +244,9 @@ class Block:
         if self.results.has_overload(self.case.name, self.server, rate):
             self.keep("poisson", shape=shape, qps=rate, overloaded=True)
             return
-        length, tokens = load.parse_shape(shape)
+        length, tokens = shapes.parse_shape(shape)
         seed = f"{self.case.name} {rate}"
-        prompts = load.make_prompts(words, length, max(POISSON_LEAST, round(rate * POISSON_SECONDS)), seed)
+        prompts = shapes.make_prompts(words, length, max(POISSON_LEAST, round(rate * POISSON_SECONDS)), seed)
         measured = load.run(load.poisson(target, prompts, tokens, rate, SEED))
         overloaded = measured.seconds > OVERLOADED * len(prompts) / rate
         self.keep("poisson", shape=shape, qps=rate, seed=seed, overloaded=overloaded, **load.summary(measured))

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.load import Answer, Run, Target, closed_loop, has_text, make_prompts, poisson, quantile, run, summary
+from benchmarks.load import Answer, Run, Target, closed_loop, has_text, poisson, quantile, run, summary
+from benchmarks.shapes import make_prompts
 
 FIRST_SECONDS, GAP_SECONDS, TOKENS = 0.06, 0.02, 5
 Reply = Callable[[asyncio.StreamWriter], Coroutine[Any, Any, None]]
