@@ -3,6 +3,7 @@
 Suffixes: T tokens of a step, R rows that are sampled, A attention width, E hidden size, D head dimension, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -85,7 +86,8 @@ class Layer:
 class Decoder:
     """The model. Stateless between steps but for its weights and adapter slots; the cache is handed in.
 
-    A classifier has a `score` head [labels, E] and no LM `head`; every other model the other way round.
+    A classifier has a `score` head [labels, E] and no LM `head`; every other model the other way round. `each` sees
+    every layer as soon as it is loaded, and may take its weights over.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class Decoder:
         device: torch.device,
         positions: int,
         pack: bool = True,
+        each: Callable[[Layer], None] = lambda _: None,
     ) -> None:
         self.spec, self.dtype, self.device = spec, dtype, device
         self.rope = Rope(spec.rope, spec.head_dim, positions, dtype, device)
@@ -104,7 +107,10 @@ class Decoder:
             self.embedding_VE = checkpoint.take("model.embed_tokens.weight", spec.vocab_size, spec.hidden_size).to(
                 device
             )
-            self.layers = [Layer(spec, checkpoint, index, device, pack) for index in range(spec.layers)]
+            self.layers: list[Layer] = []
+            for index in range(spec.layers):
+                self.layers.append(Layer(spec, checkpoint, index, device, pack))
+                each(self.layers[-1])
             self.norm_E = checkpoint.take("model.norm.weight", spec.hidden_size).to(device)
             self.score = self._score_weight(checkpoint)
             self.head = None if spec.labels else Linear(self._head_weight(checkpoint), pack=pack)

@@ -1,6 +1,6 @@
-"""The native CPU path: a whole step in one C++ call. Built from a Decoder, whose dense weights it packs and frees.
+"""The native CPU path: a whole step in one C++ call. The reference it is tested against is the Decoder.
 
-The reference it is tested against is the Decoder itself. Suffixes as in engine/models/decoder.py.
+Suffixes as in engine/models/decoder.py.
 """
 
 import ctypes
@@ -9,23 +9,18 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from engine.layers.linear import Linear
-from engine.layers.rope import Rope
 from engine.layers.score import ScoreHead
 from engine.models.decoder import Decoder
-from engine.models.decoder import Layer as DecoderLayer
 from engine.models.spec import DecoderSpec
-from engine.native.library import PANEL, Layer, Lora, Matrix, Model, Step, functions
-from engine.native.memory import Arena
-from engine.native.weights import NativeLora, Packed, interleave, pad, padded
+from engine.native.library import PANEL, Step, functions
+from engine.native.packing import Packing
+from engine.native.weights import NativeLora
 from engine.runner.heads import Heads
-from engine.runner.placement import Pool, parameters
+from engine.runner.placement import Pool
 from engine.scheduling.scheduler import Row
 
 BLOCK = 16
 MOST_RANK = 256
-# Weights above this are read from memory at each step; last-level caches are about this large.
-CACHE_BYTES = 32 << 20
 
 
 def unsupported(spec: DecoderSpec, rank: int) -> str:
@@ -47,28 +42,26 @@ class NativeDecoder:
     Raises NoNative when the library cannot be built, MemoryError when buffers cannot be had.
     """
 
-    def __init__(self, decoder: Decoder, *, blocks: int, tokens: int, positions: int, pool: Pool, int8: bool) -> None:
+    def __init__(
+        self, decoder: Decoder, packing: Packing, *, blocks: int, tokens: int, positions: int, pool: Pool
+    ) -> None:
         self._native = functions()
         self.spec = spec = decoder.spec
         self.dtype = decoder.dtype
-        self.tokens = tokens
-        self._positions = positions
         self.device = decoder.device
+        self.tokens = tokens
         self.score: ScoreHead | None = None
         self.kernels = f"native {self._native.whet_instructions().decode()}"
         self._threads = pool.threads
-        self._keep: list[torch.Tensor] = []
+        self._packing, self._arena, self._layers = packing, packing.arena, packing.layers
         self._loras: dict[tuple[int | None, str], NativeLora] = {}
-        self._int8 = int8
-        self._far = parameters(spec) * (1 if int8 else decoder.dtype.itemsize) > CACHE_BYTES
-        pages = (spec.layers, blocks + 1, spec.kv_heads, BLOCK * spec.head_dim)
-        self._arena = Arena()
-        self._keys, self._values = (self._arena.zeros(pages, decoder.dtype) for _ in range(2))
-        self._layers = (Layer * spec.layers)(*[self._layer(index, layer) for index, layer in enumerate(decoder.layers)])
-        self._model = self._describe(decoder)
+        self._model = packing.model(decoder, positions)
         self._model.tokens = tokens
-        self._model.context = positions
         self._model.solo = pool.solo
+        pages = (spec.layers, blocks + 1, spec.kv_heads, BLOCK * spec.head_dim)
+        self._keys, self._values = (self._arena.zeros(pages, decoder.dtype) for _ in range(2))
+        for layer, keys, values in zip(self._layers, self._keys, self._values, strict=True):
+            layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
         self._engine: int | None = self._open()
         self._step = Step()
         self._hidden = torch.empty(0, spec.hidden_size)
@@ -158,59 +151,3 @@ class NativeDecoder:
         if logits and len(self._logits) < rows:
             self._logits = torch.empty(rows, self._logits.shape[1])
         return self._hidden[:rows], self._logits[:rows]
-
-    def _kept(self, tensor: torch.Tensor | None) -> int | None:
-        """The address of an fp32 copy that lives as long as we do."""
-        if tensor is None:
-            return None
-        self._keep.append(tensor.float().contiguous())
-        return self._keep[-1].data_ptr()
-
-    def _packed(self, linear: Linear, weight: torch.Tensor) -> Matrix:
-        packed = Packed.of(pad(weight), linear.bias, self._arena, int8=self._int8)
-        packed.matrix.far = self._far
-        self._keep += packed.tensors
-        # The dense copy is let go layer by layer, so that loading never holds the model twice.
-        linear.weight = torch.empty(0)
-        return packed.matrix
-
-    def _layer(self, index: int, layer: DecoderLayer) -> Layer:
-        assert layer.gate_up is not None, "dense layers only"
-        assert layer.down is not None, "dense layers only"
-        gates = [pad(half) for half in layer.gate_up.weight.chunk(2)]
-        bias = layer.gate_up.bias
-        if bias is not None:
-            halves = [pad(half[:, None])[:, :1] for half in bias.chunk(2)]
-            layer.gate_up.bias = interleave(torch.cat(halves)).squeeze(1)
-        return Layer(
-            qkv=self._packed(layer.qkv, layer.qkv.weight),
-            o=self._packed(layer.o, layer.o.weight),
-            gate_up=self._packed(layer.gate_up, interleave(torch.cat(gates))),
-            down=self._packed(layer.down, layer.down.weight),
-            attention_norm=self._kept(layer.attention_norm_E),
-            mlp_norm=self._kept(layer.mlp_norm_E),
-            q_norm=self._kept(layer.q_norm_D),
-            k_norm=self._kept(layer.k_norm_D),
-            keys=self._keys[index].data_ptr(),
-            values=self._values[index].data_ptr(),
-            window=self.spec.windows[index],
-        )
-
-    def _describe(self, decoder: Decoder) -> Model:
-        spec = decoder.spec
-        half = spec.head_dim // 2
-        embedding = None
-        if not spec.tied:
-            self._keep.append(self._arena.copy(decoder.embedding_VE))
-            embedding = self._keep[-1].data_ptr()
-        # In fp32 whatever the model computes in: the products round, the angles need not.
-        cos, sin = Rope(spec.rope, spec.head_dim, self._positions, torch.float32, self.device).tables()
-        assert decoder.head is not None, "models with an LM head only"
-        return Model(
-            layers=spec.layers, hidden=spec.hidden_size, intermediate=padded(spec.intermediate_size),
-            heads=spec.heads, kv_heads=spec.kv_heads, head_dim=spec.head_dim, vocabulary=spec.vocab_size,
-            fp32=int(decoder.dtype == torch.float32), eps=spec.norm_eps, scale=spec.head_dim**-0.5,
-            layer=ctypes.cast(self._layers, ctypes.POINTER(Layer)),
-            head=self._packed(decoder.head, decoder.head.weight), lora_head=Lora(), embedding=embedding,
-            norm=self._kept(decoder.norm_E), cos=self._kept(cos[:, :half]), sin=self._kept(sin[:, half:]),
-        )  # fmt: skip

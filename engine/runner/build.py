@@ -1,6 +1,7 @@
 """Which code runs the model here: the native CPU path where it can, torch's kernels everywhere else."""
 
 import sys
+from functools import partial
 
 import torch
 
@@ -12,6 +13,7 @@ from engine.models.decoder import Decoder
 from engine.models.spec import DecoderSpec
 from engine.native.build import NoNative, library
 from engine.native.decoder import NativeDecoder, unsupported
+from engine.native.packing import Packing
 from engine.runner.forward import Forward, TorchForward
 from engine.runner.graphs import GraphedForward, capturable
 from engine.runner.placement import block_size, choose_device, choose_dtype, choose_pool, choose_threads
@@ -25,13 +27,12 @@ def build_forward(config: EngineConfig, spec: DecoderSpec, *, blocks: int, posit
     refusal = no_native(config, spec, device)
     if refusal and config.precision == "int8":
         raise ValueError(f"--precision int8 needs the native CPU path: {refusal}")
-    pack = config.pack and bool(refusal)
-    decoder = Decoder(spec, config.model, dtype=dtype, device=device, positions=positions, pack=pack)
+    load = partial(Decoder, spec, config.model, dtype=dtype, device=device, positions=positions)
     if not refusal:
-        int8, pool = config.precision == "int8", choose_pool(config, spec)
-        return NativeDecoder(
-            decoder, blocks=blocks, tokens=config.step_tokens, positions=positions, pool=pool, int8=int8
-        )
+        packing = Packing(spec, dtype, int8=config.precision == "int8")
+        decoder, pool = load(pack=False, each=packing.layer), choose_pool(config, spec)
+        return NativeDecoder(decoder, packing, blocks=blocks, tokens=config.step_tokens, positions=positions, pool=pool)
+    decoder = load(pack=config.pack)
     if config.native and device.type == "cpu":
         print(f"torch kernels serve this model: {refusal}", file=sys.stderr)
     cache = KVCache(spec, blocks, block_size(device), dtype, device)
