@@ -95,7 +95,8 @@ def client(world: World) -> Iterator[httpx.Client]:
 def answered(client: httpx.Client, path: str, content: bytes) -> int:
     """The status; a stream is read to its end, and no event in it may be an error of ours."""
     response = client.post(path, content=content)
-    assert response.status_code < 500, response.text
+    # A deadline of a thousandth of a second is a valid wish.
+    assert response.status_code < 500 or response.json()["error"]["code"] == "deadline", response.text
     assert '"type":"server_error"' not in response.text
     return response.status_code
 
