@@ -224,7 +224,8 @@ class Scheduler:
         if self.prefix is None or sequence.tip is None or sequence.missing == 1:
             return
         keys = self.prefix.keys(sequence.tip, sequence.tokens, sequence.computed)
-        sequence.promises = [key for key in keys if self._promised.setdefault(key, sequence) is sequence]
+        # Equal hashes are rare but legal, within one text too.
+        sequence.promises = [key for key in dict.fromkeys(keys) if self._promised.setdefault(key, sequence) is sequence]
 
     def _withdraw(self, sequence: Sequence) -> None:
         for key in sequence.promises:

@@ -16,12 +16,13 @@ import torch
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.layers.sampler import Sampled
-from engine.messages import Generate
+from engine.messages import Finished, Generate
 from engine.runner.runner import StepOutput
 from engine.runner.sampling import NOT_FINITE
 from engine.sequence import Sequence
 
 VOCABULARY = 1000
+MADE_TO_FAIL = "made to fail"
 SPEC = SimpleNamespace(max_positions=4096, vocab_size=VOCABULARY, labels=(), layers=0, pad_token=None)
 
 
@@ -72,7 +73,7 @@ class FakeRunner:
         states = {row.sequence: self._write(row.sequence, row.length) for row in rows}
         if self.explode:
             self.explode = False
-            raise RuntimeError("made to fail")
+            raise RuntimeError(MADE_TO_FAIL)
         drawn = [row.sequence for row in rows if row.samples]
         tokens = [states[sequence] % VOCABULARY for sequence in drawn]
         faults = [NOT_FINITE if sequence.request.id in self.poison else None for sequence in drawn]
@@ -122,12 +123,12 @@ class FakeThread:
 
 
 class FakeReader:
-    """Every digest can be read, except those that begin with "bad" or "slow"."""
+    """Every digest can be read, except those that begin with "bad"."""
 
     def read(self, digest: str, path: str) -> SimpleNamespace:
         if digest.startswith("bad"):
             raise OSError("the disk is away")
-        return SimpleNamespace(digest=digest, matrices=lambda layer, name: (None, None))
+        return SimpleNamespace(digest=digest, matrices=lambda *_: (None, None))
 
 
 class Clock(SimpleNamespace):
@@ -146,7 +147,7 @@ class Clock(SimpleNamespace):
 class World:
     """One core on fakes."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, **options: int) -> None:
         config = EngineConfig(model=Path("none"), artifacts=Path("none"), **{"kv_tokens": 256} | options)
         self.clock = Clock()
         fakes = {"read_spec": lambda _: SPEC, "base_digest": lambda _: "base", "build_forward": make_forward}
@@ -157,9 +158,13 @@ class World:
         self.core.adapters.reader = FakeReader()  # type: ignore[assignment]
 
     def step(self) -> bool:
-        """One step on this world's clock."""
+        """One step on this world's clock. The core answers for steps that fail; only those made to fail may."""
         with mock.patch("engine.core.time", self.clock):
-            return self.core.step()
+            computed = self.core.step()
+        for _, message in self.core.outbox:
+            if isinstance(message, Finished) and "the step failed" in (message.error or ""):
+                assert MADE_TO_FAIL in (message.error or ""), message.error
+        return computed
 
 
 def make_forward(*_: object, **__: object) -> FakeForward:
@@ -192,7 +197,7 @@ def check_blocks(core: Engine) -> None:
     free, idle = set(pool._free), set(pool._idle)
     assert len(pool._free) == len(free)
     assert free | idle | busy == set(range(1, pool.total + 1))
-    assert not (free & idle or free & busy or idle & busy)
+    assert len(free) + len(idle) + len(busy) == pool.total
     assert idle <= pool._kept
     assert not pool._kept & free
 
