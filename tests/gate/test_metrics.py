@@ -1,7 +1,7 @@
 """Metrics: what they say on plain cases, and that hostile text never raises."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from worker.gate.metrics import METRICS, choose, edit_distance, exact_match, field_f1, json_valid, similarity
@@ -17,6 +17,7 @@ def test_every_metric_stays_between_0_and_1(name: str, output: str, golden: str)
 
 @pytest.mark.parametrize("name", ["exact_match", "field_f1", "similarity"])
 @given(output=TEXT, golden=TEXT)
+@example(output="{}", golden="")
 def test_nothing_scores_above_the_golden_answer_itself(name: str, output: str, golden: str) -> None:
     assert METRICS[name](output, golden) <= METRICS[name](golden, golden)
 

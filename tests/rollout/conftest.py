@@ -53,7 +53,7 @@ def make_model(directory: Path) -> None:
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": len(WORDS), "hidden_size": HIDDEN,
         "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
-        "intermediate_size": INTERMEDIATE, "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
+        "intermediate_size": INTERMEDIATE, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
         "hidden_act": "silu", "tie_word_embeddings": True, "eos_token_id": 0, "bos_token_id": 0, "head_dim": 8,
         "attention_bias": False, "mlp_bias": False, "dtype": "float32",
     }  # fmt: skip

@@ -142,7 +142,7 @@ def test_a_request_that_arrives_during_an_unload_does_not_hold_up_the_loading(se
 
 def ask_long(engine: EngineUnderTest, digest: str) -> Completion:
     with SyncEngineClient(engine.socket) as client:
-        sampling = Sampling(temperature=1.0, seed=1, max_tokens=480)
+        sampling = Sampling(temperature=1.0, seed=1, max_tokens=2000)
         return client.generate(Generate(id="long", prompt=[5, 6], sampling=sampling, adapter=digest))
 
 

@@ -23,9 +23,11 @@ def json_valid(output: str, golden: str) -> float:  # noqa: ARG001 - every metri
 
 def field_f1(output: str, golden: str) -> float:
     """F1 over the leaves of two JSON documents, as (path, value) pairs; order in lists does not count."""
-    said, meant = _leaves(_parse(output)), _leaves(_parse(golden))
+    parsed, wanted = _parse(output), _parse(golden)
+    said, meant = _leaves(parsed), _leaves(wanted)
     if not said or not meant:
-        return float(said == meant and _parse(output) is not None)
+        # Two documents without leaves agree; text that is no JSON agrees with nothing.
+        return float(said == meant and parsed is not None and wanted is not None)
     return 2 * (said & meant).total() / (said.total() + meant.total())
 
 
