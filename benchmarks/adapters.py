@@ -24,7 +24,7 @@ from benchmarks.figures import STARTER, config_of, in_turns, load_average, rando
 from engine.digest import base_digest
 from engine.messages import Generate, Sampling
 from engine.offline import LocalEngine
-from engine.process import keep_heap
+from engine.process import KEEP_BYTES, tune_heap
 
 BATCH = 16
 
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    keep_heap()
+    tune_heap(KEEP_BYTES)
     show(model=str(options.model), load_average=load_average(), torch=torch.__version__)
     for rank in (int(part) for part in options.ranks.split(",")):
         measure(options, rank)

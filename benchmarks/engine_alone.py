@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from benchmarks.shapes import make_prompts, parse_shape, waves_to_fill
 from engine.messages import Sampling
 from engine.offline import LocalEngine
-from engine.process import keep_heap
+from engine.process import KEEP_BYTES, tune_heap
 from engine.text.tokenizer import Tokenizer
 
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="least length of a measurement")
     parser.add_argument("--seed", default="0")
     options = parser.parse_args()
-    keep_heap()
+    tune_heap(KEEP_BYTES)
     words = json.loads((options.model / "words.json").read_text())
     tokenizer = Tokenizer.load(options.model)
     for concurrency in (int(part) for part in options.concurrency.split(",")):

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.figures import STARTER, load_average, random_prompts, show, spread, timed
 from engine.messages import Generate, Sampling, Tokens
 from engine.offline import CLIENT, LocalEngine
-from engine.process import keep_heap
+from engine.process import KEEP_BYTES, tune_heap
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -40,7 +40,7 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    keep_heap()
+    tune_heap(KEEP_BYTES)
     with LocalEngine(options.model, precision=options.precision) as engine:
         dtype = DTYPES[engine.core.status("benchmark").dtype]
         theirs = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).eval()

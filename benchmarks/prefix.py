@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from benchmarks.figures import STARTER, load_average, random_prompts, show, spread
 from engine.messages import Finished, Sampling
 from engine.offline import LocalEngine
-from engine.process import keep_heap
+from engine.process import KEEP_BYTES, tune_heap
 
 FIRST_TOKEN = Sampling(temperature=0.0, seed=0, max_tokens=1)
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--shared", type=float, default=0.9)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    keep_heap()
+    tune_heap(KEEP_BYTES)
     kept = round(options.length * options.shared)
     cold, warm = [], []
     with LocalEngine(options.model, precision=options.precision) as engine:

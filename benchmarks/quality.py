@@ -23,7 +23,7 @@ from benchmarks.figures import STARTER, load_average, random_prompts, show, time
 from engine.config import Precision
 from engine.messages import Sampling
 from engine.offline import LocalEngine
-from engine.process import keep_heap
+from engine.process import KEEP_BYTES, tune_heap
 from examples.grammars.common import stream
 from examples.grammars.simulate import APPLICATIONS
 from examples.starter_data import Row, make_row
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--precisions", default="fp32,bf16,int8")
     parser.add_argument("--examples", type=int, default=60, help="of each application")
     options = parser.parse_args()
-    keep_heap()
+    tune_heap(KEEP_BYTES)
     rows = held_out_rows(options.model, options.examples)
     show(
         model=str(options.model), rows=len(rows), tokens=sum(len(row.ids) for row in rows), load_average=load_average()
