@@ -87,7 +87,12 @@ def run(core: Engine, name: str, adapter: str | None, prompt: list[int] | None =
     ],
 )  # fmt: skip
 def test_logits_equal_peft_merged_weights(
-    rank: int, targets: list[str], options: dict[str, object], model_dir: Path, artifacts: Path, make_engine: EngineMaker
+    rank: int,
+    targets: list[str],
+    options: dict[str, object],
+    model_dir: Path,
+    artifacts: Path,
+    make_engine: EngineMaker,
 ) -> None:
     adapted = peft_model(model_dir, rank, rank, targets, **options)
     digest = write_artifact(artifacts, base_digest(model_dir), adapted)
