@@ -2,23 +2,22 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import structlog
 
 from engine.client import EngineGone
 from engine.messages import Finished, PromptLogprobs, Tokens
-from engine.text.stream import TextStream
 from engine.text.tokenizer import Tokenizer
-from engine.text.tools import CLOSE, OPEN, CallDelta, Parsed, ToolCallParser, style_of
+from engine.text.tools import Parsed
 from services.errors import DeadlineExceeded, WhetError
 from services.gateway.engine_link import EngineLink, Opened, Reply, gone, refusal
 from services.gateway.log_spool import LogSpool
 from services.gateway.metrics import Metrics
-from services.gateway.planning import Plan, Planned
+from services.gateway.pieces import NOTHING, Call, Piece, Scored, call_parser, text_stream
+from services.gateway.planning import Plan
 from services.gateway.spool_format import Final
 
 LOWEST_LOGPROB = -1e4
@@ -34,34 +33,6 @@ class Parts(NamedTuple):
     link: EngineLink
     spool: LogSpool
     metrics: Metrics
-
-
-class Scored(NamedTuple):
-    """Tokens and, for each, its log-probability (None for a prompt's first) and the likeliest tokens in its place."""
-
-    token_ids: list[int]
-    logprobs: list[float | None]
-    top: list[list[tuple[int, float]]]
-
-
-NOTHING = Scored([], [], [])
-
-
-class Piece(NamedTuple):
-    """What may be shown now: text, stretches of tool calls and, where log-probabilities are wanted, the tokens since
-    the piece before."""
-
-    text: str
-    scored: Scored = NOTHING
-    calls: Sequence[CallDelta] = ()
-
-
-@dataclass
-class Call:
-    """A tool call the model made. `arguments` is JSON as the model wrote it."""
-
-    name: str
-    arguments: str = ""
 
 
 class Choice:
@@ -307,27 +278,6 @@ class Choice:
             metrics.token_time.labels(model).observe(seconds)
         if self._longest_gap:
             metrics.longest_gap.labels(model).observe(self._longest_gap)
-
-
-def text_stream(plan: Plan, planned: Planned, tokenizer: Tokenizer) -> TextStream:
-    """Tokens to text as the request wants it. Where tools may be called, the tags of calls show."""
-    sampling = planned.sampling
-    return TextStream(
-        tokenizer,
-        plan.ask.stop,
-        ends=sampling.stop_token_ids,
-        min_tokens=sampling.min_tokens,
-        spell=tokenizer.control_ids(OPEN, CLOSE) if plan.ask.tools.shown else {},
-    )
-
-
-def call_parser(plan: Plan, tokenizer: Tokenizer) -> ToolCallParser | None:
-    """What finds the calls in an answer; None when none may be made."""
-    tools = plan.ask.tools
-    if not tools.shown or tokenizer.template is None:
-        return None
-    style, forced = style_of(tokenizer.template.source), tools.forced is not None
-    return ToolCallParser(style, tools.names, begun=forced and style == "hermes", most=tools.most)
 
 
 def _padded(reply: Tokens | PromptLogprobs) -> list[list[tuple[int, float]]]:

@@ -4,7 +4,8 @@ import codecs
 from typing import Any
 
 from engine.text.tokenizer import Tokenizer
-from services.gateway.generation import Choice, Scored
+from services.gateway.generation import Choice
+from services.gateway.pieces import Scored
 
 # JSON knows no infinity; OpenAI writes this for a token that could not be drawn.
 LOWEST = -9999.0

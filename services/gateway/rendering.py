@@ -12,8 +12,9 @@ import msgspec
 from engine.text.tokenizer import Tokenizer
 from engine.text.tools import CallDelta
 from services.gateway.bodies import CHAT
-from services.gateway.generation import Choice, Piece, Scored
+from services.gateway.generation import Choice
 from services.gateway.logprobs import TextLogprobs, chat_logprobs
+from services.gateway.pieces import Piece, Scored
 from services.gateway.planning import Plan
 
 encode = msgspec.json.encode

@@ -12,7 +12,8 @@ from starlette.types import Receive, Scope, Send
 
 from services.errors import WhetError
 from services.gateway import rendering
-from services.gateway.generation import Choice, Parts, Piece
+from services.gateway.generation import Choice, Parts
+from services.gateway.pieces import Piece
 from services.gateway.planning import Plan
 
 CLIENT_GONE_STATUS = 499
