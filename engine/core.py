@@ -155,6 +155,7 @@ class Engine:
         if not rows:
             return False
         try:
+            self._clear()
             self._apply(self.runner.step(rows))
         except Exception as error:
             # A step that fails must not take the engine down: its rows get an answer, the others go on.
@@ -279,6 +280,12 @@ class Engine:
                 self._give(sequence, token, logprob, top)
         for sequence, hidden_TE in output.pooled.items():
             self._pool(sequence, hidden_TE, starts[sequence])
+
+    def _clear(self) -> None:
+        """What a block's last holder left must not reach the next one, even through masked places: 0 x NaN is NaN."""
+        if self.scheduler.fresh:
+            self.forward.clear(self.scheduler.fresh)
+            self.scheduler.fresh = []
 
     def _give(self, sequence: Sequence, token: int, logprob: float, top: list[tuple[int, float]]) -> None:
         """Accept a token, send it, and end the sequence it completes."""

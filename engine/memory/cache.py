@@ -5,6 +5,8 @@ attention is a plain batched product (on CPU twice as fast as SDPA over a stride
 Suffixes: T tokens, K key-value heads, N blocks, P tokens in a block, D head dimension.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from engine.models.spec import DecoderSpec
@@ -34,6 +36,11 @@ class KVCache:
     def write(self, layer: int, kv_TKD: torch.Tensor, index: torch.Tensor) -> None:
         """Store keys and values [T, 2K, D]."""
         self._tokens[layer].index_copy_(0, index, kv_TKD.reshape(-1, kv_TKD.shape[-1]))
+
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Zero these blocks in all layers."""
+        lanes = self._pages.view(self._pages.shape[0], 2 * self._kv_heads, self.blocks, -1)
+        lanes.index_fill_(2, torch.tensor(blocks, device=lanes.device), 0)
 
     def gather_index(self, tables_BN: torch.Tensor) -> torch.Tensor:
         """Pages of a layer for rows with these block tables, ordered (k or v, row, head, block); once per step."""

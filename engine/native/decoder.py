@@ -94,6 +94,9 @@ class NativeDecoder:
         """Copy one projection's stacked matrices into a slot nobody reads."""
         self._loras[layer, name].fill(slot, a_RI, b_RO)
 
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Nothing to do: the loops end with a row's own tokens."""
+
     def run(self, rows: Sequence[Row], take: Sequence[int], *, logits: bool) -> Heads:
         """Head inputs [R, E] of the tokens in `take` (ascending) and, if wanted, their logits [R, V], both fp32.
 

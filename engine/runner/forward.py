@@ -35,6 +35,9 @@ class Forward(Protocol):
     def fill(self, slot: int, layer: int | None, name: str, a_RI: torch.Tensor, b_RO: torch.Tensor) -> None:
         """Copy one projection's stacked matrices in: "qkv", "o", "gate_up" or "down" of a layer, or the "head"."""
 
+    def clear(self, blocks: Many[int]) -> None:
+        """Make pages finite again that are handed to a new holder, where places behind its tokens are multiplied."""
+
     def run(self, rows: Many[Row], take: Many[int], *, logits: bool) -> Heads:
         """Write the keys and values of rows sorted by slot; results for the tokens in `take`, ascending."""
 
@@ -62,6 +65,11 @@ class TorchForward:
         weights = self.decoder.head_lora if layer is None else getattr(self.decoder.lora[layer], name)
         if weights is not None:
             weights.fill(slot, a_RI, b_RO)
+
+    def clear(self, blocks: Many[int]) -> None:
+        # Paged kernels on a GPU read a row's own tokens and nothing behind them.
+        if self.device.type == "cpu":
+            self.cache.clear(blocks)
 
     def run(self, rows: Many[Row], take: Many[int], *, logits: bool) -> Heads:
         h_TE = self.states(rows)

@@ -54,6 +54,8 @@ class Scheduler:
         self._max_running = max_running
         self._step_tokens = step_tokens
         self._max_blocks = pool.needed(max_context)
+        # Blocks handed out since they were last cleared: they may hold what somebody else left, NaN included.
+        self.fresh: list[int] = []
         # Blocks that running sequences are about to compute: who wants the same ones waits for them.
         self._promised: dict[int, Sequence] = {}
 
@@ -121,7 +123,7 @@ class Scheduler:
         for sequence in short:
             while sequence.table is not None and len(sequence.tokens) > len(sequence.blocks) * size:
                 if self.pool.free:
-                    self._give(sequence, self.pool.take(1))
+                    self._give(sequence, self._take(1))
                 else:
                     self._preempt(self.running[-1])
 
@@ -172,7 +174,7 @@ class Scheduler:
         for node in found:
             self.pool.share(node.block)
         self._give(sequence, [node.block for node in found])
-        self._give(sequence, self.pool.take(self.pool.needed(len(sequence.tokens)) - len(found)))
+        self._give(sequence, self._take(self.pool.needed(len(sequence.tokens)) - len(found)))
         sequence.computed = len(found) * size
         sequence.chained = len(found)
         sequence.tip = found[-1] if found else sequence.root
@@ -181,6 +183,11 @@ class Scheduler:
             sequence.started = time.perf_counter()
             sequence.cached_tokens = sequence.computed
             self.waiting.charge(sequence, sequence.missing)
+
+    def _take(self, count: int) -> list[int]:
+        taken = self.pool.take(count)
+        self.fresh += taken
+        return taken
 
     def _give(self, sequence: Sequence, blocks: list[int]) -> None:
         assert sequence.table is not None, "blocks are for running sequences"

@@ -212,3 +212,16 @@ def test_a_sequence_ends_once_however_often_it_is_ended(engine: LocalEngine) -> 
     ends = [message.reason for _, message in engine.core.outbox if isinstance(message, Finished)]
     assert ends == ["cancelled"]
     assert_nothing_is_held(engine)
+
+
+def test_what_is_not_finite_in_a_freed_block_does_not_reach_its_next_holder(
+    model_dir: Path, make_engine: EngineMaker
+) -> None:
+    engine = make_engine(model_dir, native=False)
+    asked = prompts(6)
+    expected = [done.token_ids for done in engine.generate(asked, GREEDY)]
+    engine.core.scheduler.prefix.forget("")
+    cache = engine.core.forward.cache
+    # All but the null block, which nobody writes.
+    cache._pages.unflatten(1, (-1, cache.blocks))[:, :, 1:] = float("nan")
+    assert [done.token_ids for done in engine.generate(asked, GREEDY)] == expected
