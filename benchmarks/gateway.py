@@ -143,7 +143,7 @@ def measure_share(postgres: PostgresServer, seconds: float) -> dict[str, Any]:
         gateway = start_all(world)
         alone = asyncio.run(engine_alone(world, seconds))
         spent = cpu_seconds(gateway)
-        body = {"max_tokens": TOKENS, "stream": True, "ignore_eos": True}
+        body = {"max_tokens": TOKENS, "stream": True, "ignore_eos": True, "stream_options": {"include_usage": True}}
         through = asyncio.run(closed_loop(world, seconds, body))
         spent = cpu_seconds(gateway) - spent
     return {
@@ -226,15 +226,16 @@ async def one_client(port: int, request: bytes, until: float) -> list[float]:
 
 
 async def read_stream(reader: asyncio.StreamReader, seen: list[float]) -> None:
-    """Chunks to the end: every one with text adds its delay when the engine stamped it, else the time it came."""
+    """Chunks to the end: every token the engine stamped adds its delay; without stamps the usage counts the tokens."""
     while size := int(await reader.readline(), 16):
         data = await reader.readexactly(size + 2)
         now = time.monotonic()
-        _, stamped, rest = data.partition(b'"logprob":')
-        if stamped:
-            seen.append(now - float(rest[: rest.index(b",")]))
-        elif b'"content":"' in data and b'"role"' not in data:
-            seen.append(now)
+        # A chunk may hold several tokens when the reader is slow.
+        _, *stamped = data.split(b'"logprob":')
+        seen += [now - float(rest[: rest.index(b",")]) for rest in stamped]
+        _, _, counted = data.partition(b'"completion_tokens":')
+        if counted:
+            seen += [now] * int(counted[: counted.index(b",")])
     await reader.readline()
 
 
