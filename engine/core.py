@@ -34,7 +34,6 @@ from engine.messages import (
     Pool,
     Pooled,
     PromptLogprobs,
-    Sampling,
     Status,
     Tokens,
     UnloadAdapter,
@@ -49,7 +48,7 @@ from engine.scheduling.admission import Admission, Refusal
 from engine.scheduling.deadlines import Deadlines
 from engine.scheduling.parking import Parking
 from engine.scheduling.scheduler import Scheduler
-from engine.sequence import Sequence
+from engine.sequence import Sequence, as_generate
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -110,16 +109,7 @@ class Engine:
 
     def submit_pool(self, client: bytes, request: Pool) -> None:
         """Take a request for a vector in, or answer at once why not. It is scheduled like one for tokens."""
-        read = Generate(
-            id=request.id,
-            prompt=readable(request, self.forward.spec.pad_token),
-            sampling=Sampling(temperature=0.0, seed=0, max_tokens=1),
-            adapter=request.adapter,
-            cache_salt=request.cache_salt,
-            priority=request.priority,
-            share=request.share,
-            deadline_seconds=request.deadline_seconds,
-        )
+        read = as_generate(request, readable(request, self.forward.spec.pad_token))
         self._take(Sequence(client, read, next(self._arrivals), len(read.prompt) + 1, pool=request))
 
     def cancel(self, client: bytes, request_id: str) -> None:

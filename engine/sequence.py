@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.memory.prefix import Node, Root
-from engine.messages import ErrorCode, Finished, FinishReason, Generate, Pool, Pooled
+from engine.messages import ErrorCode, Finished, FinishReason, Generate, Pool, Pooled, Sampling
 
 PRIORITY_RANK = {"interactive": 0, "batch": 1}
 by_rank = attrgetter("rank")
@@ -127,3 +127,17 @@ class Sequence:
             queue_seconds=(self.started or now) - self.arrived,
             total_seconds=now - self.arrived,
         )
+
+
+def as_generate(request: Pool, prompt: list[int]) -> Generate:
+    """What a request for a vector looks like to everybody who only schedules it."""
+    return Generate(
+        id=request.id,
+        prompt=prompt,
+        sampling=Sampling(temperature=0.0, seed=0, max_tokens=1),
+        adapter=request.adapter,
+        cache_salt=request.cache_salt,
+        priority=request.priority,
+        share=request.share,
+        deadline_seconds=request.deadline_seconds,
+    )
