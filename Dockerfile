@@ -13,8 +13,9 @@ COPY worker worker
 COPY migrations migrations
 COPY examples examples
 COPY web web
-# Editable: templates and static files are found beside the code.
-RUN pip install --no-cache-dir -c constraints.txt -e . \
+# Editable: templates and static files are found beside the code. The compiler stays in the image: the engine's CPU path
+# is built at its first start, for the processor it then finds.
+RUN pip install --no-cache-dir -c constraints.txt -e '.[compiler]' \
     && useradd --system --create-home --home-dir /var/lib/whet whet \
     && install -d -o whet -g whet -m 0700 /var/lib/whet/home /run/whet
 
