@@ -109,7 +109,8 @@ class FakeEngine:
             if whole and not (Path(message.path) / "slot.lost").exists():
                 self.loaded.add(message.digest)
             error = "" if whole else "adapter.ok is missing"
-            self._send(client, Done(epoch=self.epoch, id=message.id, error=error))
+            away = (Path(message.path) / "disk.away").exists()
+            self._send(client, Done(epoch=self.epoch, id=message.id, error=error, transient=away))
         elif isinstance(message, UnloadAdapter | Forget):
             self._send(client, Done(epoch=self.epoch, id=message.id))
         elif isinstance(message, GetStatus):

@@ -101,3 +101,15 @@ def test_too_few_slots_answer_503_and_never_with_older_weights(adapters: World) 
     assert response.json()["error"]["code"] == "overloaded"
     (adapters.settings.artifacts / crowded_out / "slot.lost").unlink()
     assert served(adapters) == (crowded_out, crowded_out)
+
+
+def test_a_load_that_failed_for_the_moment_is_tried_again_and_older_weights_do_not_answer(adapters: World) -> None:
+    digest = adapters.add_adapter("entities", "78" * 32, works=False)
+    directory = adapters.settings.artifacts / digest
+    (directory / "disk.away").touch()
+    adapters.deploy("entities", digest, last_good=OLD)
+    response = adapters.post("/v1/chat/completions", CHAT)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "adapter_unavailable")
+    (directory / "disk.away").unlink()
+    (directory / "adapter.ok").touch()
+    assert served(adapters) == (digest, digest)
