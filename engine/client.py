@@ -86,7 +86,7 @@ class EngineClient:
     answers heartbeats between steps) before its requests are failed; a death is noticed at once by the closed socket.
     """
 
-    def __init__(self, address: str, *, connect_seconds: float = 2.0, silence_seconds: float = 10.0) -> None:
+    def __init__(self, address: str, *, connect_seconds: float = 2.0, silence_seconds: float = 60.0) -> None:
         self.address = address
         self.epoch: int | None = None
         self._connect_seconds = connect_seconds
@@ -125,7 +125,6 @@ class EngineClient:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._fail_all("the client was closed")
         self._socket.disable_monitor()
-        self._monitor.close(linger=0)
         self._monitor.close(linger=0)
         self._socket.close(linger=0)
         self._context.term()
@@ -327,7 +326,7 @@ class EngineClient:
 class SyncEngineClient:
     """The same client for code without an event loop: a private loop that runs only inside a call. One thread."""
 
-    def __init__(self, address: str, *, connect_seconds: float = 5.0, silence_seconds: float = 30.0) -> None:
+    def __init__(self, address: str, *, connect_seconds: float = 5.0, silence_seconds: float = 60.0) -> None:
         self._runner = asyncio.Runner()
 
         async def connect() -> EngineClient:

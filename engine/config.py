@@ -8,6 +8,9 @@ from typing import Literal
 
 Precision = Literal["auto", "fp32", "bf16", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
+NUMBERS = (
+    "threads", "kv_tokens", "max_context", "max_running", "max_waiting", "step_tokens", "adapter_slots", "adapter_rank",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _require(self.kv_tokens >= 256, "--kv-tokens must be at least 256")
         _require(self.max_running >= 1, "--max-running must be at least 1")
+        _require(self.max_waiting >= 1, "--max-waiting must be at least 1")
         _require(self.step_tokens >= 16, "--step-tokens must be at least 16")
         _require(self.adapter_slots >= 2, "--adapter-slots must be at least 2: one serves while the other loads")
         _require(self.adapter_rank >= 1, "--adapter-rank must be at least 1")
@@ -53,7 +57,7 @@ def parse(arguments: Sequence[str] | None = None) -> EngineConfig:
     parser.add_argument("--artifacts", type=Path, required=True, help="root below which adapters may be loaded")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "int8"], default="auto")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    for name in ("threads", "kv_tokens", "max_context", "max_running", "step_tokens", "adapter_slots", "adapter_rank"):
+    for name in NUMBERS:
         default = EngineConfig.__dataclass_fields__[name].default
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--no-native", dest="native", action="store_false", help="run on torch's kernels only")

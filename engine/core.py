@@ -4,6 +4,7 @@ Every request that enters gets exactly one ending; blocks, slots and references 
 nowhere else. Not thread-safe: one thread submits, steps and empties the outbox.
 """
 
+import math
 import os
 import secrets
 import sys
@@ -65,7 +66,7 @@ class Engine:
         pool = BlockPool(config.kv_tokens, size)
         self.max_context = min(config.max_context or spec.max_positions, spec.max_positions, pool.total * size)
         self.forward = build_forward(config, spec, blocks=pool.total, positions=self.max_context)
-        self.runner = Runner(self.forward)
+        self.runner = Runner(self.forward, native=config.native)
         self.base = base_digest(config.model)
         self.scheduler = Scheduler(
             pool,
@@ -166,7 +167,7 @@ class Engine:
             dtype=self._precision,
             device=self.forward.device.type,
             kernels=self.forward.kernels,
-            threads=torch.get_num_threads(),
+            threads=self.forward.threads,
             max_context=self.max_context,
             running=len(self.scheduler.running),
             waiting=len(self._sequences) - len(self.scheduler.running),
@@ -262,6 +263,8 @@ class Engine:
         for sequence, chunk in output.prompt.items():
             sequence.learn(starts[sequence], chunk.logprobs, chunk.top)
         for sequence, token, logprob, top, fault in zip(drawn, *output.sampled, strict=True):
+            if fault is None and not all(map(math.isfinite, sequence.scores)):
+                fault = NOT_FINITE
             if fault is not None:
                 if fault is NOT_FINITE:
                     self.scheduler.distrust(sequence)

@@ -93,6 +93,7 @@ class Pool(msgspec.Struct, tag="pool", frozen=True, kw_only=True):
     prompt: list[int]
     how: Pooling = "last"
     adapter: str | None = None
+    namespace: str = ""
     cache_salt: str = ""
     priority: Priority = "interactive"
     share: str = ""

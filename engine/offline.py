@@ -1,6 +1,7 @@
 """The engine inside this process: for tests, training and benchmarks. The same scheduler, runner and slots."""
 
 import hashlib
+import sys
 import time
 from collections.abc import Sequence as Many
 from dataclasses import replace
@@ -59,6 +60,8 @@ class LocalEngine:
             adapter_rank=adapter_rank,
             pack=pack,
             native=native,
+            # Whoever submits here waits for the answers: nobody has to be sent away.
+            max_waiting=sys.maxsize,
         )
         self._engine = make_engine(config)
         self._ids = count()
@@ -127,10 +130,14 @@ class LocalEngine:
         self, token_ids: list[int], adapter: str | None = None, chunks: Many[int] | None = None
     ) -> torch.Tensor:
         """The LM head's input [tokens, hidden]; `chunks` says how many tokens each step takes."""
+        chunks = list(chunks or self._default_chunks(len(token_ids)))
+        budget = self.core.config.step_tokens
+        if sum(chunks) != len(token_ids) or not all(0 < chunk <= budget for chunk in chunks):
+            raise ValueError(f"chunks of 1 to {budget} tokens must add up to {len(token_ids)}, not {chunks}")
         sequence = self._alone(token_ids, adapter)
         scheduler = self.core.scheduler
         parts = []
-        for chunk in chunks or self._default_chunks(len(token_ids)):
+        for chunk in chunks:
             scheduled = scheduler.schedule()[0]
             parts.append(self.core.runner.hidden([Row(scheduled.sequence, chunk)]))
             sequence.computed += chunk
@@ -159,6 +166,8 @@ class LocalEngine:
         assert not self.core.busy, "hidden states are computed between generations"
         if not 0 < len(token_ids) <= self.core.max_context:
             raise ValueError(f"between 1 and {self.core.max_context} tokens, not {len(token_ids)}")
+        if not 0 <= min(token_ids) <= max(token_ids) < self.core.forward.spec.vocab_size:
+            raise ValueError(f"token ids must lie between 0 and {self.core.forward.spec.vocab_size - 1}")
         sampling = Sampling(temperature=0.0, seed=0, max_tokens=1)
         # Asking for the prompt's log-probabilities keeps cached blocks away: every token's state is wanted here.
         request = Generate(

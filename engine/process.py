@@ -101,7 +101,7 @@ class EngineProcess:
 
     def _idle_milliseconds(self) -> int:
         patience = self.engine.patience_seconds
-        return IDLE_MILLISECONDS if patience is None else min(IDLE_MILLISECONDS, math.ceil(1000 * patience))
+        return IDLE_MILLISECONDS if patience is None else math.ceil(min(IDLE_MILLISECONDS, 1000 * patience))
 
     def _receive(self) -> None:
         while True:
@@ -115,7 +115,8 @@ class EngineProcess:
     def _dispatch(self, client: bytes, frame: bytes) -> None:
         try:
             message = decode_to_engine(frame)
-        except (msgspec.DecodeError, RecursionError) as error:
+        # ValueError covers msgspec's own errors and text that is not UTF-8.
+        except (ValueError, RecursionError) as error:
             self.engine.outbox.append((client, self._complaint(frame, str(error))))
             return
         try:
@@ -145,11 +146,11 @@ class EngineProcess:
         """An answer to a message that makes no sense, in the shape its sender waits for if that can be told."""
         try:
             loose = msgspec.msgpack.decode(frame)
-        except (msgspec.DecodeError, RecursionError):
+        except (ValueError, RecursionError):
             loose = None
         fields = loose if isinstance(loose, dict) else {}
         request_id = str(fields.get("id", ""))
-        if fields.get("type") in {"load_adapter", "unload_adapter", "forget"}:
+        if str(fields.get("type")) in {"load_adapter", "unload_adapter", "forget"}:
             return Done(epoch=self.engine.epoch, id=request_id, error=error)
         return Finished(epoch=self.engine.epoch, id=request_id, reason="error", code="invalid_request", error=error)
 
@@ -204,7 +205,7 @@ def main() -> int:
     sys.setswitchinterval(0.0005)
     try:
         process = EngineProcess(config)
-    except (ValueError, OSError, RuntimeError, zmq.ZMQError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError, zmq.ZMQError) as error:
         log("engine_failed", error=str(error))
         return 1
     tune_heap(KEEP_BYTES)

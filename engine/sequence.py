@@ -136,6 +136,7 @@ def as_generate(request: Pool, prompt: list[int]) -> Generate:
         prompt=prompt,
         sampling=Sampling(temperature=0.0, seed=0, max_tokens=1),
         adapter=request.adapter,
+        namespace=request.namespace,
         cache_salt=request.cache_salt,
         priority=request.priority,
         share=request.share,

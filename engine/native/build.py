@@ -10,6 +10,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -55,16 +56,18 @@ def find_compiler() -> tuple[str, ...]:
 
 
 def _cache_directory() -> Path:
-    """Ours alone: code is loaded from here, so a directory others may write to is refused."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    directory = base / "whet"
+    """Ours alone: code is loaded from here, so a directory others could change or swap is refused."""
     try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        directory = base / "whet"
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        state = directory.stat()
-    except OSError as error:
-        raise NoNative(f"{directory} cannot be used: {error}") from error
-    if state.st_uid != os.getuid() or state.st_mode & 0o022:
+        states = directory.stat(), base.stat()
+    except (OSError, RuntimeError) as error:
+        raise NoNative(f"no directory to build in: {error}; set XDG_CACHE_HOME to one that is yours") from error
+    if states[0].st_uid != os.getuid() or states[0].st_mode & 0o022:
         raise NoNative(f"{directory} can be written by others; make it yours alone (chmod 700)")
+    if states[1].st_mode & 0o022 and not states[1].st_mode & stat.S_ISVTX:
+        raise NoNative(f"others may replace what is in {base}; make it yours alone (chmod 755)")
     return directory
 
 
@@ -86,19 +89,17 @@ def _processor() -> str:
 
 def _compile(compiler: tuple[str, ...], path: Path) -> None:
     """Built beside and renamed, so that two starting engines cannot load half a file."""
-    descriptor, draft = tempfile.mkstemp(dir=path.parent, suffix=".so")
-    os.close(descriptor)
-    command = [*compiler, *FLAGS, str(SOURCES / "decoder.cpp"), "-o", draft, "-lm"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
-        if done.returncode:
-            raise NoNative(f"{compiler[0]} could not build the native path: {done.stderr.strip()[-2000:]}")
-        os.chmod(draft, 0o700)
-        os.replace(draft, path)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as room:
+            draft = Path(room) / path.name
+            command = [*compiler, *FLAGS, str(SOURCES / "decoder.cpp"), "-o", str(draft), "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
+            if done.returncode:
+                raise NoNative(f"{compiler[0]} could not build the native path: {done.stderr.strip()[-2000:]}")
+            draft.chmod(0o700)
+            draft.replace(path)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise NoNative(f"{compiler[0]} could not be run: {error}") from error
-    finally:
-        Path(draft).unlink(missing_ok=True)
+        raise NoNative(f"{compiler[0]} could not be run in {path.parent}: {error}") from error
 
 
 def main() -> int:

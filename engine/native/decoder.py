@@ -63,6 +63,7 @@ class NativeDecoder:
         for layer, keys, values in zip(self._layers, self._keys, self._values, strict=True):
             layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
         self._engine: int | None = self._open()
+        self.threads = self._native.whet_threads(self._engine)
         self._step = Step()
         self._hidden = torch.empty(0, spec.hidden_size)
         self._logits = torch.empty(0, self._model.head.outputs)
@@ -87,7 +88,7 @@ class NativeDecoder:
                 self._loras[index, name] = lora
         head = self._loras[None, "head"] = make(narrow, spec.vocab_size)
         self._model.lora_head = head.structure()
-        self._native.whet_close(self._engine)
+        self.close()
         self._engine = self._open()
 
     def fill(self, slot: int, layer: int | None, name: str, a_RI: torch.Tensor, b_RO: torch.Tensor) -> None:
@@ -112,7 +113,8 @@ class NativeDecoder:
             lengths.append(length)
             slots.append(sequence.slot)
             tables.append(table.__array_interface__["data"][0])
-        assert len(token_ids) <= self.tokens, "the scheduler keeps steps within the buffers"
+        if sum(lengths) != len(token_ids) or len(token_ids) > self.tokens:
+            raise ValueError(f"a step computes up to {self.tokens} tokens that its sequences have, not {sum(lengths)}")
         count, longs = len(rows), np.array(token_ids + tables, dtype=np.int64)
         ints = np.array(starts + lengths + slots + list(take), dtype=np.int32)
         long_at, int_at = (array.__array_interface__["data"][0] for array in (longs, ints))
@@ -138,9 +140,9 @@ class NativeDecoder:
 
     def close(self) -> None:
         """End the threads; nothing may be run afterwards."""
-        if self._engine:
-            self._native.whet_close(self._engine)
-            self._engine = None
+        engine, self._engine = self._engine, None
+        if engine:
+            self._native.whet_close(engine)
 
     def _open(self) -> int:
         engine: int | None = self._native.whet_open(ctypes.byref(self._model), self._threads)

@@ -29,7 +29,7 @@ def sample(logits_RV: torch.Tensor, draws: Sequence[sampler.Draw]) -> Sampled:
     if not readable or not available():
         return sampler.sample(logits_RV, draws)
     rows, size = logits_RV.shape
-    wanted = (Draw * rows)(*[_flat(draw) for draw in draws])
+    wanted = (Draw * rows)(*[_flat(draw, size) for draw in draws])
     tokens, logprobs = np.empty(rows, dtype=np.int64), np.empty(rows, dtype=np.float32)
     failed = functions().whet_sample(
         logits_RV.data_ptr(), logits_RV.stride(0), rows, size, wanted, tokens.ctypes.data, logprobs.ctypes.data
@@ -39,9 +39,9 @@ def sample(logits_RV: torch.Tensor, draws: Sequence[sampler.Draw]) -> Sampled:
     return Sampled(tokens.tolist(), logprobs.tolist())
 
 
-def _flat(draw: sampler.Draw) -> Draw:
+def _flat(draw: sampler.Draw, size: int) -> Draw:
     asked = draw.sampling
     return Draw(
         asked.seed & MASK, draw.choice, draw.position,
-        asked.temperature, asked.top_p, asked.min_p if math.isfinite(asked.min_p) else 0.0, asked.top_k,
+        asked.temperature, asked.top_p, asked.min_p if math.isfinite(asked.min_p) else 0.0, min(asked.top_k, size),
     )  # fmt: skip

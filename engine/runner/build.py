@@ -14,6 +14,7 @@ from engine.models.spec import DecoderSpec
 from engine.native.build import NoNative, library
 from engine.native.decoder import NativeDecoder, unsupported
 from engine.native.packing import Packing
+from engine.native.sampling import available
 from engine.runner.forward import Forward, TorchForward
 from engine.runner.graphs import GraphedForward, capturable
 from engine.runner.placement import block_size, choose_device, choose_dtype, choose_pool, choose_threads
@@ -35,6 +36,8 @@ def build_forward(config: EngineConfig, spec: DecoderSpec, *, blocks: int, posit
     decoder = load(pack=config.pack)
     if config.native and device.type == "cpu":
         print(f"torch kernels serve this model: {refusal}", file=sys.stderr)
+        # The sampler is native all the same, and must not be compiled inside a step.
+        available()
     cache = KVCache(spec, blocks, block_size(device), dtype, device)
     attention = choose_attention(spec, cache, device)
     if isinstance(attention, VarlenAttention) and capturable(spec):

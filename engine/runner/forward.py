@@ -56,6 +56,7 @@ class TorchForward:
     def __init__(self, decoder: Decoder, cache: KVCache, attention: Attention) -> None:
         self.decoder, self.cache, self.attention = decoder, cache, attention
         self.spec, self.dtype, self.device = decoder.spec, decoder.dtype, decoder.device
+        self.threads = torch.get_num_threads()
         self.score = ScoreHead(decoder.score) if decoder.score is not None else None
 
     def add_slots(self, slots: int, rank: int) -> None:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 
 from engine.layers.sampler import Sampled, most_likely, own_logprobs
+from engine.layers.sampler import sample as plain_sample
+from engine.native.sampling import sample
 from engine.runner.forward import Forward
 from engine.runner.sampling import draw
 from engine.scheduling.scheduler import Row
@@ -45,8 +47,9 @@ class StepOutput:
 class Runner:
     """Runs scheduled rows on the model. Knows neither requests' lives nor the pool."""
 
-    def __init__(self, forward: Forward) -> None:
+    def __init__(self, forward: Forward, *, native: bool = True) -> None:
         self.forward = forward
+        self._sample = sample if native else plain_sample
 
     @torch.inference_mode()
     def step(self, rows: Rows[Row]) -> StepOutput:
@@ -61,7 +64,7 @@ class Runner:
                 take.append(end)
                 drawn.append(row)
         heads = self.forward.run(ordered, take, logits=bool(drawn))
-        return StepOutput(ordered, draw(drawn, heads.logits_RV) if drawn else NOTHING, heads.hidden_RE)
+        return StepOutput(ordered, draw(drawn, heads.logits_RV, self._sample) if drawn else NOTHING, heads.hidden_RE)
 
     @torch.inference_mode()
     def hidden(self, rows: Rows[Row]) -> torch.Tensor:
@@ -87,7 +90,7 @@ class Runner:
         output.hidden_RE = hidden_TE[ends]
         if drawn:
             slots = [row.sequence.slot for row in drawn]
-            output.sampled = draw(drawn, self.forward.logits(output.hidden_RE, slots))
+            output.sampled = draw(drawn, self.forward.logits(output.hidden_RE, slots), self._sample)
         return output
 
     def _score(self, row: Row, states: torch.Tensor) -> PromptChunk:

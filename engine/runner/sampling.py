@@ -6,6 +6,7 @@ behind tokens that are only drafted: everything a sequence keeps can look ahead 
 """
 
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from engine.native.sampling import sample
 from engine.scheduling.scheduler import Row
 from engine.sequence import Sequence
 
+Sampler = Callable[[torch.Tensor, Rows[Draw]], Sampled]
 NOT_FINITE = Fault("internal", "the model's logits are not finite")
 
 
@@ -46,12 +48,12 @@ class Place(NamedTuple):
         return constrained or bool(sampling.logit_bias) or penalised(sampling)
 
 
-def draw(rows: Rows[Row], logits_RV: torch.Tensor) -> Sampled:
+def draw(rows: Rows[Row], logits_RV: torch.Tensor, sample: Sampler = sample) -> Sampled:
     """One token per row from its logits, in the order of the rows."""
-    return draw_at([Place(row.sequence) for row in rows], logits_RV)
+    return draw_at([Place(row.sequence) for row in rows], logits_RV, sample)
 
 
-def draw_at(places: Rows[Place], logits_RV: torch.Tensor) -> Sampled:
+def draw_at(places: Rows[Place], logits_RV: torch.Tensor, sample: Sampler = sample) -> Sampled:
     """One token per place, from the logits row of the same index.
 
     Behind a draft that a grammar does not admit the answer is meaningless, as the draft will not be accepted.

@@ -16,6 +16,7 @@ SHARE_OF_QUEUE = 0.75
 # Endings looked at to say when a place will be free, and the bounds of what is said.
 RECENT_ENDINGS = 64
 SHORTEST_RETRY, LONGEST_RETRY = 1.0, 60.0
+LONGEST_DEADLINE = 1e6
 
 
 class Refusal(NamedTuple):
@@ -89,8 +90,10 @@ class Admission:
             return Refusal("prompt_too_long", f"the prompt has {length} tokens; the context holds {room}")
         if min(request.prompt) < 0 or max(request.prompt) >= vocabulary:
             return Refusal("invalid_request", f"token ids must lie between 0 and {vocabulary - 1}")
-        if not (math.isfinite(request.deadline_seconds) and request.deadline_seconds >= 0):
-            return Refusal("invalid_request", "deadline_seconds must be 0 (never) or a number of seconds")
+        if not 0 <= request.deadline_seconds <= LONGEST_DEADLINE:
+            return Refusal(
+                "invalid_request", f"deadline_seconds must be 0 (never) or up to {LONGEST_DEADLINE:g} seconds"
+            )
         if pool is None and (reason := invalid_sampling(request.sampling, vocabulary)):
             return Refusal("invalid_request", reason)
         return None

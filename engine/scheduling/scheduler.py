@@ -20,6 +20,8 @@ from engine.sequence import Sequence, by_rank
 
 # Tokens every running sequence may still add before a newcomer's blocks could be wanted back.
 GROWTH_TOKENS = 16
+# Waiting sequences looked at in one step that wait for blocks another is about to compute.
+MOST_HELD = 32
 
 
 class Row(NamedTuple):
@@ -137,6 +139,8 @@ class Scheduler:
             found = self._find(head)
             if self._is_promised(head, found):
                 held.add(head)
+                if len(held) == MOST_HELD:
+                    return
                 continue
             if not self._fits(head, found) and not self._make_room(head, found):
                 return
@@ -224,7 +228,9 @@ class Scheduler:
         if len(sequence.tokens) - 1 < start + size or self.prefix is None:
             return False
         before = found[-1] if found else sequence.root
-        return self.prefix.keys(before, sequence.tokens[: start + size], start)[0] in self._promised
+        promiser = self._promised.get(self.prefix.keys(before, sequence.tokens[: start + size], start)[0])
+        # Waiting for one of a lower priority would hand that priority on.
+        return promiser is not None and promiser.rank[0] <= sequence.rank[0]
 
     def _promise(self, sequence: Sequence) -> None:
         """Say which blocks this sequence is about to compute, unless another has said so already."""

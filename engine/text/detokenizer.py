@@ -33,10 +33,11 @@ class ByteDetokenizer:
 
 
 class Detokenizer:
-    """Incremental decoding: all deltas plus `flush()` equal decoding the whole list at once.
+    """Incremental decoding: of tokens that spell valid UTF-8, all deltas plus `flush()` equal decoding them at once.
 
     The last cleanly ended tokens stay as context, since a token's text may depend on its left neighbour (SentencePiece
-    spaces). An unfinished UTF-8 character decodes to one U+FFFD at the end and is held back.
+    spaces). An unfinished UTF-8 character decodes to one U+FFFD at the end, or to one for each of its bytes (byte
+    fallback, which gives up a whole run of bytes at once): they are held back.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
@@ -50,8 +51,9 @@ class Detokenizer:
         """The text that became certain with this token."""
         self._pending.append(token_id)
         text = self._decode()
-        whole = not text.endswith(REPLACEMENT)
-        delta = self._emit(text if whole else text[:-1])
+        certain = text.rstrip(REPLACEMENT)
+        whole = certain == text
+        delta = self._emit(certain)
         if whole or len(self._pending) > NOISE_TOKENS:
             if not whole:
                 delta += self._emit(text)

@@ -69,6 +69,7 @@ class Asked:
             id=uuid7().hex,
             prompt=[],
             how=how,
+            namespace=project.id.hex,
             cache_salt=project.id.hex,
             priority=body.priority or "interactive",
             share=self.key.id.hex,

@@ -111,7 +111,7 @@ def test_a_smaller_adapter_in_a_used_slot_sees_nothing_of_the_larger_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(lora_module, "MAX_RUNS", max_runs)
-    engine = make_engine(model_dir)
+    engine = make_engine(model_dir, native=False)
     slots = engine.core.adapters.slots
     large = engine.load_adapter(artifacts / make_artifact(1, 8, ALL_TARGETS))
     slot = slots.get(large).slot
@@ -131,7 +131,7 @@ def test_rows_of_different_adapters_share_a_batch_without_touching_each_other(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(lora_module, "MAX_RUNS", max_runs)
     digests = [make_artifact(1), make_artifact(2, 8, ALL_TARGETS), make_artifact(3, 2)]
-    engine = make_engine(model_dir)
+    engine = make_engine(model_dir, native=False)
     for digest in digests:
         engine.load_adapter(artifacts / digest)
     choices = [None, *digests] * 3

@@ -57,15 +57,27 @@ def make_forward() -> Iterator[Make]:
     made: list[Forward] = []
 
     def make(
-        directory: Path, *, precision: Precision = "fp32", native: bool = True, threads: int = 1, slots: int = 0
+        directory: Path,
+        *,
+        precision: Precision = "fp32",
+        native: bool = True,
+        threads: int = 1,
+        slots: int = 0,
+        rank: int = 16,
     ) -> Forward:
         config = EngineConfig(
-            model=directory, artifacts=directory, precision=precision, device="cpu", threads=threads, native=native
+            model=directory,
+            artifacts=directory,
+            precision=precision,
+            device="cpu",
+            adapter_rank=rank,
+            threads=threads,
+            native=native,
         )
         forward = build_forward(config, read_spec(directory), blocks=BLOCKS, positions=CONTEXT)
         assert forward.kernels.startswith("native" if native else "torch")
         if slots:
-            forward.add_slots(slots, 16)
+            forward.add_slots(slots, rank)
         made.append(forward)
         return forward
 
@@ -180,12 +192,12 @@ def fill(forward: Forward, seed: int, slot: int, rank: int) -> None:
         forward.fill(slot, layer, name, a, b)
 
 
-@pytest.mark.parametrize("ranks", [(4, 16), (1, 8)])
+@pytest.mark.parametrize("ranks", [(4, 16), (1, 8), (3, 256)])
 def test_rows_with_different_adapters_share_a_step(ranks: tuple[int, int], model_dir: Path, make_forward: Make) -> None:
     found: list[torch.Tensor] = []
     expected: list[torch.Tensor] = []
     for native, into in ((True, found), (False, expected)):
-        forward = make_forward(model_dir, native=native, slots=3)
+        forward = make_forward(model_dir, native=native, slots=3, rank=256)
         fill(forward, 1, 1, ranks[0])
         fill(forward, 2, 3, ranks[1])
         into += play(forward, (0, 1, 3))
@@ -214,7 +226,7 @@ def test_logits_of_states_equal_those_of_the_step(model_dir: Path, make_forward:
     [
         {"temperature": 0.0}, {}, {"temperature": 0.7, "top_p": 0.9}, {"top_k": 40}, {"min_p": 0.05},
         {"temperature": 1.3, "top_k": 50, "top_p": 0.8}, {"temperature": 1e-9}, {"temperature": 3.0, "top_p": 0.99},
-        {"top_k": 1}, {"top_p": 1e-6},
+        {"top_k": 1}, {"top_p": 1e-6}, {"top_k": 2**32 + 1},
     ],
 )  # fmt: skip
 def test_sampling_draws_the_reference_samplers_tokens(options: dict[str, float], vocabulary: int) -> None:
@@ -237,6 +249,32 @@ def test_a_poisoned_row_is_visible_and_alone() -> None:
     found = sampling.sample(logits, draws)
     assert not np.isfinite(found.logprobs[:3]).any()
     assert found.token_ids[3] == sampler.sample(logits[3:], draws[3:]).token_ids[0]
+
+
+def test_sequences_without_the_tokens_of_their_row_are_refused(model_dir: Path, make_forward: Make) -> None:
+    forward, text = make_forward(model_dir), texts(160)[0]
+    with pytest.raises(ValueError, match="up to 512 tokens that its sequences have"):
+        forward.run([Row(text, 81)], [80], logits=True)  # type: ignore[arg-type]
+
+
+def test_states_of_impossible_tokens_and_chunks_are_refused(model_dir: Path, make_engine: EngineMaker) -> None:
+    engine = make_engine(model_dir)
+    for token_ids in ([5, 10**9], [5, -1]):
+        with pytest.raises(ValueError, match="between 0 and 159"):
+            engine.hidden_states(token_ids)
+    for chunks in ([2], [1, 3], [4, -1], [600]):
+        with pytest.raises(ValueError, match="must add up to 3"):
+            engine.hidden_states([5, 6, 7], chunks=chunks)
+    assert engine.hidden_states([5, 6, 7], chunks=[1, 2]).shape == (3, 64)
+
+
+def test_switched_off_the_plain_sampler_draws(
+    model_dir: Path, make_engine: EngineMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "functions", lambda: pytest.fail("the native sampler was asked"))
+    engine = make_engine(model_dir, native=False)
+    done = engine.generate([[5, 6, 7]], Sampling(seed=1, max_tokens=3))
+    assert done[0].finished.reason == "length"
 
 
 def test_int8_rows_keep_their_largest_weight_and_lose_at_most_half_a_step() -> None:
@@ -280,6 +318,18 @@ def test_without_a_compiler_torch_serves_and_int8_is_refused(
     with pytest.raises(ValueError, match="int8 needs the native CPU path"):
         make_engine(model_dir, precision="int8")
     assert not list((no_library / "whet").iterdir())
+
+
+def test_a_place_where_nothing_can_be_built_is_named(no_library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (no_library / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(no_library / "file"))
+    with pytest.raises(NoNative, match="set XDG_CACHE_HOME"):
+        build.library()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(no_library / "open"))
+    (no_library / "open").mkdir(mode=0o777)
+    os.chmod(no_library / "open", 0o777)
+    with pytest.raises(NoNative, match="others may replace"):
+        build.library()
 
 
 def test_a_cache_directory_others_may_write_to_is_refused(no_library: Path) -> None:

@@ -259,11 +259,13 @@ def test_tokens_are_the_same_alone_crowded_preempted_and_cached(
     asked = [
         Generate(id=str(index), prompt=TEXT[: 20 + 7 * index], sampling=noisy, choice=index % 2) for index in range(10)
     ]
-    roomy = make_engine(model_dir, pack=native)
-    alone = [make_engine(model_dir, kv_tokens=1024).generate([request])[0].token_ids for request in asked[:3]]
+    roomy = make_engine(model_dir, native=native)
+    alone = [
+        make_engine(model_dir, kv_tokens=1024, native=native).generate([request])[0].token_ids for request in asked[:3]
+    ]
     crowd = roomy.generate(asked)
     cached = roomy.generate([*reversed(asked)])[::-1]
-    tight = make_engine(model_dir, kv_tokens=320, step_tokens=24)
+    tight = make_engine(model_dir, kv_tokens=320, step_tokens=24, native=native)
     squeezed = tight.generate(asked)
     assert [done.token_ids for done in crowd[:3]] == alone
     assert [done.token_ids for done in cached] == [done.token_ids for done in crowd]

@@ -152,6 +152,9 @@ def test_swapping_adapters_does_not_disturb_running_streams(server: Served, dige
     [
         b"",
         b"\xc1garbage",
+        b"\x82\xa4type\xa6cancel\xa2id\xa2\xff\xfe",
+        msgspec.msgpack.encode({"type": [], "id": "x"}),
+        msgspec.msgpack.encode({"type": {"load_adapter": 1}, "id": 7}),
         msgspec.msgpack.encode({"type": "generate", "id": "bad", "prompt": "text"}),
         msgspec.msgpack.encode({"type": "no such thing", "id": "bad"}),
         msgspec.msgpack.encode({"type": "load_adapter", "id": "bad"}),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -150,6 +150,25 @@ def test_the_bytes_of_sentencepiece_tokens_are_known() -> None:
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     bare = Tokenizer(Path(), backend, backend, (), "", None)
     assert [bare.token_bytes(token_id) for token_id in (1, 2, 3, 99)] == [b" hi", b"\xe2", "é".encode(), b""]
+
+
+def byte_fallback_backend() -> tokenizers.Tokenizer:
+    """A SentencePiece-style tokenizer in which every letter but `a` and `b` is spelt in bytes."""
+    vocabulary = {"<unk>": 0, "a": 1, "b": 2, "▁": 3} | {f"<0x{byte:02X}>": 4 + byte for byte in range(256)}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return backend
+
+
+@given(text=st.text(st.characters(codec="utf-8", exclude_characters="\ufffd▁"), max_size=20))
+@example(text="🙂🙂é a\U0001f469\u200d\U0001f680b")
+def test_bytes_of_byte_fallback_tokenizers_join_to_characters(text: str) -> None:
+    backend = byte_fallback_backend()
+    stream = Detokenizer(backend)
+    pieces = [stream.push(token) for token in backend.encode(text).ids]
+    assert "".join(pieces) + stream.flush() == text
+    assert "\ufffd" not in "".join(pieces)
 
 
 def test_stop_strings_wait_for_the_least_tokens_and_called_tags_show(tokenizer: Tokenizer) -> None:
