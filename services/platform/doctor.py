@@ -7,6 +7,7 @@ import platform
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from services.platform.paths import LONGEST_SOCKET_PATH, SOCKET_NAMES
 from services.settings import Settings
 
 LOW_DISK_BYTES = 2 * 1024**3
+BUILD_SECONDS = 300
 DISTRIBUTIONS = ("torch", "transformers", "peft", "trl", "sqlalchemy", "celery", "fastapi", "pyzmq")
 
 
@@ -147,6 +149,16 @@ def threads(settings: Settings) -> list[Finding]:
     return [Finding("threads", text)]
 
 
+def cpu_path(_settings: Settings) -> list[Finding]:
+    """Whether the engine's C++ can be had; built now when it was not."""
+    command = [sys.executable, "-m", "engine.native.build"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=BUILD_SECONDS)
+    said = (result.stdout.strip() or result.stderr.strip() or "no answer").splitlines()[-1]
+    text = said.removeprefix("native CPU path: ")
+    # Without it torch's kernels serve: slower, not wrong.
+    return [Finding("CPU path", text, True if result.returncode == 0 else None)]
+
+
 def gpu(_settings: Settings) -> list[Finding]:
     """What the driver's own tool says; loading torch to ask would take seconds."""
     tool = shutil.which("nvidia-smi")
@@ -177,5 +189,5 @@ def model(settings: Settings) -> list[Finding]:
 
 
 LOOKS: tuple[Callable[[Settings], list[Finding]], ...] = (
-    home, running, database, doorbell, sockets, model, threads, gpu, versions,
+    home, running, database, doorbell, sockets, model, threads, cpu_path, gpu, versions,
 )  # fmt: skip

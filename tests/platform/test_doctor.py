@@ -2,6 +2,7 @@
 
 import io
 import socket
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -53,3 +54,10 @@ def test_a_listening_engine_is_seen(settings: Settings) -> None:
 def test_a_full_disk_is_wrong(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "LOW_DISK_BYTES", 1 << 60)
     assert "False disk" in text_of(doctor.home(settings))
+
+
+def test_the_engines_cpu_path_is_named(settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert "True CPU path ready (" in text_of(doctor.cpu_path(settings))
+    monkeypatch.setenv("CXX", "/bin/false")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert "None CPU path not available: /bin/false could not build" in text_of(doctor.cpu_path(settings))
