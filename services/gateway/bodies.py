@@ -24,6 +24,9 @@ NO_TOOLS = Toolbox()
 LONGEST_LABEL = 512
 DEEPEST_EXTRA = 16
 MOST_TAGS = 64
+# Every answer is logged with all of its prompt and of `whet`, so one request must not be many.
+MOST_ANSWERS = 128
+LONGEST_RETRIEVED = 64 * 1024
 Endpoint = Literal["/v1/chat/completions", "/v1/completions"]
 CHAT: Endpoint = "/v1/chat/completions"
 TEXT: Endpoint = "/v1/completions"
@@ -35,7 +38,7 @@ class Extra(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     session: Label | None = None
     group: Label | None = None
-    tags: dict[Label, str | int | float | bool | None] = {}
+    tags: dict[Label, Label | int | float | bool | None] = {}
     retrieved: list[Any] = []
 
 
@@ -206,6 +209,8 @@ def _ask(
 ) -> Ask:
     _refuse_unsupported(body)
     within("n", body.n, 1, MOST_CHOICES)
+    if len(prompts) * (body.n or 1) > MOST_ANSWERS:
+        raise InvalidRequest(f"prompt and n ask for more than {MOST_ANSWERS} answers", param="n")
     within("timeout", body.timeout, SHORTEST_TIMEOUT, LONGEST_TIMEOUT)
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options needs stream=true", param="stream_options")
@@ -262,3 +267,5 @@ def _check_extra(extra: Extra) -> None:
         raise InvalidRequest(f"whet.tags takes at most {MOST_TAGS} tags", param="whet.tags")
     if deeper(extra.retrieved, DEEPEST_EXTRA):
         raise InvalidRequest(f"whet.retrieved is nested deeper than {DEEPEST_EXTRA}", param="whet.retrieved")
+    if len(msgspec.json.encode(extra.retrieved)) > LONGEST_RETRIEVED:
+        raise InvalidRequest(f"whet.retrieved is longer than {LONGEST_RETRIEVED} bytes", param="whet.retrieved")

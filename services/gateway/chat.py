@@ -5,6 +5,7 @@ from typing import Any, Literal
 import msgspec
 
 from services.errors import InvalidRequest
+from services.gateway.constraints import DEEPEST_SCHEMA, deeper
 
 MOST_CALLS = 128
 
@@ -89,6 +90,8 @@ def _call(call: SaidCall, where: str) -> dict[str, Any]:
         arguments = msgspec.json.decode(call.function.arguments or "{}", type=dict[str, Any])
     except (msgspec.DecodeError, RecursionError) as error:
         raise InvalidRequest(f"{where}: arguments must be the text of a JSON object", param=where) from error
+    if deeper(arguments, DEEPEST_SCHEMA):
+        raise InvalidRequest(f"{where}: arguments are nested deeper than {DEEPEST_SCHEMA}", param=where)
     identity = {} if call.id is None else {"id": call.id}
     return {**identity, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
 

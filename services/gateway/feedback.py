@@ -9,7 +9,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 
 from services.errors import Unavailable, Unprocessable
 from services.gateway import access
-from services.gateway.bodies import Label, decode
+from services.gateway.bodies import LONGEST_LABEL, Label, decode
 from services.gateway.snapshot import KnownKey, Snapshot
 from services.gateway.spool_format import without_nul
 from services.store import feedback as store_feedback
@@ -55,6 +55,8 @@ _decoder: msgspec.json.Decoder[FeedbackBody] = msgspec.json.Decoder(FeedbackBody
 def parse(raw: bytes, header_key: str | None) -> Told:
     """Raises InvalidRequest for a malformed body, Unprocessable for one that says nothing sensible."""
     body = decode(_decoder, raw)
+    if len(header_key or "") > LONGEST_LABEL:
+        raise Unprocessable(f"Idempotency-Key is longer than {LONGEST_LABEL} characters", param="idempotency_key")
     interaction_id = _interaction_id(body.interaction_id)
     store_feedback.check_id(interaction_id)
     if all(value is None for value in (body.rating, body.score, body.comment, body.correction)):

@@ -84,9 +84,11 @@ def within(name: str, value: float | None, low: float, high: float | None) -> No
     """Raise InvalidRequest when a value is given and out of bounds."""
     if value is None:
         return
-    if not math.isfinite(value) or value < low or (high is not None and value > high):
+    # Whole numbers come unbounded, and `isfinite` cannot take one that no float holds.
+    odd = isinstance(value, float) and not math.isfinite(value)
+    if odd or value < low or (high is not None and value > high):
         allowed = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise InvalidRequest(f"{name} must be {allowed}, not {value}", param=name)
+        raise InvalidRequest(f"{name} must be {allowed}, not {str(value)[:80]}", param=name)
 
 
 def stops_of(stop: str | list[str] | None) -> tuple[str, ...]:

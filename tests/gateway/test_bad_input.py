@@ -123,7 +123,9 @@ def test_a_mistyped_field_is_refused(world: World) -> None:
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc"}}]}]},
         {"messages": [{"role": "user", "content": "hi", "tool_call_id": "1"}]},
         {"stream_options": {"include_usage": True}}, {"max_tokens": 3, "max_completion_tokens": 4},
-        {"whet": {"tags": {"a": {"nested": 1}}}}, {"whet": {"surprise": 1}},
+        {"whet": {"tags": {"a": {"nested": 1}}}}, {"whet": {"surprise": 1}}, {"whet": {"tags": {"a": "x" * 513}}},
+        {"whet": {"retrieved": ["x" * 65_536]}}, {"max_tokens": 10**400}, {"n": 10**400}, {"seed": -(10**400)},
+        {"top_k": 10**400}, {"min_tokens": 10**400}, {"logprobs": True, "top_logprobs": 10**400},
         {"min_p": 1.1}, {"presence_penalty": 2.5}, {"frequency_penalty": -3}, {"repetition_penalty": 0},
         {"logit_bias": {"x": 1}}, {"logit_bias": {"5": 101}}, {"logit_bias": {"99999": 1}}, {"logit_bias": {"-1": 1}},
         {"logit_bias": {str(token): 1 for token in range(301)}}, {"logit_bias": {"9" * 40: 1}},
@@ -167,6 +169,23 @@ def test_a_schema_nested_too_deeply_is_refused(world: World) -> None:
         {"tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}]},
     ):
         refused(world.post(CHAT, chat(**fields)), 400, None, "nested deeper")
+
+
+@pytest.mark.parametrize("levels", [40, 400, 5000])
+def test_arguments_of_a_call_nested_too_deeply_are_refused(world: World, levels: int) -> None:
+    arguments = '{"a":' * levels + "1" + "}" * levels
+    deep = {"function": {"name": "f", "arguments": arguments}, "id": "1"}
+    body = {"model": "entities", "messages": [*MESSAGES, {"role": "assistant", "tool_calls": [deep]}]}
+    for path in (CHAT, "/tokenize"):
+        response = world.post(path, body)
+        assert response.status_code == 400, response.text
+        assert response.json()["error"]["param"] == "messages[1]"
+
+
+def test_one_request_cannot_ask_for_hundreds_of_answers(world: World) -> None:
+    body = {"model": "entities", "prompt": ["a"] * 64, "max_tokens": 1}
+    assert len(world.post("/v1/completions", body | {"n": 2}).json()["choices"]) == 128
+    refused(world.post("/v1/completions", body | {"n": 3}), 400, None, "128")
 
 
 def test_nothing_can_be_generated_only_where_the_prompt_is_echoed(world: World) -> None:

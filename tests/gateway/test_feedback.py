@@ -71,6 +71,13 @@ def test_a_key_of_every_project_finds_the_interactions_own(world: World) -> None
     assert world.post(PATH, unknown | {"model": "other"}, key="everywhere").status_code == 201
 
 
+def test_an_idempotency_key_too_long_to_store_is_refused(world: World) -> None:
+    told = {"interaction_id": str(uuid7()), "rating": 1}
+    assert world.post(PATH, told, headers={"idempotency-key": "k" * 512}).status_code == 201
+    response = world.post(PATH, told, headers={"idempotency-key": "k" * 513})
+    assert (response.status_code, response.json()["error"]["param"]) == (422, "idempotency_key")
+
+
 @pytest.mark.parametrize(
     ("told", "status"),
     [
