@@ -9,7 +9,7 @@ text.
 import json
 import re
 from collections.abc import Collection
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from engine.text.stops import overlap
 
@@ -253,7 +253,7 @@ class _Object:
 def _read(text: str, names: Collection[str]) -> tuple[str, str] | None:
     """Name and arguments of a call written in another order than the usual one; None when it is no call."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         return None
     inner = value.get("function")
@@ -262,4 +262,22 @@ def _read(text: str, names: Collection[str]) -> tuple[str, str] | None:
     arguments = call.get("arguments", call.get("parameters", {}))
     if not isinstance(name, str) or name not in names or not isinstance(arguments, dict | str):
         return None
-    return name, arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    written = _written(arguments)
+    return None if written is None else (name, written)
+
+
+def _written(arguments: dict[str, Any] | str) -> str | None:
+    """The text of arguments; None when no JSON and no UTF-8 can hold them (infinite numbers, halves of characters)."""
+    try:
+        if isinstance(arguments, dict):
+            # Escapes may spell halves of characters, which only escapes can write again.
+            return json.dumps(arguments, ensure_ascii=True, allow_nan=False)
+        arguments.encode()
+    except (ValueError, RecursionError):
+        return None
+    return arguments
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    """Python reads NaN and Infinity, which are no JSON."""
+    raise ValueError(f"{name} is no JSON")

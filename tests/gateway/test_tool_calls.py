@@ -31,7 +31,14 @@ WRITTEN: list[tuple[Style, str, str, list[tuple[str, str]]]] = [
     ("hermes", f"{OSLO}\n{OSLO}\n", "", [("weather", '{"city": "Oslo"}')] * 2),
     ("hermes", f"{OSLO} and so on", "and so on", [("weather", '{"city": "Oslo"}')]),
     ("hermes", '<tool_call>{"arguments": {"a": [1, "é"]}, "name": "time"}</tool_call>', "",
-     [("time", '{"a": [1, "é"]}')]),
+     [("time", r'{"a": [1, "\u00e9"]}')]),
+    ("hermes", r'<tool_call>{"arguments": {"a": "\ud800"}, "name": "time"}</tool_call>', "",
+     [("time", r'{"a": "\ud800"}')]),
+    *[
+        ("hermes", written, written, [])
+        for value in (r'"\ud800"', '{"a": NaN}', '{"a": -Infinity}', '{"a": 1e999}')
+        for written in (f'<tool_call>{{"arguments": {value}, "name": "time"}}</tool_call>',)
+    ],
     ("hermes", '<tool_call>{"name": "time", "arguments": {"a": "</tool_call>\\"{[ 🙂"}}</tool_call>', "",
      [("time", '{"a": "</tool_call>\\"{[ 🙂"}')]),
     ("hermes", '<tool_call>{"name": "time", "arguments": "{\\"a\\": 1}"}</tool_call>', "", [("time", '{"a": 1}')]),
