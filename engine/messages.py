@@ -149,6 +149,8 @@ class Tokens(msgspec.Struct, tag="tokens", frozen=True, kw_only=True):
     logprobs: list[float]
     # For each token, where asked for: the most likely (token, logprob) pairs, best first.
     top: list[list[tuple[int, float]]] = []
+    # With the first token: prompt tokens found in the prefix cache. Who cancels never sees a Finished.
+    cached_tokens: int = 0
 
 
 class PromptLogprobs(msgspec.Struct, tag="prompt_logprobs", frozen=True, kw_only=True):
