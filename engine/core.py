@@ -289,7 +289,10 @@ class Engine:
         self._generated += 1
         reason = sequence.accept(token, logprob)
         ranked = [top] if request.sampling.top_logprobs else []
-        message = Tokens(epoch=self.epoch, id=request.id, token_ids=[token], logprobs=[logprob], top=ranked)
+        cached = sequence.cached_tokens if sequence.produced == 1 else 0
+        message = Tokens(
+            epoch=self.epoch, id=request.id, token_ids=[token], logprobs=[logprob], top=ranked, cached_tokens=cached
+        )
         self.outbox.append((sequence.client, message))
         accepted(sequence, token)
         self.scheduler.waiting.charge(sequence, 1)
