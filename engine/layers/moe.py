@@ -29,14 +29,14 @@ class SeparateExperts:
     """One pair of linear layers per expert, packed where the CPU can; waits for the counts, so not for CUDA graphs."""
 
     def __init__(self, gate_up: Sequence[torch.Tensor], down: Sequence[torch.Tensor], *, pack: bool) -> None:
-        self._gate_up = [Linear(weight, pack=pack) for weight in gate_up]
-        self._down = [Linear(weight, pack=pack) for weight in down]
+        self.gate_up = [Linear(weight, pack=pack) for weight in gate_up]
+        self.down = [Linear(weight, pack=pack) for weight in down]
 
     def __call__(self, x_NE: torch.Tensor, ends_X: torch.Tensor) -> torch.Tensor:
         y_NE = torch.empty_like(x_NE)
         for expert, (start, end) in enumerate(pairwise((0, *ends_X.tolist()))):
             if end > start:
-                y_NE[start:end] = self._down[expert](_gated(self._gate_up[expert](x_NE[start:end])))
+                y_NE[start:end] = self.down[expert](_gated(self.gate_up[expert](x_NE[start:end])))
         return y_NE
 
 

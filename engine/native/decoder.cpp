@@ -6,10 +6,12 @@
 #include "attention.h"
 #include "lora.h"
 #include "matmul.h"
+#include "moe.h"
 #include "sampler.h"
 
 struct Layer {
     Matrix qkv, o, gate_up, down;
+    Moe moe;                    // in place of gate_up and down where it has experts
     Lora lora_qkv, lora_o, lora_gate_up, lora_down;
     const float *attention_norm, *mlp_norm, *q_norm, *k_norm;
     uint8_t *keys, *values;
@@ -19,7 +21,8 @@ struct Layer {
 struct Model {
     int32_t layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary, fp32;
     int32_t tokens, context;    // most tokens of one step, most positions of one sequence
-    int32_t solo, unused;       // steps of fewer tokens run on one thread: waking another would cost more than it does
+    int32_t experts, per_token, expert_intermediate;  // of the mixtures, or 0
+    int32_t solo;               // steps of fewer tokens run on one thread: waking another would cost more than it does
     float eps, scale;
     const Layer *layer;
     Matrix head;
@@ -47,6 +50,7 @@ struct Engine {
     uint8_t *x, *q, *mixed, *wide;
     int32_t *token_slot, *token_row;
     Piece *pieces;
+    MoeRoom room;
     float *scores[MOST_THREADS];
     size_t score_stride;
 };
@@ -191,6 +195,10 @@ static void mlp(Engine &engine, const Layer &layer, int rows, const Piece *piece
     typedef typename A::element element;
     norm<A>(engine, engine.h, layer.mlp_norm, rows, engine.x);
     const uint32_t *x = (const uint32_t *)engine.x;
+    if (layer.moe.experts) {
+        add_experts<A>(engine.pool, layer.moe, engine.room, x, rows, m.hidden, engine.fused, engine.h);
+        return;
+    }
     int width = layer.gate_up.outputs;
     if (!count || !layer.lora_gate_up.a) {
         multiply<A>(engine.pool, layer.gate_up, x, rows, {nullptr, engine.wide, width, SWIGLU});
@@ -272,7 +280,8 @@ extern "C" {
 void whet_close(Engine *engine) {
     engine->pool.stop();
     void *owned[] = {engine->h, engine->fused, engine->x, engine->q, engine->mixed, engine->wide, engine->token_slot,
-                     engine->token_row, engine->pieces};
+                     engine->token_row, engine->pieces, engine->room.x, engine->room.wide, engine->room.y,
+                     engine->room.weight, engine->room.chosen, engine->room.place, engine->room.starts};
     for (void *memory : owned) free(memory);
     for (float *scores : engine->scores) free(scores);
     free(engine);
@@ -288,7 +297,13 @@ Engine *whet_open(const Model *model, int threads) {
     size_t tokens = m.tokens, hidden = m.hidden, attention = (size_t)m.heads * m.head_dim, intermediate = m.intermediate;
     size_t qkv = attention + 2 * (size_t)m.kv_heads * m.head_dim;
     size_t fused = qkv > 2 * intermediate ? qkv : 2 * intermediate, narrow = hidden > attention ? hidden : attention;
-    bool fine = allot(engine->h, tokens * hidden) && allot(engine->fused, tokens * fused) &&
+    size_t pairs = tokens * m.per_token, experts = m.experts + 16;
+    if (fused < experts) fused = experts;
+    MoeRoom &room = engine->room;
+    bool fine = !pairs || (allot(room.x, pairs * hidden * 4) && allot(room.wide, pairs * m.expert_intermediate * 4) &&
+                           allot(room.y, pairs * hidden) && allot(room.weight, pairs) && allot(room.chosen, pairs) &&
+                           allot(room.place, pairs) && allot(room.starts, experts));
+    fine = fine && allot(engine->h, tokens * hidden) && allot(engine->fused, tokens * fused) &&
                 allot(engine->x, tokens * narrow * 4) && allot(engine->q, tokens * attention * 4) &&
                 allot(engine->mixed, tokens * attention * 4) && allot(engine->wide, tokens * intermediate * 4) &&
                 allot(engine->token_slot, tokens) && allot(engine->token_row, tokens) && allot(engine->pieces, tokens);

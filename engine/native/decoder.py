@@ -25,8 +25,6 @@ MOST_RANK = 256
 
 def unsupported(spec: DecoderSpec, rank: int) -> str:
     """Why this model cannot take the native path, as a sentence; empty when it can."""
-    if spec.moe is not None:
-        return "mixture-of-experts layers run on torch's kernels"
     if spec.head_dim % PANEL or spec.hidden_size % PANEL:
         return f"head and hidden sizes must be multiples of {PANEL}"
     if spec.labels:
@@ -77,12 +75,9 @@ class NativeDecoder:
             return NativeLora(slots + 1, rank, in_size, parts, self.dtype, self._arena, interleaved=interleaved)
 
         for index, layer in enumerate(self._layers):
-            made = {
-                "qkv": make(narrow, spec.attention_size, kv, kv),
-                "o": make(spec.attention_size, narrow),
-                "gate_up": make(narrow, wide, wide, interleaved=True),
-                "down": make(wide, narrow),
-            }
+            made = {"qkv": make(narrow, spec.attention_size, kv, kv), "o": make(spec.attention_size, narrow)}
+            if not spec.sparse[index]:
+                made |= {"gate_up": make(narrow, wide, wide, interleaved=True), "down": make(wide, narrow)}
             for name, lora in made.items():
                 setattr(layer, f"lora_{name}", lora.structure())
                 self._loras[index, name] = lora
@@ -92,8 +87,9 @@ class NativeDecoder:
         self._engine = self._open()
 
     def fill(self, slot: int, layer: int | None, name: str, a_RI: torch.Tensor, b_RO: torch.Tensor) -> None:
-        """Copy one projection's stacked matrices into a slot nobody reads."""
-        self._loras[layer, name].fill(slot, a_RI, b_RO)
+        """Copy one projection's stacked matrices into a slot nobody reads. Experts have none."""
+        if (layer, name) in self._loras:
+            self._loras[layer, name].fill(slot, a_RI, b_RO)
 
     def clear(self, blocks: Sequence[int]) -> None:
         """Nothing to do: the loops end with a row's own tokens."""

@@ -26,6 +26,15 @@ class Matrix(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Moe(ctypes.Structure):
+    """A mixture of experts; none where `experts` is 0."""
+
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
+        ("router", Matrix), ("gate_up", ctypes.POINTER(Matrix)), ("down", ctypes.POINTER(Matrix)),
+        ("experts", Int), ("per_token", Int), ("normalize", Int), ("unused", Int),
+    ]  # fmt: skip
+
+
 class Lora(ctypes.Structure):
     """Slot tensors of one projection; all null when adapters cannot touch it."""
 
@@ -40,7 +49,7 @@ class Layer(ctypes.Structure):
     """One block."""
 
     _fields_: ClassVar[list[tuple[str, Any]]] = [
-        ("qkv", Matrix), ("o", Matrix), ("gate_up", Matrix), ("down", Matrix),
+        ("qkv", Matrix), ("o", Matrix), ("gate_up", Matrix), ("down", Matrix), ("moe", Moe),
         ("lora_qkv", Lora), ("lora_o", Lora), ("lora_gate_up", Lora), ("lora_down", Lora),
         ("attention_norm", Pointer), ("mlp_norm", Pointer), ("q_norm", Pointer), ("k_norm", Pointer),
         ("keys", Pointer), ("values", Pointer), ("window", ctypes.c_int64),
@@ -53,7 +62,7 @@ class Model(ctypes.Structure):
     _fields_: ClassVar[list[tuple[str, Any]]] = [
         ("layers", Int), ("hidden", Int), ("intermediate", Int), ("heads", Int), ("kv_heads", Int), ("head_dim", Int),
         ("vocabulary", Int), ("fp32", Int), ("tokens", Int), ("context", Int),
-        ("solo", Int), ("unused", Int),
+        ("experts", Int), ("per_token", Int), ("expert_intermediate", Int), ("solo", Int),
         ("eps", ctypes.c_float), ("scale", ctypes.c_float), ("layer", ctypes.POINTER(Layer)),
         ("head", Matrix), ("lora_head", Lora), ("embedding", Pointer), ("norm", Pointer),
         ("cos", Pointer), ("sin", Pointer),

@@ -119,11 +119,8 @@ def furthest(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) ->
     return max((a - b).abs().max().item() for a, b in zip(found, expected, strict=True))
 
 
-DENSE = [name for name, case in CASES.items() if "Moe" not in case.architecture and "Mixtral" not in case.architecture]
-
-
-@pytest.mark.parametrize("name", [name for name in DENSE if CASES[name].architecture.endswith("CausalLM")])
-def test_every_dense_architecture_gives_the_torch_paths_states_and_logits(
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.architecture.endswith("CausalLM")])
+def test_every_architecture_gives_the_torch_paths_states_and_logits(
     name: str, tmp_path: Path, make_forward: Make
 ) -> None:
     write_model(tmp_path, CASES[name])
@@ -176,6 +173,17 @@ def test_lower_precisions_stay_close_to_fp32(
     found = play(make_forward(model_dir, precision=precision))
     for a, b in zip(found, expected, strict=True):
         assert (a - b).norm() < share * b.norm()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_mixtures_run_in_lower_precisions(precision: Precision, tmp_path: Path, make_forward: Make) -> None:
+    write_model(tmp_path, CASES["qwen3_moe"])
+    expected, found = play(make_forward(tmp_path, native=False)), play(make_forward(tmp_path, precision=precision))
+    # A token whose experts are nearly tied may choose others: most must stay close, not all.
+    distance = torch.cat(
+        [(a - b).norm(dim=1) / b.norm(dim=1) for a, b in zip(found[1::2], expected[1::2], strict=True)]
+    )
+    assert distance.median() < 0.1
 
 
 def fill(forward: Forward, seed: int, slot: int, rank: int) -> None:
@@ -291,8 +299,6 @@ def test_interleaving_alternates_gate_and_up_panels() -> None:
 
 
 def test_models_it_cannot_run_are_named(tmp_path: Path, make_model: ModelMaker) -> None:
-    write_model(tmp_path, CASES["qwen3_moe"])
-    assert "mixture" in unsupported(read_spec(tmp_path), 8)
     assert "multiples of 16" in unsupported(read_spec(make_model(hidden_size=40)), 8)
     assert "ranks above" in unsupported(read_spec(make_model()), 1024)
     assert not unsupported(read_spec(make_model()), 64)
