@@ -150,12 +150,9 @@ class EngineClient:
                     finished = True
                     self._inboxes.pop(message.id)
                 yield reply
-        except EngineGone:
-            finished = True
-            self._inboxes.pop(message.id)
-            raise
         finally:
             if not finished:
+                # After a silence too: an engine that comes back must not go on with what was given up.
                 self._inboxes.pop(message.id)
                 self._cancel(message.id)
 
@@ -182,9 +179,6 @@ class EngineClient:
             await self._send(message)
             reply = await self._next(inbox)
             answered = True
-        except EngineGone:
-            answered = True
-            raise
         finally:
             del self._inboxes[message.id]
             if not answered:
@@ -211,9 +205,9 @@ class EngineClient:
         """Drop everything the engine keeps for a namespace."""
         await self._command(Forget(id=_fresh_id(), namespace=namespace))
 
-    async def status(self) -> Status:
-        """The engine's state now. Raises EngineGone when it cannot be reached or does not answer."""
-        reply = await self._ask(GetStatus(id=_fresh_id()), STATUS_SECONDS)
+    async def status(self, *, seconds: float = STATUS_SECONDS) -> Status:
+        """The engine's state now. Raises EngineGone when it cannot be reached or does not answer within `seconds`."""
+        reply = await self._ask(GetStatus(id=_fresh_id()), seconds)
         if not isinstance(reply, Status):
             raise EngineGone(f"the engine answered a status request with a {type(reply).__name__}")
         return reply
