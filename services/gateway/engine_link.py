@@ -5,16 +5,25 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import msgspec
 import structlog
 
 from engine.client import EngineClient, EngineGone, EngineRefused
-from engine.messages import Finished, Generate, PromptLogprobs, Status, Tokens
+from engine.messages import Finished, Generate, Pool, PromptLogprobs, Status, Tokens
 from services.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable, WhetError
 
 WATCH_SECONDS = 0.25
+# How often a connected engine is asked how it is. It answers between two steps, and a step of a large model on a CPU
+# can take seconds: one mute for longer than SILENT is worth a look, one mute for longer than WEDGED serves nobody.
+ASK_SECONDS = 1.0
+SILENT_SECONDS = 5.0
+WEDGED_SECONDS = 30.0
+# What a metrics scrape and a first request wait for an answer.
+LOOK_SECONDS = 1.0
+DESCRIBE_SECONDS = 5.0
+SHORTEST_DEADLINE = 0.001
 # How long a digest that would not load is left alone: every request trying it again would stall them all.
 BROKEN_SECONDS = 10.0
 # How often one request loads its adapter, when others take the slot before it can begin.
@@ -23,6 +32,7 @@ LOADS = 3
 log = structlog.get_logger()
 Reply = Tokens | PromptLogprobs | Finished
 Replies = AsyncGenerator[Reply]
+Asked = TypeVar("Asked", Generate, Pool)
 
 
 class Opened(NamedTuple):
@@ -40,6 +50,7 @@ class EngineLink:
         self.client = client
         self._artifacts = artifacts
         self._status: Status | None = None
+        self._asked = self._heard = 0.0
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._broken: dict[str, float] = {}
         self._watcher: asyncio.Task[None] | None = None
@@ -61,10 +72,21 @@ class EngineLink:
         """What the engine said of itself since it (re)started; None while it is away."""
         return self._status if self.client.connected else None
 
+    @property
+    def silent_seconds(self) -> float:
+        """How long a connected engine has not answered; a little over a second is usual."""
+        return time.monotonic() - self._heard
+
+    async def look(self) -> Status | None:
+        """What the engine is now, or was last where it does not answer at once; None while it is away or wedged."""
+        if self.client.connected:
+            await self._refresh(LOOK_SECONDS)
+        return None if self.silent_seconds > WEDGED_SECONDS else self.known
+
     async def describe(self) -> Status:
         """The engine's base model and limits. Raises Unavailable while it is away."""
         if self.known is None:
-            await self._refresh()
+            await self._refresh(DESCRIBE_SECONDS)
         if self._status is None:
             raise gone()
         return self._status
@@ -75,31 +97,26 @@ class EngineLink:
         Raises WhetError when none does. No token has been produced by a candidate that was passed over.
         """
         failure: WhetError | None = None
+        began = time.monotonic()
         for adapter in candidates:
             try:
-                return await self._begin(msgspec.structs.replace(message, adapter=adapter))
+                return await self._begin(msgspec.structs.replace(message, adapter=adapter), began)
             except EngineRefused as error:
-                if error.transient:
-                    # Nothing is wrong with the artefact, so older weights must not answer in its place.
-                    raise Unavailable(
-                        f"adapter {adapter} cannot be loaded now: {error}", code="adapter_unavailable"
-                    ) from error
-                failure = Unavailable(f"adapter {adapter} cannot be loaded: {error}", code="adapter_unavailable")
-                log.error("adapter_falls_back", alarm=True, digest=adapter, request=message.id, error=str(error))
+                failure = fallen_back(adapter, message.id, error)
             except EngineGone as error:
                 raise gone() from error
         assert failure is not None, "there is always a candidate"
         raise failure
 
-    async def _begin(self, message: Generate) -> Opened:
-        opened = await self._first(message)
+    async def _begin(self, message: Generate, began: float) -> Opened:
+        opened = await self._first(shortened(message, began))
         for _ in range(LOADS):
             if not _unloaded(opened.first):
                 return opened
             await opened.rest.aclose()
             assert message.adapter is not None, "the base model is always loaded"
             await self.load(message.adapter)
-            opened = await self._first(message)
+            opened = await self._first(shortened(message, began))
         if not _unloaded(opened.first):
             return opened
         await opened.rest.aclose()
@@ -134,17 +151,47 @@ class EngineLink:
         while True:
             if not self.client.connected:
                 self._status = None
-            elif self._status is None or self._status.epoch != self.client.epoch:
-                await self._refresh()
+            elif self._status is None or self._status.epoch != self.client.epoch or self._due:
+                await self._refresh(WEDGED_SECONDS)
             await asyncio.sleep(WATCH_SECONDS)
 
-    async def _refresh(self) -> None:
+    @property
+    def _due(self) -> bool:
+        return time.monotonic() - self._asked >= ASK_SECONDS
+
+    async def _refresh(self, seconds: float) -> None:
+        self._asked = time.monotonic()
         try:
-            self._status = await self.client.status()
+            status = await self.client.status(seconds=seconds)
+        except EngineGone:
+            # One that is there and mute keeps what is known of it; `silent_seconds` tells.
+            if not self.client.connected:
+                self._status = None
+            return
+        if self._status is None or self._status.epoch != status.epoch:
             # A restarted engine may read what the old one could not.
             self._broken.clear()
-        except EngineGone:
-            self._status = None
+        self._status, self._heard = status, time.monotonic()
+
+
+def shortened(message: Asked, began: float) -> Asked:
+    """The message with what is left of its deadline since `began` (time.monotonic): loading an adapter counts too."""
+    if not message.deadline_seconds:
+        return message
+    left = message.deadline_seconds - (time.monotonic() - began)
+    # 0 would mean that it has none.
+    return msgspec.structs.replace(message, deadline_seconds=max(SHORTEST_DEADLINE, left))
+
+
+def fallen_back(adapter: str | None, request_id: str, error: EngineRefused) -> Unavailable:
+    """What a caller hears when nothing serves in the place of an adapter that is broken.
+
+    Raises Unavailable at once when nothing is wrong with the artefact: older weights must not answer in its place.
+    """
+    if error.transient:
+        raise Unavailable(f"adapter {adapter} cannot be loaded now: {error}", code="adapter_unavailable") from error
+    log.error("adapter_falls_back", alarm=True, digest=adapter, request=request_id, error=str(error))
+    return Unavailable(f"adapter {adapter} cannot be loaded: {error}", code="adapter_unavailable")
 
 
 def gone() -> Unavailable:
@@ -157,7 +204,7 @@ def refusal(finished: Finished) -> WhetError:
     sentence = finished.error or "the engine failed"
     match finished.code:
         case "prompt_too_long":
-            return InvalidRequest(sentence, code="context_length_exceeded", param="messages")
+            return InvalidRequest(sentence, code="context_length_exceeded")
         case "invalid_request":
             return InvalidRequest(sentence)
         case "unsupported":

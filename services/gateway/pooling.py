@@ -1,25 +1,24 @@
 """Many prompts to the engine for vectors, all of one request under the same weights."""
 
 import asyncio
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 from uuid import uuid4
 
 import msgspec
 import numpy as np
-import structlog
 from numpy.typing import NDArray
 
 from engine.client import EngineGone, EngineRefused, PoolFailed
 from engine.messages import Pool, Pooled
-from services.errors import Overloaded, Unavailable, WhetError
-from services.gateway.engine_link import LOADS, EngineLink, gone, refusal
+from services.errors import Overloaded, WhetError
+from services.gateway.engine_link import LOADS, EngineLink, fallen_back, gone, refusal, shortened
 
 # How many prompts of one request are with the engine at once: enough to fill its steps, few enough to leave room.
 AT_ONCE = 128
 SMALLEST = np.finfo(np.float32).tiny
 
-log = structlog.get_logger()
 Vectors = NDArray[np.floating[Any]]
 
 
@@ -46,13 +45,13 @@ async def pool_all(
     Raises WhetError: the first refusal ends all.
     """
     failure: WhetError | None = None
+    began = time.monotonic()
     for adapter in candidates:
         common = msgspec.structs.replace(shared, adapter=adapter)
         try:
-            replies = await _run(link, [_message(common, prompt) for prompt in prompts])
+            replies = await _run(link, [_message(common, prompt) for prompt in prompts], began)
         except EngineRefused as error:
-            failure = Unavailable(f"adapter {adapter} cannot be loaded: {error}", code="adapter_unavailable")
-            log.error("adapter_falls_back", alarm=True, digest=adapter, request=shared.id, error=str(error))
+            failure = fallen_back(adapter, shared.id, error)
         except EngineGone as error:
             raise gone() from error
         else:
@@ -65,13 +64,13 @@ def _message(common: Pool, prompt: Prompt) -> Pool:
     return msgspec.structs.replace(common, id=uuid4().hex, prompt=prompt.ids, pair_start=prompt.pair_start)
 
 
-async def _run(link: EngineLink, messages: Sequence[Pool]) -> list[Pooled]:
+async def _run(link: EngineLink, messages: Sequence[Pool], began: float) -> list[Pooled]:
     """Answers in order; the first failure cancels the rest and is raised bare."""
     gate = asyncio.Semaphore(AT_ONCE)
 
     async def one(message: Pool) -> Pooled:
         async with gate:
-            return await _one(link, message)
+            return await _one(link, message, began)
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -81,11 +80,11 @@ async def _run(link: EngineLink, messages: Sequence[Pool]) -> list[Pooled]:
     return [task.result() for task in tasks]
 
 
-async def _one(link: EngineLink, message: Pool) -> Pooled:
+async def _one(link: EngineLink, message: Pool, began: float) -> Pooled:
     """One answer, loading the adapter where it is missing. Raises WhetError, EngineRefused or EngineGone."""
     for _ in range(LOADS + 1):
         try:
-            return await link.client.pool(message)
+            return await link.client.pool(shortened(message, began))
         except PoolFailed as error:
             if error.finished.code != "adapter_not_loaded":
                 raise refusal(error.finished) from error

@@ -8,7 +8,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from engine.client import EngineGone
 from engine.messages import Status
 from services.app import PUBLIC, declared_scope, needs
 from services.errors import Forbidden
@@ -87,20 +86,21 @@ async def list_models(request: Request) -> Response:
     gateway = gateway_of(request)
     engine = gateway.live.link.known
     projects = access.visible(gateway.keeper.current, key)
-    return JSONResponse({"object": "list", "data": [_model(project, project.slug, engine) for project in projects]})
+    data = [_model(project, project.slug, project.active, engine) for project in projects]
+    return JSONResponse({"object": "list", "data": data})
 
 
 @needs("infer")
 async def get_model(request: Request) -> Response:
-    """GET /v1/models/{model}"""
+    """GET /v1/models/{model}: a pinned one shows the digest it pins."""
     key = caller(request)
     model = request.path_params["model"]
     gateway = gateway_of(request)
     target = access.resolve(gateway.keeper.current, key, model)
-    return JSONResponse(_model(target.project, model, gateway.live.link.known))
+    return JSONResponse(_model(target.project, model, target.candidates[0], gateway.live.link.known))
 
 
-def _model(project: KnownProject, name: str, engine: Status | None) -> dict[str, object]:
+def _model(project: KnownProject, name: str, adapter: str | None, engine: Status | None) -> dict[str, object]:
     """A project as a model; what only the engine knows is null while it is away."""
     return {
         "id": name,
@@ -110,7 +110,7 @@ def _model(project: KnownProject, name: str, engine: Status | None) -> dict[str,
         "max_model_len": engine.max_context if engine else None,
         "whet": {
             "base": engine.base if engine else None,
-            "adapter": project.active,
+            "adapter": adapter,
             "generation": project.generation,
             "artifacts": sorted(project.artifacts),
         },
@@ -141,11 +141,7 @@ async def metrics(request: Request) -> Response:
     if caller(request).project_id is not None:
         raise Forbidden("this key reaches one project only; this takes a key for all of them", code="wrong_project")
     gateway = gateway_of(request)
-    link = gateway.live.link
-    try:
-        engine = await link.client.status() if link.client.connected else None
-    except EngineGone:
-        engine = None
+    engine = await gateway.live.link.look()
     text = gateway.metrics.render(
         engine=engine, spool_bytes=gateway.live.spool.used_bytes, snapshot_age=gateway.keeper.current.age_seconds
     )

@@ -10,7 +10,7 @@ import structlog
 from engine.client import EngineClient
 from engine.messages import Status
 from engine.text.tokenizer import Tokenizer
-from services.gateway.engine_link import EngineLink
+from services.gateway.engine_link import SILENT_SECONDS, WEDGED_SECONDS, EngineLink
 from services.gateway.generation import Parts
 from services.gateway.log_spool import LogSpool
 from services.gateway.metrics import Metrics
@@ -76,12 +76,14 @@ class Gateway:
 
     def health(self) -> dict[str, Any]:
         """What works. `status` is "ok", "degraded" (serves, but something is away) or "unavailable"."""
-        engine, spool, snapshot = self.live.link.known, self.live.spool, self.keeper.current
+        link, spool, snapshot = self.live.link, self.live.spool, self.keeper.current
+        engine, silence = link.known, link.silent_seconds
         stale = self.keeper.error is not None or snapshot.age_seconds > STALE_SECONDS
-        serves = engine is not None and snapshot.usable and not spool.full
+        serves = engine is not None and silence <= WEDGED_SECONDS and snapshot.usable and not spool.full
+        impaired = stale or silence > SILENT_SECONDS
         return {
-            "status": "unavailable" if not serves else "degraded" if stale else "ok",
-            "engine": _describe(engine),
+            "status": "unavailable" if not serves else "degraded" if impaired else "ok",
+            "engine": _describe(engine, silence),
             "database": {
                 "connected": not stale,
                 "snapshot_age_seconds": round(snapshot.age_seconds, 2) if snapshot.keys or snapshot.projects else None,
@@ -90,7 +92,13 @@ class Gateway:
         }
 
 
-def _describe(engine: Status | None) -> dict[str, Any]:
+def _describe(engine: Status | None, silence: float) -> dict[str, Any]:
     if engine is None:
         return {"connected": False}
-    return {"connected": True, "base": engine.base, "max_context": engine.max_context, "pid": engine.pid}
+    return {
+        "connected": True,
+        "silent_seconds": round(silence, 2),
+        "base": engine.base,
+        "max_context": engine.max_context,
+        "pid": engine.pid,
+    }

@@ -3,11 +3,13 @@
 They are no interactions: nothing of them is logged, they are counted in the metrics.
 """
 
+import asyncio
 import base64
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -18,14 +20,17 @@ from starlette.routing import Route
 
 from engine.messages import Pool, Pooling, Status
 from services.app import needs
-from services.errors import InvalidRequest, WhetError
+from services.errors import DeadlineExceeded, InvalidRequest, WhetError
 from services.gateway import access
 from services.gateway.access import Target
 from services.gateway.pooling import Batch, Prompt, Vectors, normalised, pool_all
 from services.gateway.pooling_mode import VectorRules, vector_rules
 from services.gateway.service import Gateway
 from services.gateway.snapshot import KnownKey
+from services.gateway.streaming import CLIENT_GONE_STATUS, ClientGone, unless_gone
 from services.gateway.vector_bodies import (
+    ClassifyBody,
+    EmbeddingBody,
     RerankBody,
     Text,
     VectorBody,
@@ -44,6 +49,7 @@ NO_HEAD = (
     "classification needs a base model with a sequence-classification head (…ForSequenceClassification); "
     "this engine's base has none"
 )
+Body = TypeVar("Body", bound=VectorBody)
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class Asked:
         return vector_rules(self.gateway.tokenizer.directory)
 
     async def pool(self, prompts: Sequence[Prompt], how: Pooling) -> Batch:
-        """Vectors of the prompts, counted in the metrics. Raises WhetError."""
+        """Vectors of the prompts, counted in the metrics. Raises WhetError, DeadlineExceeded for all at once."""
         project, parts, body = self.target.project, self.gateway.live, self.body
         shared = Pool(
             id=uuid7().hex,
@@ -76,9 +82,16 @@ class Asked:
             deadline_seconds=body.timeout or 0.0,
         )
         try:
-            batch = await pool_all(parts.link, prompts, shared, self.target.candidates)
+            async with asyncio.timeout(body.timeout):
+                batch = await pool_all(parts.link, prompts, shared, self.target.candidates)
+        except TimeoutError as error:
+            parts.metrics.finished.labels(project.slug, "error").inc()
+            raise DeadlineExceeded(f"the vectors were not ready within {body.timeout:g} s") from error
         except WhetError:
             parts.metrics.finished.labels(project.slug, "error").inc()
+            raise
+        except asyncio.CancelledError:
+            parts.metrics.finished.labels(project.slug, "cancelled").inc()
             raise
         parts.metrics.finished.labels(project.slug, "pooled").inc()
         parts.metrics.prompt_tokens.labels(project.slug).inc(batch.tokens)
@@ -126,10 +139,36 @@ class Asked:
 @needs("infer")
 async def embeddings(request: Request) -> Response:
     """POST /v1/embeddings: one vector of length 1 for each text."""
+    return await _serve(request, parse_embedding, _embed)
+
+
+@needs("infer")
+async def classify(request: Request) -> Response:
+    """POST /v1/classify: for each text the probability of every label."""
+    return await _serve(request, parse_classify, _classify)
+
+
+@needs("infer")
+async def rerank(request: Request) -> Response:
+    """POST /v1/rerank: documents by relevance to the query, the best first."""
+    return await _serve(request, parse_rerank, _rerank)
+
+
+async def _serve(
+    request: Request, parse: Callable[[bytes], Body], work: Callable[[Asked, Body], Coroutine[Any, Any, Response]]
+) -> Response:
+    """The answer; the work is cancelled when the client disconnects."""
     started = time.perf_counter()
     key = _caller(request)
-    body = parse_embedding(await request.body())
+    body = parse(await request.body())
     asked = await _ask(request, key, body, started)
+    try:
+        return await unless_gone(request.receive, work(asked, body))
+    except ClientGone:
+        return Response(status_code=CLIENT_GONE_STATUS)
+
+
+async def _embed(asked: Asked, body: EmbeddingBody) -> Response:
     texts = texts_of(body.input, asked.gateway.tokenizer.vocab_size)
     batch = await asked.pool(await asked.encode(texts), asked.rules.how(asked.engine.encoder))
     size = batch.vectors.shape[1]
@@ -140,13 +179,7 @@ async def embeddings(request: Request) -> Response:
     return _answer(asked, batch, {"object": "list", "data": data})
 
 
-@needs("infer")
-async def classify(request: Request) -> Response:
-    """POST /v1/classify: for each text the probability of every label."""
-    started = time.perf_counter()
-    key = _caller(request)
-    body = parse_classify(await request.body())
-    asked = await _ask(request, key, body, started)
+async def _classify(asked: Asked, body: ClassifyBody) -> Response:
     labels = asked.engine.labels
     if not labels:
         raise InvalidRequest(NO_HEAD, code="unsupported_model", param="model")
@@ -161,13 +194,7 @@ async def classify(request: Request) -> Response:
     return _answer(asked, batch, {"id": f"classify-{uuid7().hex}", "object": "list", "data": data}, said)
 
 
-@needs("infer")
-async def rerank(request: Request) -> Response:
-    """POST /v1/rerank: documents by relevance to the query, the best first."""
-    started = time.perf_counter()
-    key = _caller(request)
-    body = parse_rerank(await request.body())
-    asked = await _ask(request, key, body, started)
+async def _rerank(asked: Asked, body: RerankBody) -> Response:
     documents = documents_of(body)
     labels = asked.engine.labels
     if len(labels) > 1:

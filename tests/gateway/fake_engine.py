@@ -2,9 +2,9 @@
 
 `python -m tests.gateway.fake_engine SOCKET [--step-ms N] [--context N] [--stamp]`. Token `i` of a request is a visible
 one that depends on seed, choice and `i` alone; but what stands in a prompt between the bytes 1 and 2 is said word for
-word, and then it stops. A prompt with byte 3 is answered `overloaded`, with byte 4 `internal`, with byte 5 never. An
-adapter loads when its directory holds `adapter.ok`. With `--stamp` the log-probability of a token is the monotonic time
-it was sent. Ends with its parent.
+word, and then it stops. A prompt with byte 3 is answered `overloaded`, with byte 4 `internal`, with byte 5 never. All
+of a prompt but its last token counts as cached. An adapter loads when its directory holds `adapter.ok`. With `--stamp`
+the log-probability of a token is the monotonic time it was sent. Ends with its parent.
 """
 
 import argparse
@@ -78,6 +78,8 @@ class FakeEngine:
     epoch: int = field(default_factory=lambda: secrets.randbits(60))
     loaded: set[str] = field(default_factory=set)
     running: dict[str, Running] = field(default_factory=dict)
+    # Vectors that are never made.
+    held: set[str] = field(default_factory=set)
     steps: int = 0
     generated: int = 0
 
@@ -103,6 +105,7 @@ class FakeEngine:
             self._pool(client, message)
         elif isinstance(message, Cancel):
             self.running.pop(message.id, None)
+            self.held.discard(message.id)
         elif isinstance(message, LoadAdapter):
             whole = (Path(message.path) / "adapter.ok").exists()
             # One whose slot another takes at once is loaded in vain.
@@ -121,6 +124,9 @@ class FakeEngine:
         if message.adapter is not None and message.adapter not in self.loaded:
             error = f"adapter {message.adapter} is not loaded"
             self._send(client, self._finished(message, "error", 0, error, "adapter_not_loaded"))
+            return
+        if HANG in message.prompt:
+            self.held.add(message.id)
             return
         counts = [float(sum(token % 8 == kind for token in message.prompt)) for kind in range(8)]
         vector = [len(message.prompt) / 10] if message.how == "classify" else counts
@@ -163,11 +169,13 @@ class FakeEngine:
         token = run.token()
         logprob = time.monotonic() if self.stamp else LIKELY[0]
         likely = [self._likely(token, sampling.top_logprobs)]
+        cached = 0 if run.produced else len(message.prompt) - 1
         run.produced += 1
         self.generated += 1
-        frames.append(
-            encode(Tokens(epoch=self.epoch, id=message.id, token_ids=[token], logprobs=[logprob], top=likely))
+        tokens = Tokens(
+            epoch=self.epoch, id=message.id, token_ids=[token], logprobs=[logprob], top=likely, cached_tokens=cached
         )
+        frames.append(encode(tokens))
         ends = run.script is not None and token in sampling.stop_token_ids
         if ends or run.produced >= sampling.max_tokens:
             frames.append(encode(self._finished(message, "stop" if ends else "length", run.produced)))
@@ -188,6 +196,7 @@ class FakeEngine:
         return Finished(
             epoch=self.epoch, id=message.id, reason=reason, adapter=message.adapter, error=error or None,
             code=code, retry_after_seconds=retry_after, prompt_tokens=len(message.prompt), completion_tokens=count,
+            cached_tokens=len(message.prompt) - 1 if count else 0,
         )  # type: ignore[arg-type]  # fmt: skip
 
     def _status(self, request_id: str) -> Status:
@@ -197,9 +206,9 @@ class FakeEngine:
         ]
         return Status(
             epoch=self.epoch, id=request_id, base="ba5e" * 16, model="fake", dtype="none", device="none", threads=1,
-            max_context=self.context, running=len(self.running), waiting=0, blocks_total=100, blocks_free=100,
-            slots=slots, slots_total=8, steps=self.steps, generated_tokens=self.generated, uptime_seconds=0.0,
-            pid=os.getpid(), labels=["relevant"],
+            max_context=self.context, running=len(self.running) + len(self.held), waiting=0, blocks_total=100,
+            blocks_free=100, slots=slots, slots_total=8, steps=self.steps, generated_tokens=self.generated,
+            uptime_seconds=0.0, pid=os.getpid(), labels=["relevant"],
         )  # fmt: skip
 
     def _send(self, client: bytes, message: Done | Finished | Pooled | Status) -> None:

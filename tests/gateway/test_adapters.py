@@ -66,6 +66,12 @@ def test_a_pinned_adapter_serves_whatever_is_deployed(adapters: World) -> None:
     assert served(adapters, model=f"entities@{OLD}") == (OLD, OLD)
 
 
+def test_a_pinned_model_shows_the_digest_it_pins(adapters: World) -> None:
+    adapters.deploy("entities", GOOD)
+    shown = {name: adapters.get(f"/v1/models/{name}").json()["whet"] for name in ("entities", f"entities@{OLD}")}
+    assert [one["adapter"] for one in shown.values()] == [GOOD, OLD]
+
+
 def test_a_pinned_adapter_that_is_broken_is_an_error_and_never_another_one(adapters: World) -> None:
     response = adapters.post("/v1/chat/completions", CHAT | {"model": f"entities@{BROKEN}"})
     assert response.status_code == 503

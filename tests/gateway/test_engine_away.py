@@ -1,9 +1,12 @@
 """The engine dies: what was in flight gets an error at once, new requests a 503, and all goes on when it is back."""
 
+import os
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import openai
 import pytest
 
@@ -51,6 +54,23 @@ def test_an_engine_killed_mid_stream_fails_the_stream_and_returns(slow_world: Wo
     assert row.finish_reason == "error"
     assert row.error is not None
     assert 0 < row.completion_tokens < 400
+
+
+def test_a_mute_engine_degrades_health_and_does_not_hold_up_the_metrics(slow_world: World) -> None:
+    def status() -> str:
+        return str(httpx.get(f"{slow_world.url}/health", timeout=5).json()["status"])
+
+    engine = living_engine(slow_world)
+    assert status() == "ok"
+    os.kill(engine.pid, signal.SIGSTOP)
+    try:
+        eventually(lambda: status() == "degraded", seconds=12)
+        began = time.monotonic()
+        assert "whet:engine_up 1.0" in slow_world.get("/metrics", key="admin").text
+        assert time.monotonic() - began < 3
+    finally:
+        os.kill(engine.pid, signal.SIGCONT)
+    eventually(lambda: status() == "ok", seconds=12)
 
 
 def test_an_engine_killed_under_a_whole_answer_is_a_503(slow_world: World) -> None:

@@ -3,6 +3,7 @@
 import base64
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from services.gateway.pooling import normalised
 from services.gateway.pooling_mode import vector_rules
 from services.gateway.vectors import activated
 from services.platform.postgres import PostgresServer
-from tests.gateway.parts import World, make_world
+from tests.gateway.parts import World, eventually, make_world
 from tests.gateway.tiny_model import write_tokenizer
 
 TEXTS = ["one", "two words", "something a good deal longer than the others", "z"]
@@ -261,6 +262,38 @@ def test_a_projects_adapter_is_loaded_and_named_and_a_broken_one_falls_back(worl
     finally:
         world.deploy("entities", None)
     assert served() is None
+
+
+def running(world: World) -> float:
+    lines = world.get("/metrics", key="admin").text.splitlines()
+    return float(next(line for line in lines if line.startswith("vllm:num_requests_running ")).split()[1])
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/embeddings", {"input": ["\x05"] * 3}),
+        ("/v1/classify", {"input": ["\x05"] * 3}),
+        ("/v1/rerank", {"query": "\x05", "documents": ["a", "b", "c"]}),
+    ],
+)
+def test_vectors_nobody_waits_for_any_more_are_cancelled(world: World, path: str, fields: dict[str, object]) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(
+            world.url + path, json={"model": "entities", **fields}, headers=world.headers(),
+            timeout=httpx.Timeout(10, read=0.5),
+        )  # fmt: skip
+    eventually(lambda: running(world) == 0, seconds=3)
+
+
+def test_a_deadline_holds_for_all_texts_together_and_leaves_nothing_running(world: World) -> None:
+    body = {"model": "entities", "input": ["fine", "\x05", "\x05"], "timeout": 1.0}
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(world.post, "/v1/embeddings", body)
+        eventually(lambda: running(world) == 2, seconds=3)
+        response = answer.result(timeout=5)
+    assert (response.status_code, error(response)["code"]) == (504, "deadline")
+    eventually(lambda: running(world) == 0, seconds=3)
 
 
 def test_vectors_are_counted_and_not_logged(world: World) -> None:
