@@ -55,6 +55,7 @@ class Choice:
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         self.ending: Finished | None = None
+        self.cached_tokens = 0
         self._top: list[list[tuple[int, float]]] = []
         self._echoed = NOTHING
         self._parts = parts
@@ -146,9 +147,12 @@ class Choice:
     def _read(self, reply: Reply) -> Piece | None:
         if isinstance(reply, Finished):
             self.ending = reply
+            self.cached_tokens = reply.cached_tokens
             return None
         if isinstance(reply, PromptLogprobs):
             return self._echo(Scored(self.planned.prompt, [None, *reply.logprobs], [[], *_padded(reply)]))
+        # The first tokens say it, since an answer that we end ourselves has no Finished.
+        self.cached_tokens = max(self.cached_tokens, reply.cached_tokens)
         if self.plan.ask.max_tokens == 0:
             return None
         before = self._stream.consumed
@@ -247,7 +251,7 @@ class Choice:
             token_logprobs=list(logprobs),
             prompt_tokens=len(self.planned.prompt),
             completion_tokens=len(self.token_ids),
-            cached_tokens=ending.cached_tokens,
+            cached_tokens=self.cached_tokens,
             drafted_tokens=ending.drafted_tokens,
             accepted_tokens=ending.accepted_tokens,
             ttft_ms=self._milliseconds(self._first_at - self.plan.started) if self._first_at else None,
@@ -267,9 +271,10 @@ class Choice:
         metrics.prompt_tokens.labels(model).inc(len(self.planned.prompt))
         metrics.generation_tokens.labels(model).inc(len(self.token_ids))
         metrics.latency.labels(model).observe(now - self.plan.started)
-        if ending is not None:
+        if ending is not None or self.token_ids:
             metrics.prefix_queries.labels(model).inc(len(self.planned.prompt))
-            metrics.prefix_hits.labels(model).inc(ending.cached_tokens)
+            metrics.prefix_hits.labels(model).inc(self.cached_tokens)
+        if ending is not None:
             metrics.queued.labels(model).observe(ending.queue_seconds)
         if self._first_at:
             metrics.first_token.labels(model).observe(self._first_at - self.plan.started)

@@ -95,7 +95,7 @@ async def make_plan(
     check_tokens(ask.sampling, tokenizer.vocab_size)
     characters = max(_characters(ask))
     if characters > engine.max_context * MOST_CHARACTERS_A_TOKEN:
-        raise _too_long(f"more than {characters // MOST_CHARACTERS_A_TOKEN}", None, engine.max_context)
+        raise _too_long(ask, f"more than {characters // MOST_CHARACTERS_A_TOKEN}", engine.max_context)
     if sum(_characters(ask)) > LONG_PROMPT_CHARACTERS:
         prompts = await asyncio.to_thread(_encode, ask, tokenizer)
     else:
@@ -176,7 +176,7 @@ def _sampling(ask: Ask, target: Target, prompt: list[int], tokenizer: Tokenizer,
     room = context - len(prompt)
     wanted = ask.max_tokens
     if room < 1 or (wanted is not None and wanted > room):
-        raise _too_long(str(len(prompt)), wanted, context)
+        raise _too_long(ask, str(len(prompt)), context)
     default = min(int(target.project.config.get("max_tokens_default", DEFAULT_MAX_TOKENS)), room)
     # The engine always makes a token; where none was asked for, it is dropped.
     limit = default if wanted is None else max(1, wanted)
@@ -188,11 +188,12 @@ def _sampling(ask: Ask, target: Target, prompt: list[int], tokenizer: Tokenizer,
     )
 
 
-def _too_long(length: str, wanted: int | None, context: int) -> InvalidRequest:
-    and_wanted = "" if wanted is None else f" and asks for {wanted} more"
+def _too_long(ask: Ask, length: str, context: int) -> InvalidRequest:
+    and_wanted = "" if not ask.max_tokens else f" and asks for {str(ask.max_tokens)[:80]} more"
     return InvalidRequest(
         f"the prompt has {length} tokens{and_wanted}; the context holds {context}",
         code="context_length_exceeded",
+        param="messages" if ask.endpoint == CHAT else "prompt",
     )
 
 
@@ -206,11 +207,13 @@ def _admitted(
     parameters = msgspec.to_builtins(sampling) | {
         "stop": list(ask.stop), "n": ask.n, "model": ask.model, "max_tokens_given": ask.max_tokens,
         "seed_given": ask.seed is not None, "ignore_eos": ask.ignore_eos, "priority": ask.priority,
+        "logprobs": ask.logprobs, "echo": ask.echo, "timeout": ask.timeout,
     }  # fmt: skip
     if grammar is not None:
         parameters["grammar"] = msgspec.to_builtins(grammar)
     if ask.tools.shown:
         parameters["tools"] = list(ask.tools.shown)
+    parameters |= ask.tools.said
     return Admitted(
         id=NO_ID,
         project_id=project.id,

@@ -46,7 +46,7 @@ def usage(choices: Sequence[Choice]) -> dict[str, Any]:
     """Token counts of the whole request; each prompt counts once, however many answers it got."""
     firsts = [choice for choice in choices if choice.planned.number == 0]
     prompt = sum(len(choice.planned.prompt) for choice in firsts)
-    cached = sum(choice.ending.cached_tokens if choice.ending else 0 for choice in firsts)
+    cached = sum(choice.cached_tokens for choice in firsts)
     completion = sum(len(choice.token_ids) for choice in choices)
     return {
         "prompt_tokens": prompt,

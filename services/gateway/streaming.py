@@ -135,17 +135,17 @@ def _body(data: bytes) -> dict[str, Any]:
 
 async def _interleaved(choices: Sequence[Choice]) -> AsyncGenerator[tuple[int, Piece | None]]:
     """Pieces with their choice's index as they come, None when that choice has ended. The first failure is raised and
-    ends the others."""
-    inbox: asyncio.Queue[tuple[int, Piece | None] | Exception] = asyncio.Queue()
+    ends the others. A slow reader makes the choices wait: their tokens then come together."""
+    inbox: asyncio.Queue[tuple[int, Piece | None] | Exception] = asyncio.Queue(len(choices))
 
     async def forward(choice: Choice) -> None:
         try:
             async with aclosing(choice.pieces()) as pieces:
                 async for piece in pieces:
-                    inbox.put_nowait((choice.index, piece))
-            inbox.put_nowait((choice.index, None))
+                    await inbox.put((choice.index, piece))
+            await inbox.put((choice.index, None))
         except Exception as error:
-            inbox.put_nowait(error)
+            await inbox.put(error)
 
     tasks = [asyncio.create_task(forward(choice)) for choice in choices]
     try:

@@ -1,7 +1,7 @@
 """Tools a chat may call: what the request says of them, and the grammar that makes a forced call valid."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -68,11 +68,13 @@ class Forced(NamedTuple):
 
 @dataclass(frozen=True)
 class Toolbox:
-    """The tools as the template gets them; empty when none may be called. `most` limits the calls of an answer."""
+    """The tools as the template gets them; empty when none may be called. `most` limits the calls of an answer, `said`
+    is what the request said of calling, for the log."""
 
     shown: tuple[dict[str, Any], ...] = ()
     forced: Forced | None = None
     most: int | None = None
+    said: dict[str, Any] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -86,15 +88,17 @@ def toolbox(tools: list[Tool] | None, choice: ToolChoice | None, parallel: bool 
     """What a request may call. Raises InvalidRequest."""
     functions = [tool.function for tool in tools or ()]
     _check(functions)
+    given = {"tool_choice": msgspec.to_builtins(choice), "parallel_tool_calls": parallel}
+    said = {name: value for name, value in given.items() if value is not None}
     if not functions:
         if choice not in (None, "none", "auto"):
             raise InvalidRequest("tool_choice needs tools", param="tool_choice")
-        return Toolbox()
+        return Toolbox(said=said)
     if choice == "none":
-        return Toolbox()
+        return Toolbox(said=said)
     shown = tuple({"type": "function", "function": msgspec.to_builtins(function)} for function in functions)
     forced = _forced(functions, choice)
-    return Toolbox(shown, forced, 1 if forced is not None or parallel is False else None)
+    return Toolbox(shown, forced, 1 if forced is not None or parallel is False else None, said)
 
 
 def _check(functions: list[Function]) -> None:

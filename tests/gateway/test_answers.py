@@ -1,6 +1,7 @@
 """What answers hold, over an engine that says what it is told: every script, log-probabilities, echo, errors."""
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -141,6 +142,28 @@ def test_stop_tokens_and_stop_strings_end_an_answer_unshown(world: World) -> Non
     assert (by_string.choices[0].message.content, by_string.choices[0].finish_reason) == ("ab", "stop")
     late = client.chat.completions.create(**chat("abcabc"), stop="b", extra_body={"min_tokens": 3})
     assert late.choices[0].message.content == "abca"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_cached_tokens_are_told_of_an_answer_the_gateway_ends_itself(world: World, stream: bool) -> None:
+    body = chat("abcdef", stop="cd")
+    if stream:
+        *_, last = events(world, "/v1/chat/completions", body | {"stream_options": {"include_usage": True}})
+    else:
+        last = world.post("/v1/chat/completions", body).json()
+    prompt = last["usage"]["prompt_tokens"]
+    assert last["usage"]["prompt_tokens_details"]["cached_tokens"] == prompt - 1
+    assert world.interaction(last["id"]).interaction.cached_tokens == prompt - 1
+
+
+def test_several_choices_reach_a_slow_reader_whole(world: World) -> None:
+    body = {"model": "entities", "prompt": "a", "n": 8, "seed": 0, "max_tokens": 200}
+    texts = [""] * 8
+    for event in events(world, "/v1/completions", body):
+        time.sleep(0.0005)
+        texts[event["choices"][0]["index"]] += event["choices"][0]["text"]
+    assert texts == [choice["text"] for choice in world.post("/v1/completions", body).json()["choices"]]
+    assert [len(text) for text in texts] == [200] * 8
 
 
 def test_an_overloaded_engine_answers_429_with_a_time_to_come_back(world: World) -> None:

@@ -58,6 +58,27 @@ def test_every_sampling_parameter_reaches_the_engine_and_the_log(
     assert made.choices[0].admitted.parameters[name] == value
 
 
+def test_the_log_holds_what_else_shaped_the_answer(tokenizer: Tokenizer) -> None:
+    text = plan(tokenizer, text=True, echo=True, logprobs=2, timeout=2.5).choices[0].admitted.parameters
+    assert (text["echo"], text["logprobs"], text["timeout"]) == (True, True, 2.5)
+    asked = {"tool_choice": {"type": "function", "function": {"name": "f"}}, "parallel_tool_calls": False}
+    called = plan(tokenizer, tools=[TOOL], **asked).choices[0].admitted.parameters
+    assert {name: called[name] for name in asked} == asked
+    assert plan(tokenizer, tools=[TOOL], tool_choice="none").choices[0].admitted.parameters["tool_choice"] == "none"
+    assert not asked.keys() & plan(tokenizer).choices[0].admitted.parameters.keys()
+
+
+@pytest.mark.parametrize(("text", "param"), [(True, "prompt"), (False, "messages")])
+def test_a_prompt_without_room_names_its_field(tokenizer: Tokenizer, text: bool, param: str) -> None:
+    for fields in (
+        {"max_tokens": 10**4},
+        {"prompt": "a" * 600} if text else {"messages": [MESSAGES[0] | {"content": "a" * 600}]},
+    ):
+        with pytest.raises(InvalidRequest, match="the context holds 512") as refused:
+            plan(tokenizer, text=text, **fields)
+        assert refused.value.param == param
+
+
 def test_what_is_not_asked_for_changes_nothing(tokenizer: Tokenizer) -> None:
     sampling = plan(tokenizer).message(0).sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (1.0, 1.0, 0, 0.0)
