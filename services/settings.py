@@ -43,7 +43,7 @@ class Settings(BaseSettings):
     step_tokens: int = Field(512, ge=16, description="Token budget of one step.")
     adapter_slots: int = Field(8, ge=2, description="LoRA adapters held at once, one spare for swaps included.")
     adapter_rank: int = Field(32, ge=1, description="Largest LoRA rank a slot holds.")
-    max_body_bytes: int = Field(4_000_000, ge=1000, description="Largest request body.")
+    max_body_bytes: int = Field(4_000_000, ge=1000, le=32 * 2**20, description="Largest request body.")
     durability: Literal["process", "power"] = Field("process", description="What a logged answer survives.")
     spool_bytes: int = Field(2_000_000_000, ge=1_000_000, description="Disk budget of the log spool; full answers 503.")
     secret: str = Field(

@@ -52,7 +52,7 @@ class Tokenizer:
             one.no_truncation()
             one.no_padding()
         options = _json(root / "tokenizer_config.json")
-        return cls(
+        made = cls(
             directory=root,
             backend=backend,
             literal=literal,
@@ -60,6 +60,10 @@ class Tokenizer:
             digest=hashlib.sha256(raw).hexdigest(),
             template=ChatTemplate.load(root, options),
         )
+        # Reading the vocabulary takes long enough to hold up every stream, were it left to the first request.
+        for name in ("special_ids", "byte_level", "_control_tokens"):
+            getattr(made, name)
+        return made
 
     @property
     def vocab_size(self) -> int:
