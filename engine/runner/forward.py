@@ -26,6 +26,7 @@ class Forward(Protocol):
     dtype: torch.dtype
     device: torch.device
     kernels: str
+    threads: int
     # A classifier's head, with one for each adapter slot; None for models that generate.
     score: ScoreHead | None
 

@@ -50,7 +50,7 @@ def expected(request: Generate) -> list[int]:
 class FakeForward:
     """Slots that hold nothing."""
 
-    spec, score, kernels = SPEC, None, "fake"
+    spec, score, kernels, threads = SPEC, None, "fake", 1
     dtype, device = torch.float32, torch.device("cpu")
 
     def add_slots(self, slots: int, rank: int) -> None: ...
