@@ -48,7 +48,7 @@ from engine.runner.sampling import NOT_FINITE, accepted, complete
 from engine.scheduling.admission import Admission, Refusal
 from engine.scheduling.deadlines import Deadlines
 from engine.scheduling.parking import Parking
-from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.scheduler import Row, Scheduler
 from engine.sequence import Sequence, as_generate
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -90,8 +90,8 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether a step would compute something."""
-        return bool(self.scheduler.running or self.scheduler.waiting)
+        """Whether a step has something to do: to compute, or to settle what the last request to end made possible."""
+        return bool(self.scheduler.running or self.scheduler.waiting) or self.adapters.restless
 
     @property
     def in_flight(self) -> int:
@@ -141,18 +141,20 @@ class Engine:
 
     def step(self) -> bool:
         """Let in who need not wait any more, then compute one batch. False when there was nothing to compute."""
-        self._settle()
-        rows = self.scheduler.schedule()
-        if not rows:
-            return False
+        rows: list[Row] = []
         try:
+            self._settle()
+            rows = self.scheduler.schedule()
+            if not rows:
+                return False
             self._clear()
             self._apply(self.runner.step(rows))
         except Exception as error:
-            # A step that fails must not take the engine down: its rows get an answer, the others go on.
+            # A step that fails must not take the engine down: its rows get an answer, the others go on. When it failed
+            # before there were rows nobody knows who is to blame, and the next step would fail like it: all end.
             traceback.print_exc(file=sys.stderr)
-            for row in rows:
-                self._end(row.sequence, "error", "internal", f"the step failed: {type(error).__name__}: {error}")
+            for sequence in [row.sequence for row in rows] or list(self._sequences.values()):
+                self._end(sequence, "error", "internal", f"the step failed: {type(error).__name__}: {error}")
         self._steps += 1
         return True
 

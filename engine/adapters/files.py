@@ -25,8 +25,29 @@ class AdapterUnreadable(AdapterRefused):
     """A file could not be read just now, which says nothing about the artefact: it may be tried again."""
 
 
+def momentary(error: BaseException) -> bool:
+    """Whether the same artefact may load the next time: the machine failed, not what it read."""
+    if isinstance(error, OSError):
+        return error.errno is None or error.errno in PASSING
+    # torch says RuntimeError when memory runs out; too deep a nesting is the artefact's fault.
+    lacking = isinstance(error, MemoryError | RuntimeError) and not isinstance(error, RecursionError)
+    return lacking or isinstance(error, AdapterUnreadable)
+
+
 def artifact_directory(root: Path, path: str) -> Path:
     """The artefact directory; below the root, reached without symbolic links or `..`."""
+    try:
+        return _directory(root, path)
+    except OSError as error:
+        raise _refusal(error, "the artefact path cannot be followed") from error
+
+
+def _refusal(error: OSError, what: str) -> AdapterRefused:
+    kind = AdapterUnreadable if momentary(error) else AdapterRefused
+    return kind(f"{what}: {error.strerror}")
+
+
+def _directory(root: Path, path: str) -> Path:
     given = Path(path)
     if "\0" in path or ".." in given.parts:
         raise AdapterRefused("the artefact path must not contain '..'")
@@ -64,8 +85,7 @@ def read(path: Path, limit: int) -> bytes:
                 raise AdapterRefused(f"{path.name} has {info.st_size} bytes, more than the {limit} this base allows")
             return file.read(limit)
     except OSError as error:
-        kind = AdapterUnreadable if error.errno in PASSING else AdapterRefused
-        raise kind(f"{path.name} cannot be read: {error.strerror}") from error
+        raise _refusal(error, f"{path.name} cannot be read") from error
 
 
 def json_object(raw: bytes, name: str) -> dict[str, Any]:

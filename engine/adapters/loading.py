@@ -5,13 +5,12 @@ adapter_model.safetensors as PEFT writes them. Files are read once, so what was 
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -32,7 +31,8 @@ from engine.adapters.files import (
 from engine.adapters.recipe import Recipe, read_recipe
 from engine.models.spec import DecoderSpec
 
-DTYPES = {"F32", "F16", "BF16"}
+# A tuple: what a header names need not be hashable.
+DTYPES = ("BF16", "F16", "F32")
 # The parts of each fused projection, in the order the decoder fuses them.
 PARTS = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -94,19 +94,21 @@ class AdapterReader:
     def read(self, digest: str, path: str) -> Adapter:
         """Load and check everything. Raises AdapterRefused; touches no shared state, so any thread may call it."""
         directory = artifact_directory(self.root, path)
-        self._check_manifest(directory, digest)
-        manifest = json.loads(read(directory / MANIFEST, MAX_JSON_BYTES))
+        manifest = self._manifest(directory, digest)
         config_bytes = verified(directory / CONFIG, MAX_JSON_BYTES, manifest)
         weight_bytes = verified(directory / WEIGHTS, self._max_weight_bytes(), manifest)
         recipe = read_recipe(json_object(config_bytes, CONFIG), self.max_rank, classifier=bool(self.spec.labels))
         self._check_header(weight_bytes, recipe)
         try:
             tensors = safetensors.torch.load(weight_bytes)
+        except MemoryError:
+            raise
         except Exception as error:
             raise AdapterRefused(f"{WEIGHTS} is not a valid safetensors file: {error}") from error
         return self._assemble(digest, recipe, tensors)
 
-    def _check_manifest(self, directory: Path, digest: str) -> None:
+    def _manifest(self, directory: Path, digest: str) -> Mapping[str, Any]:
+        """The manifest, parsed from the very bytes that have the digest."""
         raw = read(directory / MANIFEST, MAX_JSON_BYTES)
         found = hashlib.sha256(raw).hexdigest()
         if found != digest:
@@ -118,6 +120,7 @@ class AdapterReader:
             raise AdapterRefused(f"the artefact is a {manifest.get('kind')!r}, not an adapter")
         if manifest.get("base") != self.base:
             raise AdapterRefused("the adapter was trained for another base model")
+        return manifest
 
     def _max_weight_bytes(self) -> int:
         """As if every module were trained, in fp32, at the largest rank."""
@@ -159,7 +162,7 @@ class AdapterReader:
             if entry.get("shape") != expected:
                 raise AdapterRefused(f"{name} has shape {entry.get('shape')}, this base needs {expected}")
             if entry.get("dtype") not in DTYPES:
-                raise AdapterRefused(f"{name} has dtype {entry.get('dtype')}, not one of {', '.join(sorted(DTYPES))}")
+                raise AdapterRefused(f"{name} has dtype {entry.get('dtype')}, not one of {', '.join(DTYPES)}")
         if not entries:
             raise AdapterRefused(f"{WEIGHTS} holds no LoRA matrices")
         if recipe.own_head and HEAD_TENSOR not in entries:

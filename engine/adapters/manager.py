@@ -1,14 +1,18 @@
 """Loads adapters beside those that serve: read and checked in a thread, copied into a slot between two steps."""
 
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
-from engine.adapters.files import AdapterRefused, AdapterUnreadable
+from engine.adapters.files import AdapterRefused, momentary
 from engine.adapters.loading import Adapter, AdapterReader
 from engine.adapters.slots import AdapterSlots
 from engine.messages import Slot
+
+MAX_ERROR = 2000
 
 
 class Answer(Protocol):
@@ -19,10 +23,16 @@ class Answer(Protocol):
 
 @dataclass
 class Load:
-    """One adapter on its way in: being read, then waiting for a slot. `answers` hear the outcome, "" when ready."""
+    """One adapter on its way in: unread, being read, then waiting for a slot. `answers` hear how it ended."""
 
-    future: Future[Adapter]
-    answers: list[Answer] = field(default_factory=list)
+    path: str
+    answers: list[Answer]
+    future: Future[Adapter] | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether it was read, well or not."""
+        return self.future is not None and self.future.done()
 
 
 class AdapterManager:
@@ -52,9 +62,8 @@ class AdapterManager:
             answer("")
         else:
             # A draining adapter whose slot others wait for lines up behind them, or they would starve.
-            future = self._thread.submit(self.reader.read, digest, path)
-            self._loads[digest] = Load(future, [answer])
-            future.add_done_callback(lambda _: self._wake())
+            self._loads[digest] = Load(path, [answer])
+            self._read_ahead()
 
     def unload(self, digest: str, answer: Answer) -> None:
         """Drain `digest`. One that is not there is already unloaded."""
@@ -66,6 +75,13 @@ class AdapterManager:
             self._unloads.setdefault(digest, []).append(answer)
             self.slots.drain(digest)
 
+    @property
+    def restless(self) -> bool:
+        """Whether `settle` would get on: an unload is over, or what was read failed or can have a slot."""
+        if any(self.slots.get(digest) is None for digest in self._unloads):
+            return True
+        return any(load.over and self._can_end(digest, load) for digest, load in self._loads.items())
+
     def settle(self) -> Iterator[str]:
         """Between two steps: install what has been read, answer what is over. Digests whose load ended, well or not.
 
@@ -76,6 +92,7 @@ class AdapterManager:
         for digest, load in list(self._loads.items()):
             if self._try_install(digest, load):
                 yield digest
+        self._read_ahead()
         if self._unloads:
             self._answer_unloads()
 
@@ -87,22 +104,43 @@ class AdapterManager:
         """Let the reading thread end."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
+    def _read_ahead(self) -> None:
+        """Read the next in line, but hold no more adapters in memory than there are slots for them."""
+        held = sum(load.future is not None for load in self._loads.values())
+        for digest, load in self._loads.items():
+            if held >= self.slots.total:
+                return
+            if load.future is None:
+                load.future = self._thread.submit(self.reader.read, digest, load.path)
+                load.future.add_done_callback(lambda _: self._wake())
+                held += 1
+
     def _try_install(self, digest: str, load: Load) -> bool:
-        if not load.future.done():
+        if load.future is None or not load.future.done():
             return False
-        error = load.future.exception()
-        if error is None and not self._install(digest, load):
-            return False
+        error, broken = load.future.exception(), False
+        if error is None:
+            try:
+                if not self._install(digest, load.future.result()):
+                    return False
+            except Exception as failure:
+                # The slot is free still, and the artefact was found good: the machine's fault.
+                traceback.print_exc(file=sys.stderr)
+                error, broken = failure, True
         del self._loads[digest]
-        # Only a refusal says something about the artefact; whatever else went wrong may go well the next time.
-        transient = isinstance(error, AdapterUnreadable) or not isinstance(error, AdapterRefused | None)
-        if transient and not isinstance(error, AdapterUnreadable):
-            error = RuntimeError(f"loading failed: {type(error).__name__}: {error}")
         for answer in load.answers:
-            answer(str(error) if error else "", transient)
+            answer(_sentence(error), broken or (error is not None and momentary(error)))
         return True
 
-    def _install(self, digest: str, load: Load) -> bool:
+    def _can_end(self, digest: str, load: Load) -> bool:
+        """Whether a load that was read needs to wait no longer."""
+        if load.future is None or load.future.exception() is not None:
+            return True
+        if self.slots.get(digest) is not None:
+            return next(iter(self._loads)) == digest
+        return self.slots.has_room
+
+    def _install(self, digest: str, adapter: Adapter) -> bool:
         """Whether the adapter is in a slot now. First come, first served: nobody is overtaken for long."""
         if self.slots.get(digest) is not None:
             if next(iter(self._loads)) != digest:
@@ -111,7 +149,7 @@ class AdapterManager:
         elif not self.slots.make_room():
             return False
         else:
-            self.slots.install(load.future.result())
+            self.slots.install(adapter)
         return True
 
     def _revive(self, digest: str) -> None:
@@ -123,3 +161,11 @@ class AdapterManager:
         for digest in [digest for digest in self._unloads if self.slots.get(digest) is None]:
             for answer in self._unloads.pop(digest):
                 answer("")
+
+
+def _sentence(error: BaseException | None) -> str:
+    """What is answered. It may quote the artefact, whose JSON can hold what no message can: half a surrogate pair."""
+    if error is None:
+        return ""
+    text = str(error) if isinstance(error, AdapterRefused) else f"loading failed: {type(error).__name__}: {error}"
+    return text[:MAX_ERROR].encode("utf-8", "replace").decode()

@@ -2,9 +2,9 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from engine.adapters.files import CONFIG, AdapterRefused
 
@@ -22,28 +22,46 @@ REASONS = {
     "target_parameters": "LoRA on mixture-of-experts weights is not served: leave the experts out",
 }
 MAX_ALPHA = 1e9
-# Patterns come from outside: without groups and with few quantifiers, matching a module's name takes no time.
+# Patterns come from outside. Without groups, matching one takes a module name's length to the power of its quantifiers
+# at most; with three that is about a millisecond, so there may be many names but not many of these.
 MAX_PATTERNS, MAX_PATTERN, MAX_QUANTIFIERS = 1024, 200, 3
+NAME_LENGTH = 40
+MAX_WORK = 10 * NAME_LENGTH**MAX_QUANTIFIERS
+
+Value = TypeVar("Value")
+
+
+class Patterns(Generic[Value]):
+    """Values of modules: of the first pattern that matches the end of the name, as PEFT's get_pattern_key picks it."""
+
+    def __init__(self, patterns: Mapping[re.Pattern[str], Value], default: Value) -> None:
+        self._patterns, self._default = patterns, default
+        self._known: dict[str, Value] = {}
+
+    def of(self, module: str) -> Value:
+        """A module's value; each is looked for once."""
+        if module not in self._known:
+            found = (value for pattern, value in self._patterns.items() if pattern.match(module))
+            self._known[module] = next(found, self._default)
+        return self._known[module]
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Ranks and scalings by module name, such as `model.layers.3.mlp.up_proj`."""
 
-    rank: int
-    alpha: float
+    ranks: Patterns[int]
+    alphas: Patterns[float]
     rslora: bool
-    ranks: Mapping[str, int]
-    alphas: Mapping[str, float]
     own_head: bool
 
     def rank_of(self, module: str) -> int:
         """The inner size of the module's two matrices."""
-        return self.ranks.get(_key(self.ranks, module), self.rank)
+        return self.ranks.of(module)
 
     def scaling_of(self, module: str) -> float:
         """What the product of its matrices is multiplied by."""
-        rank, alpha = self.rank_of(module), self.alphas.get(_key(self.alphas, module), self.alpha)
+        rank, alpha = self.ranks.of(module), self.alphas.of(module)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
@@ -56,12 +74,11 @@ def read_recipe(config: Mapping[str, Any], max_rank: int, *, classifier: bool) -
     if config.get("init_lora_weights", True) not in PLAIN_INITS:
         raise AdapterRefused(f"init_lora_weights {config['init_lora_weights']!r} changes the base weights")
     _refuse_odd(config)
+    rank, alpha = _rank(config.get("r"), max_rank), _alpha(config.get("lora_alpha"))
     return Recipe(
-        rank=_rank(config.get("r"), max_rank),
-        alpha=_alpha(config.get("lora_alpha")),
+        ranks=Patterns(_patterns(config, "rank_pattern", lambda value: _rank(value, max_rank)), rank),
+        alphas=Patterns(_patterns(config, "alpha_pattern", _alpha), alpha),
         rslora=bool(config.get("use_rslora")),
-        ranks={key: _rank(rank, max_rank) for key, rank in _patterns(config, "rank_pattern").items()},
-        alphas={key: _alpha(alpha) for key, alpha in _patterns(config, "alpha_pattern").items()},
         own_head=_own_head(config.get("modules_to_save"), classifier),
     )
 
@@ -105,26 +122,29 @@ def _own_head(saved: object, classifier: bool) -> bool:
     return True
 
 
-def _patterns(config: Mapping[str, Any], name: str) -> Mapping[str, object]:
+def _patterns(
+    config: Mapping[str, Any], name: str, check: Callable[[object], Value]
+) -> Mapping[re.Pattern[str], Value]:
     patterns = config.get(name) or {}
     if not isinstance(patterns, dict) or len(patterns) > MAX_PATTERNS:
         raise AdapterRefused(f"{name} must map at most {MAX_PATTERNS} module names to numbers")
-    for pattern in patterns:
-        harmless = len(pattern) <= MAX_PATTERN and not re.search(r"[(){}]", pattern)
-        if not harmless or len(re.findall(r"[*+?]", pattern)) > MAX_QUANTIFIERS or not _compiles(pattern):
-            raise AdapterRefused(f"{name} has the key {pattern[:80]!r}; use module names or simple patterns")
-    return patterns
+    compiled = {_compiled(pattern, name): check(value) for pattern, value in patterns.items()}
+    if sum(NAME_LENGTH ** _quantifiers(pattern) for pattern in patterns) > MAX_WORK:
+        raise AdapterRefused(f"{name} has too many patterns with * + ?; use module names or simple patterns")
+    return compiled
 
 
-def _compiles(pattern: str) -> bool:
+def _compiled(pattern: str, name: str) -> re.Pattern[str]:
+    harmless = len(pattern) <= MAX_PATTERN and not re.search(r"[(){}]", pattern)
     try:
-        re.compile(pattern)
-    except re.error:
-        return False
-    return True
+        if harmless and _quantifiers(pattern) <= MAX_QUANTIFIERS:
+            return re.compile(rf"(.*\.)?({pattern})$")
+    except re.error as error:
+        raise AdapterRefused(
+            f"{name} has the key {pattern[:80]!r}: {error}; use module names or simple patterns"
+        ) from error
+    raise AdapterRefused(f"{name} has the key {pattern[:80]!r}; use module names or simple patterns")
 
 
-def _key(patterns: Mapping[str, object], module: str) -> str:
-    """The first pattern that matches the end of the module's name, as PEFT's get_pattern_key picks it."""
-    found = (pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module))
-    return next(found, module)
+def _quantifiers(pattern: str) -> int:
+    return len(re.findall(r"[*+?]", pattern))

@@ -71,6 +71,11 @@ class AdapterSlots:
         """Open a draining adapter for new requests again."""
         self._residents[digest].draining = False
 
+    @property
+    def has_room(self) -> bool:
+        """Whether make_room would say yes."""
+        return bool(self._free) or any(not resident.references for resident in self._residents.values())
+
     def make_room(self) -> bool:
         """Whether a slot is free now, after evicting the least recently used unreferenced adapter if need be.
 
@@ -83,14 +88,18 @@ class AdapterSlots:
         return bool(self._free)
 
     def install(self, adapter: Adapter) -> int:
-        """Copy a checked adapter into a free slot (make_room said there is one) and open it for requests."""
-        slot = self._free.pop()
+        """Copy a checked adapter into a free slot (make_room said there is one) and open it for requests.
+
+        When copying fails the slot stays free: nobody reads what is in it.
+        """
+        slot = self._free[-1]
         for layer in range(self._forward.spec.layers):
             for name in ("qkv", "o", "gate_up", "down"):
                 self._forward.fill(slot, layer, name, *adapter.matrices(layer, name))
         self._forward.fill(slot, None, "head", *adapter.matrices(None, "head"))
         if self._forward.score is not None:
             self._forward.score.fill(slot, adapter.score, adapter.score_delta)
+        self._free.pop()
         self._residents[adapter.digest] = Resident(adapter.digest, slot, used=next(self._clock))
         if not self._free:
             self._evict_unreferenced(keep=adapter.digest)

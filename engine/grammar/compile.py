@@ -48,6 +48,19 @@ class GrammarCompiler:
                 self._cache.popitem(last=False)
             return matcher.copy()
 
+    def known(self, grammar: Grammar) -> GrammarMatcher | None:
+        """A matcher of a grammar that was compiled before, without waiting for whoever compiles now."""
+        if not self._lock.acquire(blocking=False):
+            return None
+        try:
+            matcher = self._cache.get(grammar)
+            if matcher is None:
+                return None
+            self._cache.move_to_end(grammar)
+            return matcher.copy()
+        finally:
+            self._lock.release()
+
     def _build(self, grammar: Grammar) -> GrammarMatcher:
         tokenizer = self._load()
         built = LLMatcher(tokenizer, _source(grammar), log_level=0, limits=_limits())

@@ -14,14 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.adapters.files import AdapterRefused
+from engine.adapters import loading
+from engine.adapters.files import AdapterRefused, read
 from engine.adapters.loading import Adapter, AdapterReader
+from engine.adapters.recipe import read_recipe
 from engine.client import Completion
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.digest import base_digest
 from engine.layers import lora as lora_module
-from engine.messages import Done, Generate, LoadAdapter, Sampling, UnloadAdapter
+from engine.messages import Done, Generate, LoadAdapter, Sampling, UnloadAdapter, encode
 from engine.offline import LocalEngine, collect
 from tests.engine.conftest import (
     ALL_TARGETS,
@@ -277,6 +279,12 @@ def corrupt(directory: Path, how: str) -> None:
         weights.write_bytes(struct.pack("<Q", 2) + b"[]" + raw[8:])
     elif how == "empty":
         weights.write_bytes(b"")
+    elif how == "list for a dtype":
+        (length,) = struct.unpack("<Q", raw[:8])
+        entries = json.loads(raw[8 : 8 + length])
+        entries[name]["dtype"] = []
+        changed = json.dumps(entries).encode()
+        weights.write_bytes(struct.pack("<Q", len(changed)) + changed + raw[8 + length :])
     else:
         save_file(damaged(tensors, name, how), weights)
 
@@ -305,6 +313,7 @@ BROKEN = {
     "huge header": "truncated or not a safetensors",
     "overlapping header": "not a JSON object",
     "empty": "truncated",
+    "list for a dtype": "has dtype []",
     "nan": "NaN",
     "infinity": "NaN or infinity",
     "shape": "has shape",
@@ -345,6 +354,7 @@ def test_broken_weights_are_refused_and_the_old_adapter_serves_on(
         ({"rank_pattern": {"(a+)+": 2}}, "simple patterns"),
         ({"rank_pattern": {"[": 2}}, "simple patterns"),
         ({"rank_pattern": ["q_proj"]}, "rank_pattern must map"),
+        ({"rank_pattern": {f".*.*.*{place}": 2 for place in range(11)}}, "too many patterns with"),
         ({"alpha_pattern": {"q_proj": "x"}}, "lora_alpha 'x'"),
         ({"init_lora_weights": "pissa"}, "changes the base weights"),
         ({"something_new": 1}, "something_new"),
@@ -366,6 +376,49 @@ def test_configurations_we_do_not_compute_are_refused_by_name(
     assert complaint in load(core, seal(artifacts, draft, core.base))
 
 
+def test_half_a_surrogate_pair_in_an_artefact_does_not_reach_the_answer(
+    core: Engine, make_artifact: ArtifactMaker, artifacts: Path
+) -> None:
+    draft = artifacts / "draft"
+    (artifacts / make_artifact(1)).rename(draft)
+    config = json.loads((draft / "adapter_config.json").read_text())
+    (draft / "adapter_config.json").write_text(json.dumps(config | {"\ud800x": 1}))
+    error = load(core, seal(artifacts, draft, core.base))
+    assert "uses ?x" in error
+    assert encode(Done(epoch=1, id="l", error=error))
+
+
+def test_hundreds_of_named_modules_are_looked_up_in_no_time() -> None:
+    names = {f"model.layers.{place}.self_attn.q_proj": 2 for place in range(1000)}
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "rank_pattern": names, "alpha_pattern": names}
+    recipe = read_recipe(config, 8, classifier=False)
+    began = time.process_time()
+    for layer in range(40):
+        assert recipe.rank_of(f"model.layers.{layer}.self_attn.q_proj") == 2
+        assert recipe.scaling_of(f"model.layers.{layer}.mlp.up_proj") == 2.0
+    assert time.process_time() - began < 2
+
+
+def test_a_pattern_for_each_of_many_layers_is_taken() -> None:
+    patterns = {rf".*layers\.{layer}\..*": layer % 8 + 1 for layer in range(200)}
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "rank_pattern": patterns}
+    recipe = read_recipe(config, 8, classifier=False)
+    assert [recipe.rank_of(f"model.layers.{layer}.mlp.up_proj") for layer in (2, 19, 199, 200)] == [3, 4, 8, 4]
+
+
+def test_the_manifest_that_was_hashed_is_the_one_that_counts(
+    core: Engine, make_artifact: ArtifactMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_and_replace(path: Path, limit: int) -> bytes:
+        raw = read(path, limit)
+        path.write_bytes(b"{}")
+        return raw
+
+    digest = make_artifact(1)
+    monkeypatch.setattr(loading, "read", read_and_replace)
+    assert load(core, digest) == ""
+
+
 def test_an_adapter_of_another_base_is_refused(core: Engine, model_dir: Path, artifacts: Path) -> None:
     foreign = write_artifact(artifacts, "0" * 64, peft_model(model_dir, 1, 4, ["q_proj"]))
     assert "another base" in load(core, foreign)
@@ -385,7 +438,9 @@ def test_a_manifest_that_is_not_the_asked_one_is_refused(core: Engine, make_arti
     assert "was changed" in load(core, "f" * 64, digest)
 
 
-@pytest.mark.parametrize("path", ["../outside", "a/../../outside", "/etc", "", ".", "missing", "linked", "a\0b"])
+@pytest.mark.parametrize(
+    "path", ["../outside", "a/../../outside", "/etc", "", ".", "missing", "linked", "a\0b", "x" * 300]
+)
 def test_paths_outside_the_artifact_root_are_refused(
     path: str, core: Engine, make_artifact: ArtifactMaker, artifacts: Path
 ) -> None:

@@ -7,8 +7,18 @@ import pytest
 
 from engine.adapters.files import AdapterUnreadable
 from engine.grammar.workshop import GrammarWorkshop
-from engine.messages import Done, Finished, Generate, Grammar, LoadAdapter, Pool, Priority, Sampling
-from tests.engine.fake_world import FakeReader, FakeThread, World, check
+from engine.messages import (
+    Done,
+    Finished,
+    Generate,
+    Grammar,
+    LoadAdapter,
+    Pool,
+    Priority,
+    Sampling,
+    UnloadAdapter,
+)
+from tests.engine.fake_world import MADE_TO_FAIL, FakeForward, FakeReader, FakeThread, World, check
 
 
 def request(
@@ -20,6 +30,15 @@ def request(
 
 def endings(world: World) -> list[Finished]:
     return [message for _, message in world.core.outbox if isinstance(message, Finished)]
+
+
+def dones(world: World) -> list[Done]:
+    return [message for _, message in world.core.outbox if isinstance(message, Done)]
+
+
+def load(world: World, *digests: str) -> None:
+    for digest in digests:
+        world.core.load_adapter(b"c", LoadAdapter(id=digest, digest=digest, path=digest))
 
 
 def finish(world: World) -> list[str]:
@@ -196,16 +215,124 @@ def test_failures_of_the_machine_are_told_from_refusals(error: Exception, monkey
     world.core.load_adapter(b"c", LoadAdapter(id="l", digest="a", path="a"))
     world.reading.finish()
     world.step()
-    (done,) = [message for _, message in world.core.outbox if isinstance(message, Done)]
+    (done,) = dones(world)
     assert done.transient
     assert done.error
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENAMETOOLONG, "name too long"), TypeError("odd"), RecursionError()])
+def test_what_fails_the_same_way_every_time_is_not_called_momentary(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    world = World()
+    monkeypatch.setattr(FakeReader, "read", fail)
+    load(world, "a")
+    world.reading.finish()
+    world.step()
+    (done,) = dones(world)
+    assert type(error).__name__ in done.error
+    assert not done.transient
+
+
+def test_a_slot_survives_a_copy_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    world = World(adapter_slots=2)
+    with monkeypatch.context() as broken:
+        broken.setattr(FakeForward, "fill", fail)
+        load(world, "a", "b", "c")
+        for _ in range(3):
+            world.reading.finish()
+            world.step()
+    assert [(done.id, bool(done.error), done.transient) for done in dones(world)] == [
+        (digest, True, True) for digest in "abc"
+    ]
+    world.core.outbox.clear()
+    load(world, "a", "b")
+    submit(world, *(request(digest, adapter=digest) for digest in "ab"))
+    world.reading.finish()
+    finish(world)
+    assert [(done.id, done.error) for done in dones(world)] == [("a", ""), ("b", "")]
+
+
+def test_a_failure_before_the_batch_is_known_ends_requests_not_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise MemoryError(MADE_TO_FAIL)
+
+    world = World()
+    submit(world, request("running"), request("waiting"))
+    for part, name in ((world.core, "_settle"), (world.core.scheduler, "schedule")):
+        submit(world, request(name))
+        with monkeypatch.context() as broken:
+            broken.setattr(part, name, fail)
+            world.step()
+        assert {ending.code for ending in endings(world)} == {"internal"}
+        assert not world.core.in_flight
+    submit(world, request("next"))
+    assert finish(world) == ["running", "waiting", "_settle", "schedule", "next"]
+
+
+def test_no_more_adapters_are_read_ahead_than_there_are_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    read = FakeReader.read
+    monkeypatch.setattr(FakeReader, "read", lambda self, digest, path: seen.append(digest) or read(self, digest, path))
+    world = World(adapter_slots=2, max_running=8)
+    load(world, *"abcdef")
+    submit(world, *(request(digest, 40, adapter=digest) for digest in "abcdef"))
+    for _ in range(10):
+        world.reading.finish()
+        world.step()
+    # Two serve, two have been read and wait for their slots.
+    assert seen == list("abcd")
+    while world.core.in_flight:
+        world.reading.finish()
+        world.step()
+    assert {ending.reason for ending in endings(world)} == {"length"}
+    assert [done.error for done in dones(world)] == [""] * 6
+
+
+def test_an_engine_that_goes_idle_first_settles_what_waited_for_its_last_request() -> None:
+    world = World(adapter_slots=2)
+    load(world, "a", "b")
+    submit(world, request("on a", adapter="a"), request("on b", adapter="b"))
+    world.reading.finish()
+    world.step()
+    load(world, "c")
+    submit(world, request("on c", adapter="c"))
+    world.core.unload_adapter(b"c", UnloadAdapter(id="gone", digest="b"))
+    world.reading.finish()
+    for _ in range(100):
+        if not world.core.busy:
+            break
+        world.step()
+    assert not world.core.busy
+    assert [ending.id for ending in endings(world)] == ["on a", "on b", "on c"]
+    assert {done.id: done.error for done in dones(world)} == dict.fromkeys(["a", "b", "c", "gone"], "")
+
+
+def test_a_client_that_vanishes_lets_an_idle_engine_answer_an_unload() -> None:
+    world = World()
+    load(world, "a")
+    world.core.submit(b"gone", request("long", 90, adapter="a"))
+    world.reading.finish()
+    world.step()
+    world.core.unload_adapter(b"c", UnloadAdapter(id="unload", digest="a"))
+    world.core.cancel_client(b"gone")
+    assert world.core.busy
+    world.step()
+    assert [done.id for done in dones(world)] == ["a", "unload"]
+    assert not world.core.busy
 
 
 STARTER = Path("engine/starter")
 
 
-def constrained(name: str, text: str) -> Generate:
-    return request(name, grammar=Grammar(kind="regex", text=text))
+def constrained(name: str, text: str, **more: object) -> Generate:
+    return request(name, grammar=Grammar(kind="regex", text=text), **more)  # type: ignore[arg-type]
 
 
 def test_requests_wait_for_their_grammar_while_others_go_on() -> None:
@@ -221,6 +348,29 @@ def test_requests_wait_for_their_grammar_while_others_go_on() -> None:
     assert codes == {"free": "", "left": "", "bad": "invalid_request"}
     assert [each.request.id for each in world.core.scheduler.running] == ["good"]
     assert world.core.scheduler.running[0].grammar is not None
+
+
+def test_shares_take_turns_at_having_their_grammars_compiled() -> None:
+    world = World()
+    shop = world.core._grammars = GrammarWorkshop(STARTER, 4096, lambda: None)
+    shop._thread = thread = FakeThread()  # type: ignore[assignment]
+    submit(world, *(constrained(f"busy {place}", f"[a-z]{{{place}}}x", share="busy") for place in range(4)))
+    submit(world, constrained("new", "[0-9]+", share="new"))
+    for _, work in thread.waiting[:2]:
+        work()
+    world.step()
+    assert [each.request.id for each in shop._waiting] == ["busy 1", "busy 2", "busy 3"]
+
+
+def test_a_grammar_compiled_before_waits_for_no_other() -> None:
+    world = World()
+    shop = world.core._grammars = GrammarWorkshop(STARTER, 4096, lambda: None)
+    shop._thread = thread = FakeThread()  # type: ignore[assignment]
+    submit(world, constrained("first", "[a-z]+"))
+    thread.finish()
+    submit(world, constrained("other", "x+"), constrained("again", "[a-z]+"))
+    world.step()
+    assert [each.request.id for each in shop._waiting] == ["other"]
 
 
 def test_a_model_without_a_tokenizer_refuses_grammars_with_a_sentence(tmp_path: Path) -> None:
