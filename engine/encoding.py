@@ -1,7 +1,7 @@
 """The engine for encoders: the same surface as `engine.core.Engine`, but every request is one forward.
 
-Requests wait by priority and arrival; a step takes the first and, from those behind it, the ones nearest in length, so
-that little is spent on padding. Every request that enters gets exactly one ending.
+Admission, sharing and deadlines are those of decoders. A step takes the most deserving request and, from those behind
+it, the ones nearest in length, so that little is spent on padding. Every request that enters gets exactly one ending.
 """
 
 import os
@@ -9,8 +9,7 @@ import secrets
 import sys
 import time
 import traceback
-from bisect import insort
-from dataclasses import dataclass, field
+from collections import Counter
 from itertools import count
 
 import torch
@@ -35,33 +34,15 @@ from engine.models.encoder import Encoder, Prompt
 from engine.models.encoder_spec import EncoderSpec
 from engine.runner.placement import ONE_THREAD_PARAMETERS, choose_device, choose_dtype
 from engine.runner.pooling import HOW, Pooler, vector_bytes
-from engine.sequence import PRIORITY_RANK
+from engine.scheduling.admission import Admission, Refusal
+from engine.scheduling.deadlines import Deadlines
+from engine.scheduling.queue import Queue
+from engine.sequence import Sequence, as_generate
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 NO_ADAPTERS = "adapters are served on decoder models only; this base is an encoder"
 # How far behind the first waiting request a step looks for company of about its length.
 WINDOW = 256
-
-
-@dataclass(eq=False)
-class Waiting:
-    """One request that has not been computed."""
-
-    client: bytes
-    request: Pool
-    arrival: int
-    arrived: float = field(default_factory=time.perf_counter)
-
-    @property
-    def rank(self) -> tuple[int, int]:
-        """Sorts the most deserving first."""
-        return PRIORITY_RANK[self.request.priority], self.arrival
-
-    @property
-    def overdue(self) -> bool:
-        """Whether its deadline has passed."""
-        limit = self.request.deadline_seconds
-        return 0 < limit < time.perf_counter() - self.arrived
 
 
 class EncoderEngine:
@@ -79,8 +60,10 @@ class EncoderEngine:
         small = self.encoder.parameters < ONE_THREAD_PARAMETERS
         torch.set_num_threads(config.threads or (1 if small else len(os.sched_getaffinity(0))))
         self.base = base_digest(config.model)
-        self._queue: list[Waiting] = []
-        self._known: dict[tuple[bytes, str], Waiting] = {}
+        self.admission = Admission(config, spec, self.max_context)
+        self._queue = Queue()
+        self._deadlines = Deadlines()
+        self._sequences: dict[tuple[bytes, str], Sequence] = {}
         self._arrivals = count()
         self._born = time.monotonic()
         self._steps = 0
@@ -88,7 +71,7 @@ class EncoderEngine:
     @property
     def busy(self) -> bool:
         """Whether a step would compute something."""
-        return bool(self._queue)
+        return len(self._queue) > 0
 
     @property
     def patience_seconds(self) -> float | None:
@@ -97,28 +80,35 @@ class EncoderEngine:
 
     def submit(self, client: bytes, request: Generate) -> None:
         """An encoder writes nothing: always refused."""
-        self._refuse(client, request, "unsupported", "this model is an encoder: it embeds and classifies, nothing else")
+        error = "this model is an encoder: it embeds and classifies, nothing else"
+        ending = Finished(epoch=self.epoch, id=request.id, reason="error", code="unsupported", error=error)
+        self.outbox.append((client, ending))
 
     def submit_pool(self, client: bytes, request: Pool) -> None:
         """Take a request in, or answer at once why not."""
-        refusal = self._refusal(client, request)
+        length = len(request.prompt)
+        sequence = Sequence(
+            client, as_generate(request, request.prompt), next(self._arrivals), length + 1, pool=request
+        )
+        refusal = self._refusal(client, request, sequence.request)
         if refusal is not None:
-            self._refuse(client, request, *refusal)
+            self.outbox.append((client, sequence.ending(self.epoch, "error", *refusal)))
             return
-        waiting = Waiting(client, request, next(self._arrivals))
-        self._known[client, request.id] = waiting
-        insort(self._queue, waiting, key=lambda other: other.rank)
+        self._sequences[client, request.id] = sequence
+        self.admission.enter(sequence)
+        self._deadlines.enter(sequence)
+        self._queue.enter(sequence)
 
     def cancel(self, client: bytes, request_id: str) -> None:
         """End a request whose client has read enough; unknown ids finished first."""
-        waiting = self._known.get((client, request_id))
-        if waiting is not None:
-            self._fail(waiting, "cancelled")
+        sequence = self._sequences.get((client, request_id))
+        if sequence is not None:
+            self._drop(sequence, "cancelled")
 
     def cancel_client(self, client: bytes) -> None:
         """End everything a vanished client was waiting for; nothing more is sent to it."""
-        for waiting in [waiting for waiting in self._queue if waiting.client == client]:
-            self._forget(waiting)
+        for sequence in [sequence for sequence in self._sequences.values() if sequence.client == client]:
+            self._drop(sequence, "cancelled")
         self.outbox = [(receiver, message) for receiver, message in self.outbox if receiver != client]
 
     def load_adapter(self, client: bytes, message: LoadAdapter) -> None:
@@ -135,22 +125,25 @@ class EncoderEngine:
 
     def step(self) -> bool:
         """Compute one batch. False when there was nothing to compute."""
-        for waiting in [waiting for waiting in self._queue if waiting.overdue]:
-            self._fail(waiting, "error", "deadline", "the request's deadline passed while it waited")
+        for sequence in self._deadlines.due(time.perf_counter()):
+            self._drop(sequence, "error", "deadline", "the request's deadline passed while it waited")
         batch = self._choose()
         if not batch:
             return False
-        started = time.perf_counter()
+        for sequence in batch:
+            self._queue.take(sequence)
+            self._queue.charge(sequence, self._cost(sequence))
+            sequence.started = time.perf_counter()
         try:
-            vectors = self._compute([waiting.request for waiting in batch])
+            vectors = self._compute([_asked(sequence) for sequence in batch])
         except Exception as error:
             # A step that fails must not take the engine down: its requests get an answer, the others go on.
             traceback.print_exc(file=sys.stderr)
-            for waiting in batch:
-                self._fail(waiting, "error", "internal", f"the step failed: {type(error).__name__}: {error}")
+            for sequence in batch:
+                self._end(sequence, "error", "internal", f"the step failed: {type(error).__name__}: {error}")
         else:
-            for waiting, vector_N in zip(batch, vectors, strict=True):
-                self._answer(waiting, vector_N, started)
+            for sequence, vector_N in zip(batch, vectors, strict=True):
+                self._answer(sequence, vector_N)
         self._steps += 1
         return True
 
@@ -181,46 +174,59 @@ class EncoderEngine:
 
     def close(self) -> None:
         """What is in flight is simply gone: the epoch tells clients."""
-        self._queue.clear()
-        self._known.clear()
 
-    def _refusal(self, client: bytes, request: Pool) -> tuple[ErrorCode, str] | None:
-        """Code and sentence when a request cannot be taken."""
-        spec, length = self.encoder.spec, len(request.prompt)
-        if (client, request.id) in self._known:
-            return "invalid_request", f"request id {request.id!r} is already in flight"
-        if len(self._queue) >= self.config.max_waiting:
-            return "overloaded", f"{len(self._queue)} requests are in flight already; try again later"
+    def _refusal(self, client: bytes, request: Pool, read: Generate) -> Refusal | None:
+        """Why a request cannot be taken; `read` is its schedulable shape."""
+        if (client, request.id) in self._sequences:
+            return Refusal("invalid_request", f"request id {request.id!r} is already in flight")
+        refusal = self.admission.refusal(read, request)
+        if refusal is not None:
+            return refusal
         if request.adapter is not None:
-            return "unsupported", NO_ADAPTERS
-        if not length:
-            return "invalid_request", "the prompt is empty"
-        if length > self.max_context:
-            return "prompt_too_long", f"the prompt has {length} tokens; the context holds {self.max_context}"
-        if min(request.prompt) < 0 or max(request.prompt) >= spec.vocab_size:
-            return "invalid_request", f"token ids must lie between 0 and {spec.vocab_size - 1}"
-        if not 0 <= request.pair_start <= length:
-            return "invalid_request", f"pair_start must lie between 0 and {length}"
+            return Refusal("unsupported", NO_ADAPTERS)
+        if not 0 <= request.pair_start <= len(request.prompt):
+            return Refusal("invalid_request", f"pair_start must lie between 0 and {len(request.prompt)}")
         if request.how not in HOW:
-            return "invalid_request", f"pooling {request.how!r} is not one of {', '.join(HOW)}"
-        if request.how == "classify" and not spec.labels:
-            return "unsupported", "this model has no classification head"
+            return Refusal("invalid_request", f"pooling {request.how!r} is not one of {', '.join(HOW)}")
         return None
 
-    def _choose(self) -> list[Waiting]:
-        """The first in the queue and its nearest in length, up to a step's tokens, padding counted."""
-        if not self._queue:
+    def _choose(self) -> list[Sequence]:
+        """The most deserving and its nearest in length, up to a step's tokens, padding counted.
+
+        Company is taken from a share until it has its part of the step; only what the others leave is for anyone.
+        """
+        head = self._queue.head()
+        if head is None:
             return []
-        head = self._queue[0]
-        length, classify = len(head.request.prompt), head.request.how == "classify"
-        company = [other for other in self._queue[1:WINDOW] if (other.request.how == "classify") == classify]
-        batch, longest = [head], length
-        for other in sorted(company, key=lambda other: abs(len(other.request.prompt) - length)):
-            longest = max(longest, len(other.request.prompt))
-            if longest * (len(batch) + 1) > self.config.step_tokens or len(batch) >= self.config.max_running:
-                break
-            batch.append(other)
-        return batch
+        length, classify = len(head.tokens), _asked(head).how == "classify"
+        company = [other for other in self._queue.front(WINDOW) if (_asked(other).how == "classify") == classify]
+        company.sort(key=lambda other: abs(len(other.tokens) - length))
+        part = self.config.step_tokens / len({other.request.share for other in (head, *company)})
+        batch: dict[Sequence, None] = {}
+        for most in (part, self.config.step_tokens):
+            self._fill(batch, [head, *company], most)
+        return list(batch)
+
+    def _fill(self, batch: dict[Sequence, None], company: list[Sequence], most: float) -> None:
+        """Add to the batch in the order given, of each share until it has `most` tokens of it."""
+        step_tokens, rows = self.config.step_tokens, self.config.max_running
+        spent: Counter[str] = Counter()
+        for sequence in batch:
+            spent[sequence.request.share] += self._cost(sequence)
+        longest = max((len(sequence.tokens) for sequence in batch), default=0)
+        for sequence in company:
+            share = sequence.request.share
+            if sequence in batch or spent[share] >= most:
+                continue
+            longest = max(longest, len(sequence.tokens))
+            if batch and (longest * (len(batch) + 1) > step_tokens or len(batch) >= rows):
+                return
+            batch[sequence] = None
+            spent[share] += self._cost(sequence)
+
+    def _cost(self, sequence: Sequence) -> int:
+        """Its part of a step, in tokens; a short prompt takes a place in the batch, too."""
+        return max(len(sequence.tokens), self.config.step_tokens // self.config.max_running)
 
     def _compute(self, requests: list[Pool]) -> list[torch.Tensor]:
         prompts = [Prompt(request.prompt, request.pair_start) for request in requests]
@@ -233,33 +239,32 @@ class EncoderEngine:
             vectors.append(pooler.vector())
         return vectors
 
-    def _answer(self, waiting: Waiting, vector_N: torch.Tensor, started: float) -> None:
-        if not bool(vector_N.isfinite().all()):
-            self._fail(waiting, "error", "internal", "the model's states are not finite")
-            return
-        self._forget(waiting)
-        reply = Pooled(
-            epoch=self.epoch,
-            id=waiting.request.id,
-            vector=vector_bytes(vector_N),
-            prompt_tokens=len(waiting.request.prompt),
-            queue_seconds=started - waiting.arrived,
-            total_seconds=time.perf_counter() - waiting.arrived,
-        )
-        self.outbox.append((waiting.client, reply))
+    def _answer(self, sequence: Sequence, vector_N: torch.Tensor) -> None:
+        if bool(vector_N.isfinite().all()):
+            self._close(sequence, sequence.pooled(self.epoch, vector_bytes(vector_N)))
+        else:
+            self._end(sequence, "error", "internal", "the model's states are not finite")
 
-    def _fail(self, waiting: Waiting, reason: FinishReason, code: ErrorCode = "", error: str | None = None) -> None:
-        self._forget(waiting)
-        ending = Finished(epoch=self.epoch, id=waiting.request.id, reason=reason, code=code, error=error)
-        self.outbox.append((waiting.client, ending))
+    def _drop(self, sequence: Sequence, reason: FinishReason, code: ErrorCode = "", error: str | None = None) -> None:
+        """End a request that waits."""
+        self._queue.take(sequence)
+        self._end(sequence, reason, code, error)
 
-    def _forget(self, waiting: Waiting) -> None:
-        del self._known[waiting.client, waiting.request.id]
-        self._queue.remove(waiting)
+    def _end(self, sequence: Sequence, reason: FinishReason, code: ErrorCode = "", error: str | None = None) -> None:
+        self._close(sequence, sequence.ending(self.epoch, reason, code, error))
 
-    def _refuse(self, client: bytes, request: Generate | Pool, code: ErrorCode, error: str) -> None:
-        ending = Finished(epoch=self.epoch, id=request.id, reason="error", code=code, error=error)
-        self.outbox.append((client, ending))
+    def _close(self, sequence: Sequence, ending: Finished | Pooled) -> None:
+        """The one ending: release everything, say so."""
+        del self._sequences[sequence.client, sequence.request.id]
+        self._queue.leave(sequence)
+        self.admission.leave(sequence)
+        self._deadlines.leave(sequence)
+        self.outbox.append((sequence.client, ending))
 
     def _done(self, client: bytes, message_id: str, error: str = "") -> None:
         self.outbox.append((client, Done(epoch=self.epoch, id=message_id, error=error)))
+
+
+def _asked(sequence: Sequence) -> Pool:
+    assert sequence.pool is not None, "an encoder takes nothing else in"
+    return sequence.pool

@@ -47,7 +47,8 @@ class Pooler:
             sum_E = hidden_TE.float().sum(dim=0)
             self._kept_E = sum_E if self._kept_E is None else self._kept_E + sum_E
         elif self.how != "first" or self._kept_E is None:
-            self._kept_E = hidden_TE[0 if self.how == "first" else -1].float()
+            # A copy: a view would keep the whole step's states, and their buffer is used again.
+            self._kept_E = hidden_TE[0 if self.how == "first" else -1].to(torch.float32, copy=True)
 
     @property
     def complete(self) -> bool:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from engine.config import EngineConfig
 from engine.layers.sampler import invalid_sampling
 from engine.messages import ErrorCode, Generate, Pool
+from engine.models.encoder_spec import EncoderSpec
 from engine.models.spec import DecoderSpec
 from engine.sequence import Sequence
 
@@ -30,7 +31,7 @@ class Refusal(NamedTuple):
 class Admission:
     """Counts who is in flight and judges newcomers."""
 
-    def __init__(self, config: EngineConfig, spec: DecoderSpec, max_context: int) -> None:
+    def __init__(self, config: EngineConfig, spec: DecoderSpec | EncoderSpec, max_context: int) -> None:
         self._config, self._spec, self._max_context = config, spec, max_context
         self._shares: Counter[str] = Counter()
         self._in_flight = 0

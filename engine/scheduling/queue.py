@@ -8,6 +8,7 @@ if that is worse: neither saving up nor pausing pays.
 from bisect import insort
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
+from itertools import islice, zip_longest
 
 from engine.sequence import PRIORITY_RANK, Sequence, by_rank
 
@@ -90,6 +91,15 @@ class Queue:
             if firsts:
                 return min(firsts)[2]
         return None
+
+    def front(self, most: int) -> list[Sequence]:
+        """Up to `most` that wait: by priority, the interrupted first, then the shares in turn."""
+        found: list[Sequence] = []
+        for interrupted, lines in zip(self._interrupted, self._lines, strict=True):
+            rounds = zip_longest(*(line.waiting for line in lines.values() if line.waiting))
+            found += interrupted
+            found += islice((each for turn in rounds for each in turn if each is not None), most)
+        return found[:most]
 
     def _line(self, sequence: Sequence) -> Line:
         return self._lines[sequence.rank[0]][sequence.request.share]

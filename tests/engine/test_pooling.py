@@ -150,6 +150,8 @@ def test_bf16_is_close(make_encoder: EncoderMaker) -> None:
         ({"prompt": [5], "pair_start": 2}, "invalid_request"),
         ({"prompt": [5], "how": "classify"}, "unsupported"),
         ({"prompt": [5], "adapter": "a" * 64}, "unsupported"),
+        ({"prompt": [5], "deadline_seconds": float("nan")}, "invalid_request"),
+        ({"prompt": [5], "deadline_seconds": -1.0}, "invalid_request"),
     ],
 )
 def test_what_cannot_be_pooled_is_refused_with_its_code(
@@ -191,6 +193,40 @@ def test_priority_cancels_and_deadlines_are_heeded(make_encoder: EncoderMaker) -
     assert endings == [
         ("unwanted", "cancelled", ""), ("late", "error", "deadline"), ("now", "pooled", ""), ("batch", "pooled", ""),
     ]  # fmt: skip
+
+
+def ask_for(engine: EncoderEngine, share: str, count: int) -> None:
+    for index in range(count):
+        engine.submit_pool(b"c", Pool(id=f"{share} {index}", prompt=[5, 6, 7], share=share))
+
+
+def test_shares_get_like_parts_of_every_batch_and_turns_at_beginning_one(make_encoder: EncoderMaker) -> None:
+    for most, ended in ((1, ["busy 0", "new 0", "busy 1", "new 1"]), (4, ["busy 0", "busy 1", "new 0", "new 1"])):
+        engine = engine_on(make_encoder("Bert"), max_running=most)
+        ask_for(engine, "busy", 20)
+        ask_for(engine, "new", 2)
+        for _ in range(4 // most):
+            engine.step()
+        assert sorted(message.id for _, message in engine.outbox) == sorted(ended)
+        engine.step()
+        assert {message.id[:4] for _, message in engine.outbox[4:]} == {"busy"}
+
+
+def test_one_share_cannot_fill_an_encoders_queue_and_is_told_when_to_return(make_encoder: EncoderMaker) -> None:
+    engine = engine_on(make_encoder("Bert"), max_waiting=8)
+    ask_for(engine, "greedy", 7)
+    ask_for(engine, "other", 2)
+    (_, refused) = engine.outbox[0]
+    assert [message.id for _, message in engine.outbox] == ["greedy 6"]
+    assert isinstance(refused, Finished)
+    assert refused.code == "overloaded"
+    while engine.step():
+        continue
+    engine.outbox = []
+    ask_for(engine, "greedy", 7)
+    (_, refused) = engine.outbox[0]
+    assert isinstance(refused, Finished)
+    assert 1 <= refused.retry_after_seconds <= 60
 
 
 def test_a_step_that_fails_answers_its_requests_and_the_engine_goes_on(
@@ -271,6 +307,14 @@ def test_chunks_pool_to_the_same_vector(how: str, exact: torch.Tensor, sizes: li
         assert not pooler.complete
         pooler.add(chunk)
     assert torch.allclose(torch.from_numpy(np.frombuffer(pooler.finish(), "<f4").copy()), exact, atol=1e-6)
+
+
+@pytest.mark.parametrize(("how", "kept"), [("last", STATES[-1]), ("first", STATES[0])])
+def test_a_pooled_state_outlives_the_steps_buffer(how: str, kept: torch.Tensor) -> None:
+    pooler, buffer = Pooler(10, how), STATES.clone()
+    pooler.add(buffer)
+    buffer.zero_()
+    assert torch.equal(pooler.vector(), kept)
 
 
 def test_a_preempted_prompt_begins_anew_and_a_cached_beginning_only_suits_the_last_state() -> None:
