@@ -1,7 +1,6 @@
 """What answers hold, over an engine that says what it is told: every script, log-probabilities, echo, errors."""
 
 import json
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -154,16 +153,6 @@ def test_cached_tokens_are_told_of_an_answer_the_gateway_ends_itself(world: Worl
     prompt = last["usage"]["prompt_tokens"]
     assert last["usage"]["prompt_tokens_details"]["cached_tokens"] == prompt - 1
     assert world.interaction(last["id"]).interaction.cached_tokens == prompt - 1
-
-
-def test_several_choices_reach_a_slow_reader_whole(world: World) -> None:
-    body = {"model": "entities", "prompt": "a", "n": 8, "seed": 0, "max_tokens": 200}
-    texts = [""] * 8
-    for event in events(world, "/v1/completions", body):
-        time.sleep(0.0005)
-        texts[event["choices"][0]["index"]] += event["choices"][0]["text"]
-    assert texts == [choice["text"] for choice in world.post("/v1/completions", body).json()["choices"]]
-    assert [len(text) for text in texts] == [200] * 8
 
 
 def test_an_overloaded_engine_answers_429_with_a_time_to_come_back(world: World) -> None:

@@ -6,7 +6,9 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import ValidationError
 
+from services.settings import Settings
 from tests.gateway.parts import World
 
 CHAT = "/v1/chat/completions"
@@ -93,6 +95,12 @@ def test_a_body_over_the_limit_is_refused_when_it_comes_in_chunks(world: World) 
             yield b"x" * 100_000
 
     refused(world.post(CHAT, content=chunks()), 413, "request_too_large")
+
+
+def test_the_limit_of_bodies_is_itself_limited() -> None:
+    assert Settings(max_body_bytes=32 * 2**20).max_body_bytes == 32 * 2**20
+    with pytest.raises(ValidationError, match="max_body_bytes"):
+        Settings(max_body_bytes=32 * 2**20 + 1)
 
 
 @pytest.mark.parametrize(

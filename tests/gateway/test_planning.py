@@ -36,6 +36,11 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.load(directory)
 
 
+def test_the_vocabulary_is_read_before_the_first_request(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    assert {"special_ids", "byte_level", "_control_tokens"} <= vars(Tokenizer.load(tmp_path)).keys()
+
+
 def plan(tokenizer: Tokenizer, *, text: bool = False, **fields: object) -> Plan:
     body = {"model": "entities", **({"prompt": "abc"} if text else {"messages": MESSAGES}), **fields}
     ask = (parse_text if text else parse_chat)(json.dumps(body).encode())
