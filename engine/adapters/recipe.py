@@ -23,7 +23,7 @@ REASONS = {
 }
 MAX_ALPHA = 1e9
 # Patterns come from outside. Without groups, matching one takes a module name's length to the power of its quantifiers
-# at most; with three that is about a millisecond, so there may be many names but not many of these.
+# at most; with three that is a tenth of a millisecond, so there may be many names but not many of these.
 MAX_PATTERNS, MAX_PATTERN, MAX_QUANTIFIERS = 1024, 200, 3
 NAME_LENGTH = 40
 MAX_WORK = 10 * NAME_LENGTH**MAX_QUANTIFIERS
