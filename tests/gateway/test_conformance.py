@@ -191,3 +191,13 @@ def test_a_prompt_seen_before_is_counted_as_cached(client: openai.OpenAI) -> Non
     cached = [usage.prompt_tokens_details.cached_tokens for usage in usages if usage and usage.prompt_tokens_details]
     assert cached[0] == 0
     assert (cached[1] or 0) > 100
+
+
+def test_cached_tokens_are_counted_of_an_answer_that_a_stop_string_ends(client: openai.OpenAI) -> None:
+    ask = {**ASK, "messages": [{"role": "user", "content": "another preface " * 20}], "temperature": 0}
+    letters = [letter for letter in content(client.chat.completions.create(**ask)) if letter != "\ufffd"]
+    answer = client.chat.completions.create(**ask, stop=letters[0])
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens < ask["max_tokens"]
+    assert answer.usage.prompt_tokens_details is not None
+    assert (answer.usage.prompt_tokens_details.cached_tokens or 0) > 100
