@@ -22,7 +22,7 @@ from tests.gateway.test_spool import admitted, final
 def test_a_full_spool_answers_503_until_the_shipper_makes_room_and_loses_nothing(postgres: PostgresServer) -> None:
     bulky = {
         "model": "entities", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2,
-        "whet": {"retrieved": ["x" * 100_000]},
+        "whet": {"retrieved": ["x" * 50_000]},
     }  # fmt: skip
     with make_world(postgres, WHET_SPOOL_BYTES="1000000") as world:
         world.start_engine()

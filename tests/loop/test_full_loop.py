@@ -162,11 +162,13 @@ def test_a_killed_worker_and_an_emptied_redis_leave_one_more_artefact(
 def test_a_killed_engine_fails_what_it_was_running_and_comes_back_with_the_live_adapter(
     report: Report, running: Platform
 ) -> None:
-    live = ask(running, 3)[1]
+    live, pids = ask(running, 3)[1], part_pids(running, "engine")
     with client(running) as openai:
-        chunks = openai.completions.create(model="entities", prompt="Text:", max_tokens=900, stream=True)
+        chunks = openai.completions.create(
+            model="entities", prompt="Text:", max_tokens=1900, stream=True, extra_body={"ignore_eos": True}
+        )
         next(iter(chunks))
-        for pid in part_pids(running, "engine"):
+        for pid in pids:
             os.kill(pid, signal.SIGKILL)
         with pytest.raises(APIError):
             list(chunks)
