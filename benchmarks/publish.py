@@ -66,11 +66,12 @@ def preface(runs: Sequence[Record], records: Sequence[Record]) -> str:
     host = last["machine"]
     versions = {name: text for run in runs for name, text in run["versions"].items() if text}
     listed = "; ".join(f"{TITLES[name]}: {text}" for name, text in versions.items())
-    commands = " then ".join(f"`{command}`" for command in unique(run["command"] for run in runs))
+    # A file may be continued after the code has changed: every command names the commit it ran at.
+    commands = ", then ".join(unique(f"`{run['command']}` at commit {run['commit']}" for run in runs))
     share = max((record["client_share"] for record in records if "client_share" in record), default=0.0)
     return (
         f"{host['cpus']} cores of {host['cpu']} ({', '.join(host['features'])}), {host['memory_gib']:g} GiB, "
-        f"{last['began'][:10]}, commit {last['commit']}. {listed}. {commands}. Output tokens a second over HTTP, "
+        f"{last['began'][:10]}. {listed}. {commands}. Output tokens a second over HTTP, "
         "streamed, closed loop: median (minimum to maximum) of the rounds. ÷ are ratios of medians; ✗ is a missed "
         f"goal. The client, on the same cores, took at most {100 * share:.1f} % of one core."
     )
