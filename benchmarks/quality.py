@@ -47,7 +47,7 @@ def main() -> None:
     for precision in cast(list[Precision], options.precisions.split(",")):
         try:
             figures = measure(options.model, precision, rows)
-        except (ValueError, NotImplementedError) as error:
+        except ValueError as error:
             show(precision=precision, unavailable=str(error))
             continue
         reference = reference or figures
