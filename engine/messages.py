@@ -26,6 +26,7 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 Priority = Literal["interactive", "batch"]
 SlotState = Literal["loading", "ready", "draining"]
 Pooling = Literal["last", "mean", "first", "classify"]
+Drafter = Literal["suffix", "heads"]
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,6 +68,10 @@ class Generate(msgspec.Struct, tag="generate", frozen=True, kw_only=True):
     `share` names whose fair share of the engine this request counts against (opaque; a key). `deadline_seconds` after
     its arrival the request ends as `error`/`deadline` wherever it is; 0 means never. `prompt_logprobs` asks for
     `PromptLogprobs` before the first token. KV is shared only between requests of equal adapter and `cache_salt`.
+
+    `speculator` is the digest of heads to draft with; while they are not loaded the row does without, never an error.
+    `speculate` False drafts nothing: the baseline that speed is measured against. `learn` says whether the answer joins
+    the suffix corpus of `namespace`. None of the three changes a token.
     """
 
     id: str
@@ -81,6 +86,9 @@ class Generate(msgspec.Struct, tag="generate", frozen=True, kw_only=True):
     share: str = ""
     deadline_seconds: float = 0.0
     prompt_logprobs: bool = False
+    speculator: str | None = None
+    speculate: bool = True
+    learn: bool = True
 
 
 class Pool(msgspec.Struct, tag="pool", frozen=True, kw_only=True):
@@ -123,6 +131,30 @@ class UnloadAdapter(msgspec.Struct, tag="unload_adapter", frozen=True, kw_only=T
     digest: str
 
 
+class LoadSpeculator(msgspec.Struct, tag="load_speculator", frozen=True, kw_only=True):
+    """Load heads beside those that draft, or in the place of `replaces`, whose requests go on with them."""
+
+    id: str
+    digest: str
+    path: str
+    replaces: str = ""
+
+
+class UnloadSpeculator(msgspec.Struct, tag="unload_speculator", frozen=True, kw_only=True):
+    """Stop drafting with `digest`, from the next step on; its requests go on without."""
+
+    id: str
+    digest: str
+
+
+class Learn(msgspec.Struct, tag="learn", frozen=True, kw_only=True):
+    """Add past responses, oldest first, to a namespace's suffix corpus: what an engine that starts must be told."""
+
+    id: str
+    namespace: str
+    responses: list[list[int]]
+
+
 class Forget(msgspec.Struct, tag="forget", frozen=True, kw_only=True):
     """Drop everything kept for a namespace (suffix corpora, cached KV of its salts)."""
 
@@ -139,6 +171,18 @@ class GetStatus(msgspec.Struct, tag="get_status", frozen=True, kw_only=True):
 # --- engine to client -------------------------------------------------------------------------------------
 
 
+class Draft(msgspec.Struct, frozen=True, array_like=True):
+    """One draft that a step verified: `accepted` of its `drafted` tokens came out, the first ones.
+
+    `won` is False for the lesser of two drafts verified side by side: nothing was emitted from it.
+    """
+
+    drafter: Drafter
+    drafted: int
+    accepted: int
+    won: bool = True
+
+
 class Tokens(msgspec.Struct, tag="tokens", frozen=True, kw_only=True):
     """Newly accepted tokens of one request, in order; `logprobs[i]` is the natural log of the model's own
     (temperature 1, unfiltered) probability of `token_ids[i]`."""
@@ -151,6 +195,10 @@ class Tokens(msgspec.Struct, tag="tokens", frozen=True, kw_only=True):
     top: list[list[tuple[int, float]]] = []
     # With the first token: prompt tokens found in the prefix cache. Who cancels never sees a Finished.
     cached_tokens: int = 0
+    # The steps these tokens took and the drafts verified in them. `speculator`: the digest of the heads among these.
+    steps: int = 1
+    drafts: list[Draft] = []
+    speculator: str = ""
 
 
 class PromptLogprobs(msgspec.Struct, tag="prompt_logprobs", frozen=True, kw_only=True):
@@ -199,7 +247,8 @@ class Finished(msgspec.Struct, tag="finished", frozen=True, kw_only=True):
 
 
 class Done(msgspec.Struct, tag="done", frozen=True, kw_only=True):
-    """Answer to LoadAdapter, UnloadAdapter and Forget. `error` empty means it took effect.
+    """Answer to loads, unloads, Learn and Forget. `error` empty means it took effect; `serving` is the digest that a
+    LoadSpeculator left in its slot.
 
     A load is answered when the adapter is ready to serve, an unload when its slot is free. `transient` errors (the
     file could not be read just now) say nothing about the artefact and may be tried again.
@@ -209,6 +258,7 @@ class Done(msgspec.Struct, tag="done", frozen=True, kw_only=True):
     id: str
     error: str = ""
     transient: bool = False
+    serving: str = ""
 
 
 class Slot(msgspec.Struct, frozen=True, kw_only=True):
@@ -218,6 +268,31 @@ class Slot(msgspec.Struct, frozen=True, kw_only=True):
     digest: str
     state: SlotState
     references: int
+
+
+class SpeculatorSlot(msgspec.Struct, frozen=True, kw_only=True):
+    """Heads that are loaded, and the adapter whose states they were trained on (None: the base)."""
+
+    index: int
+    digest: str
+    adapter: str | None
+    heads: int
+
+
+class Corpus(msgspec.Struct, frozen=True, kw_only=True):
+    """What the suffix drafter holds of one namespace."""
+
+    namespace: str
+    tokens: int
+    bytes: int
+
+
+class StepCost(msgspec.Struct, frozen=True, kw_only=True):
+    """Milliseconds of a step of so many tokens whose rows have so much context: what drafting is weighed with."""
+
+    tokens: int
+    context: int
+    milliseconds: float
 
 
 class Status(msgspec.Struct, tag="status", frozen=True, kw_only=True):
@@ -247,9 +322,24 @@ class Status(msgspec.Struct, tag="status", frozen=True, kw_only=True):
     # do not generate either.
     encoder: bool = False
     labels: list[str] = []
+    speculators: list[SpeculatorSlot] = []
+    speculators_total: int = 0
+    corpora: list[Corpus] = []
+    costs: list[StepCost] = []
 
 
-ToEngine = Generate | Pool | Cancel | LoadAdapter | UnloadAdapter | Forget | GetStatus
+ToEngine = (
+    Generate
+    | Pool
+    | Cancel
+    | LoadAdapter
+    | UnloadAdapter
+    | LoadSpeculator
+    | UnloadSpeculator
+    | Learn
+    | Forget
+    | GetStatus
+)
 FromEngine = Tokens | PromptLogprobs | Pooled | Finished | Done | Status
 
 encode = msgspec.msgpack.Encoder().encode
