@@ -175,6 +175,8 @@ def to_row(admitted: Admitted, final: Final) -> dict[str, object]:
         "origin": "live",
         "arm": "active",
         "speculator_digest": None,
+        "speculated": True,
+        "speculation": None,
         "worked_examples": [],
         "spool_version": row.pop("version"),
         "started_at": _moment(admitted.started_at),

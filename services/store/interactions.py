@@ -21,6 +21,8 @@ DOCUMENTS = frozenset(
     for column in table.columns
     if column.type.__class__.__name__ == "JSONB"
 )
+# Documents that may be absent: SQL's NULL then, never JSON's.
+OPTIONAL = frozenset(column.name for column in Interaction.__table__.columns if column.nullable)
 
 
 class Logged(NamedTuple):
@@ -100,4 +102,6 @@ def _land_table(
 
 def _field(name: str, value: object) -> object:
     """Text form of documents, so that one that is no JSON fails in Postgres and not as a mistyped column."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False) if name in DOCUMENTS else value
+    if name not in DOCUMENTS or (value is None and name in OPTIONAL):
+        return value
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)

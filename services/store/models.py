@@ -135,6 +135,10 @@ class Interaction(Base):
     cached_tokens: Mapped[int]
     drafted_tokens: Mapped[int]
     accepted_tokens: Mapped[int]
+    # False: served without drafting, as one of the sampled baseline.
+    speculated: Mapped[bool] = mapped_column(default=True, server_default="true")
+    # Steps, and per drafter what was tried and accepted at each position; NULL when nothing was drafted.
+    speculation: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
     ttft_ms: Mapped[float | None]
     latency_ms: Mapped[float | None]
     longest_gap_ms: Mapped[float | None]
@@ -346,9 +350,9 @@ class Run(Base):
     __table_args__ = (
         one_of("kind", "sft", "dpo", "kto", "speculator"),
         one_of("state", *RUN_STATES),
-        # Never two unfinished runs of one project.
+        # Never two unfinished runs of one project, its speculator's counted apart.
         Index(
-            "uq_run_unfinished", "project_id", unique=True,
+            "uq_run_unfinished", "project_id", text("(kind = 'speculator')"), unique=True,
             postgresql_where=text("state IN ('queued', 'running')"),
         ),
         Index(None, "project_id", "created_at"),
@@ -417,7 +421,10 @@ class EvaluationRow(Base):
 
 
 class Deployment(Base):
-    """Which digests a project serves now; changed by compare-and-set on `generation`. NULL active is the base."""
+    """Which digests a project serves now; changed by compare-and-set on `generation`.
+
+    NULL active is the base; NULL speculator is the suffix drafter, which needs no artefact.
+    """
 
     __tablename__ = "deployment"
     project_id: Mapped[UUID] = mapped_column(ForeignKey("project.id", ondelete="CASCADE"), primary_key=True)
@@ -427,6 +434,9 @@ class Deployment(Base):
     canary_share: Mapped[float] = mapped_column(default=0.0, server_default="0")
     last_good_digest: Mapped[str | None] = mapped_column(ForeignKey("artifact.digest"))
     speculator_digest: Mapped[str | None] = mapped_column(ForeignKey("artifact.digest"))
+    speculator_canary_digest: Mapped[str | None] = mapped_column(ForeignKey("artifact.digest"))
+    speculator_share: Mapped[float] = mapped_column(default=0.0, server_default="0")
+    speculator_last_good_digest: Mapped[str | None] = mapped_column(ForeignKey("artifact.digest"))
     frozen: Mapped[bool] = mapped_column(default=False, server_default="false")
     updated_at: Mapped[Now]
 

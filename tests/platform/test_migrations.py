@@ -6,11 +6,13 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
 
 from migrations.run import downgrade, upgrade
 from services.platform.postgres import PostgresServer
-from services.store.base import Base, Sessions, uuid7
-from services.store.models import Job, Project
+from services.store import partitions
+from services.store.base import Base, Sessions, make_sessions, uuid7
+from services.store.models import Job, Project, Run
 
 # What Alembic's comparison passes over: CHECK constraints, index definitions, defaults, partitioning.
 SCHEMA = text("""
@@ -23,6 +25,11 @@ SCHEMA = text("""
     FROM information_schema.columns WHERE table_name = ANY(:tables)
     UNION ALL
     SELECT 'partitioned', partrelid::regclass::text, '', pg_get_partkeydef(partrelid) FROM pg_partitioned_table
+""")
+COLUMNS = text("""
+    SELECT table_name, string_agg(concat_ws(' ', column_name, udt_name, is_nullable, column_default), ', '
+        ORDER BY column_name) FROM information_schema.columns WHERE table_name ~ '^interaction(_\\d{4}_\\d\\d)?$'
+    GROUP BY table_name
 """)
 
 
@@ -94,3 +101,44 @@ def test_new_projects_and_jobs_ring_their_bells(sessions: Sessions, database_url
 def test_judgements_and_audit_rows_cannot_be_changed(sessions: Sessions, table: str, statement: str) -> None:
     with pytest.raises(IntegrityError, match=f"{table} is append-only"), sessions.begin() as session:
         session.execute(text(statement.format(table)))
+
+
+def test_going_back_ends_the_speculators_run_and_keeps_the_adapters(postgres: PostgresServer) -> None:
+    url = postgres.create_database("test_one_revision_back")
+    engine = create_engine(url)
+    try:
+        upgrade(url)
+        with Session(engine) as session, session.begin():
+            project = Project(slug="support", name="Support")
+            session.add(project)
+            session.flush()
+            for kind in ("sft", "speculator"):
+                session.add(Run(project_id=project.id, kind=kind, params={}, created_by="me"))
+        downgrade(url, "2026_11_21_initial")
+        with engine.connect() as connection:
+            states = {row.kind: row.state for row in connection.execute(text("SELECT kind, state FROM run"))}
+        assert states == {"sft": "queued", "speculator": "cancelled"}
+        upgrade(url)
+    finally:
+        engine.dispose()
+        postgres.drop_database("test_one_revision_back")
+
+
+def test_partitions_of_before_and_after_take_the_same_rows(postgres: PostgresServer) -> None:
+    """A partition made before the migration gets the new columns; one made after it is attached like the others."""
+    url = postgres.create_database("test_old_partitions")
+    sessions = make_sessions(url)
+    try:
+        upgrade(url, "2026_11_21_initial")
+        with sessions.begin() as session:
+            partitions.ensure(session, 0)
+        upgrade(url)
+        with sessions.begin() as session:
+            assert partitions.ensure(session, 40)
+        with sessions() as session:
+            columns = session.execute(COLUMNS).all()
+    finally:
+        sessions.kw["bind"].dispose()
+        postgres.drop_database("test_old_partitions")
+    assert len({name for name, _ in columns}) >= 3
+    assert len({described for _, described in columns}) == 1
