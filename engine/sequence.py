@@ -38,6 +38,10 @@ class Sequence:
     # What constrains the answer (set by the core) and what edits its logits (made by the runner): see runner/sampling.
     grammar: object | None = None
     penalties: object | None = None
+    # What drafts for it, and what its drafts came to: see speculation/drafting.
+    speculation: object | None = None
+    drafted: int = 0
+    accepted: int = 0
     # A request for a vector: what it asked for and, while it runs, what makes the vector.
     pool: Pool | None = None
     pooler: object | None = None
@@ -110,6 +114,8 @@ class Sequence:
             prompt_tokens=len(self.request.prompt),
             completion_tokens=self.produced,
             cached_tokens=self.cached_tokens,
+            drafted_tokens=self.drafted,
+            accepted_tokens=self.accepted,
             queue_seconds=(self.started or now) - self.arrived,
             first_token_seconds=(self.first_token or now) - self.arrived,
             total_seconds=now - self.arrived,

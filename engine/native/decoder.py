@@ -101,14 +101,13 @@ class NativeDecoder:
         """
         token_ids: list[int] = []
         starts, lengths, slots, tables = [], [], [], []
-        for sequence, length in rows:
-            start, table = sequence.computed, sequence.table
-            assert table is not None, "scheduled sequences hold blocks"
-            token_ids += sequence.tokens[start : start + length]
-            starts.append(start)
-            lengths.append(length)
+        for row in rows:
+            sequence = row.sequence
+            token_ids += row.tokens
+            starts.append(sequence.computed)
+            lengths.append(row.length)
             slots.append(sequence.slot)
-            tables.append(table.__array_interface__["data"][0])
+            tables.append(row.table.__array_interface__["data"][0])
         if sum(lengths) != len(token_ids) or len(token_ids) > self.tokens:
             raise ValueError(f"a step computes up to {self.tokens} tokens that its sequences have, not {sum(lengths)}")
         count, longs = len(rows), np.array(token_ids + tables, dtype=np.int64)

@@ -96,11 +96,10 @@ class TorchForward:
         device, size = self.device, self.cache.block_size
         tokens: list[int] = []
         positions, slots, spans = [], [], []
-        for sequence, length in rows:
-            start, table = sequence.computed, sequence.table
-            assert table is not None, "scheduled sequences hold blocks"
+        for row in rows:
+            start, length, table = row.sequence.computed, row.length, row.table
             spans.append(Span(len(tokens), start, length, table))
-            tokens += sequence.tokens[start : start + length]
+            tokens += row.tokens
             places = np.arange(start, start + length)
             positions.append(places)
             slots.append(table[places // size] * size + places % size)

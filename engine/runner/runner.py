@@ -33,8 +33,10 @@ class PromptChunk(NamedTuple):
 class StepOutput:
     """Rows in the order they were computed, the sampled tokens of those that sample, and the head's input for them.
 
-    `pooled` holds the head's input [tokens, E] of this step's rows that were asked for a vector; `prompt` what rows
-    that want their prompt scored learnt in this step. Tensors are valid until the next step.
+    A row that samples has one place behind its sequence's last token and one behind each drafted token, in order: so
+    many entries of `sampled` and of `hidden_RE` are its own. `pooled` holds the head's input [tokens, E] of this step's
+    rows that were asked for a vector; `prompt` what rows that want their prompt scored learnt in this step. Tensors are
+    valid until the next step.
     """
 
     rows: list[Row]
@@ -57,11 +59,13 @@ class Runner:
         ordered = sorted(rows, key=_order)
         if any(_wants_all(row.sequence) for row in ordered):
             return self._step_with_states(ordered)
-        take, drawn, end = [], [], -1
+        take: list[int] = []
+        drawn: list[Row] = []
+        end = 0
         for row in ordered:
             end += row.length
             if row.samples:
-                take.append(end)
+                take.extend(range(end - 1 - len(row.drafted), end))
                 drawn.append(row)
         heads = self.forward.run(ordered, take, logits=bool(drawn))
         return StepOutput(ordered, draw(drawn, heads.logits_RV, self._sample) if drawn else NOTHING, heads.hidden_RE)
@@ -75,7 +79,9 @@ class Runner:
         """The same for steps in which some row wants more than its last token: states first, logits afterwards."""
         hidden_TE = self.hidden(ordered)
         output = StepOutput(ordered, NOTHING, hidden_TE)
-        ends, drawn, offset = [], [], 0
+        ends: list[int] = []
+        drawn: list[Row] = []
+        offset = 0
         for row in ordered:
             states = hidden_TE[offset : offset + row.length]
             offset += row.length
@@ -85,11 +91,11 @@ class Runner:
             if row.sequence.request.prompt_logprobs and not row.sequence.produced:
                 output.prompt[row.sequence] = self._score(row, states)
             if row.samples:
-                ends.append(offset - 1)
+                ends.extend(range(offset - 1 - len(row.drafted), offset))
                 drawn.append(row)
         output.hidden_RE = hidden_TE[ends]
         if drawn:
-            slots = [row.sequence.slot for row in drawn]
+            slots = [row.sequence.slot for row in drawn for _ in range(1 + len(row.drafted))]
             output.sampled = draw(drawn, self.forward.logits(output.hidden_RE, slots), self._sample)
         return output
 

@@ -1,4 +1,4 @@
-"""The next token of every row that reached its end.
+"""The next token of every row that reached its end, and of every place behind a token it drafted.
 
 Three layers: what is reported comes from the model's own logits; edits (bias, penalties, early stops, grammar) change a
 copy of them; `sample` draws from the result. Rows that need no edits pay for none. A row may be asked about a position
@@ -49,8 +49,12 @@ class Place(NamedTuple):
 
 
 def draw(rows: Rows[Row], logits_RV: torch.Tensor, sample: Sampler = sample) -> Sampled:
-    """One token per row from its logits, in the order of the rows."""
-    return draw_at([Place(row.sequence) for row in rows], logits_RV, sample)
+    """Tokens for each row's places, in the order of the rows: behind its own tokens, then behind each drafted one."""
+    places = []
+    for row in rows:
+        places.append(Place(row.sequence))
+        places += [Place(row.sequence, row.drafted[: count + 1]) for count in range(len(row.drafted))]
+    return draw_at(places, logits_RV, sample)
 
 
 def draw_at(places: Rows[Place], logits_RV: torch.Tensor, sample: Sampler = sample) -> Sampled:

@@ -128,8 +128,4 @@ def _multiple(value: int, of: int) -> int:
 
 def piece_of(row: Row) -> Piece:
     """What a scheduled row computes."""
-    sequence, table = row.sequence, row.sequence.table
-    assert table is not None, "scheduled sequences hold blocks"
-    return Piece(
-        sequence.tokens[sequence.computed : sequence.computed + row.length], sequence.computed, table, sequence.slot
-    )
+    return Piece(row.tokens, row.sequence.computed, row.table, row.sequence.slot)

@@ -12,6 +12,7 @@ from collections.abc import Sequence as Rows
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.memory.blocks import BlockPool
 from engine.memory.prefix import Node, PrefixCache
@@ -25,16 +26,46 @@ MOST_HELD = 32
 
 
 class Row(NamedTuple):
-    """`length` tokens of a sequence, starting with the first that is not cached."""
+    """`length` tokens of a sequence, starting with the first that is not cached; the last of them may be `drafted`.
+
+    `branch` holds the blocks of a second draft of the same sequence, in place of its own table.
+    """
 
     sequence: Sequence
     length: int
+    drafted: tuple[int, ...] = ()
+    branch: NDArray[np.int64] | None = None
 
     @property
     def samples(self) -> bool:
         """Whether this row reaches the sequence's last token, so that the next one is drawn."""
         sequence = self.sequence
-        return self.length == len(sequence.tokens) - sequence.computed and sequence.pool is None
+        return self.length - len(self.drafted) == len(sequence.tokens) - sequence.computed and sequence.pool is None
+
+    @property
+    def tokens(self) -> list[int]:
+        """What is computed, in order."""
+        start = self.sequence.computed
+        return [*self.sequence.tokens[start : start + self.length], *self.drafted]
+
+    @property
+    def table(self) -> NDArray[np.int64]:
+        """Block numbers by position."""
+        table = self.sequence.table if self.branch is None else self.branch
+        assert table is not None, "scheduled sequences hold blocks"
+        return table
+
+
+class Branch(NamedTuple):
+    """Blocks of a sequence's second draft: its table, and the fresh blocks that stand in it from index `first` on.
+
+    The first of them begins as a copy of the sequence's own block `copied`, where that is partly filled.
+    """
+
+    table: NDArray[np.int64]
+    blocks: list[int]
+    first: int
+    copied: int | None
 
 
 class Scheduler:
@@ -105,13 +136,55 @@ class Scheduler:
             budget -= length
         return rows
 
-    def advance(self, rows: Rows[Row]) -> None:
-        """The rows were computed: their keys and values are in place, and full blocks can be found by others."""
+    def stretch(self, sequence: Sequence, drafted: int) -> int:
+        """How many drafted tokens there is room for behind a running sequence's own; takes free blocks, never others'."""
         size = self.pool.block_size
-        for sequence, length in rows:
-            sequence.computed += length
-            if sequence.root is not None and sequence.computed >= (sequence.chained + 1) * size:
-                self._chain(sequence)
+        wanted = self.pool.needed(len(sequence.tokens) + drafted) - len(sequence.blocks)
+        # Everybody running may want a block for its next token, which goes before anybody's draft.
+        wanted = min(wanted, max(0, self.pool.free - len(self.running)))
+        if wanted > 0:
+            self._give(sequence, self._take(wanted))
+        return min(drafted, len(sequence.blocks) * size - len(sequence.tokens))
+
+    def fork(self, sequence: Sequence, length: int) -> Branch | None:
+        """Blocks for `length` tokens computed beside a running sequence's own; None when there are none to spare."""
+        assert sequence.table is not None, "only running sequences draft"
+        size = self.pool.block_size
+        first = sequence.computed // size
+        count = self.pool.needed(sequence.computed + length) - first
+        if count > self.pool.free - len(self.running) or first + count > len(sequence.table):
+            return None
+        table = sequence.table.copy()
+        blocks = self._take(count)
+        table[first : first + count] = blocks
+        return Branch(table, blocks, first, sequence.blocks[first] if sequence.computed % size else None)
+
+    def adopt(self, sequence: Sequence, branch: Branch) -> None:
+        """Go on with a branch: its blocks take the place of the sequence's own."""
+        old = sequence.blocks[branch.first :]
+        del sequence.blocks[branch.first :]
+        self._give(sequence, branch.blocks)
+        self.pool.give_back(old)
+
+    def prune(self, branch: Branch | None) -> None:
+        """Let go of a branch that nobody goes on with."""
+        if branch is not None:
+            self.pool.give_back(branch.blocks)
+
+    def advance(self, rows: Rows[Row]) -> None:
+        """The rows were computed: their keys and values are in place, and full blocks can be found by others.
+
+        Drafted tokens are not counted: `keep` does that for those that were accepted.
+        """
+        for sequence, length, drafted, branch in rows:
+            if branch is None:
+                self.keep(sequence, length - len(drafted))
+
+    def keep(self, sequence: Sequence, count: int) -> None:
+        """The next `count` of a sequence's tokens have their keys and values in place."""
+        sequence.computed += count
+        if sequence.root is not None and sequence.computed >= (sequence.chained + 1) * self.pool.block_size:
+            self._chain(sequence)
 
     def distrust(self, sequence: Sequence) -> None:
         """Let nobody find what this sequence may have computed: its numbers turned out not to be finite."""
