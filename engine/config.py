@@ -10,6 +10,7 @@ Precision = Literal["auto", "fp32", "bf16", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
 NUMBERS = (
     "threads", "kv_tokens", "max_context", "max_running", "max_waiting", "step_tokens", "adapter_slots", "adapter_rank",
+    "speculator_slots", "speculator_heads", "speculator_vocabulary", "suffix_tokens",
 )  # fmt: skip
 
 
@@ -20,6 +21,8 @@ class EngineConfig:
     `kv_tokens` is what the KV cache holds over all sequences; `step_tokens` what one step computes at most;
     `max_waiting` how many requests may wait or run before new ones are answered `overloaded`. `pack` and `native`
     switch the fast CPU paths off, for comparison; `int8` keeps weights in eight bits and computes in bf16.
+    Speculators have up to `speculator_heads` heads over `speculator_vocabulary` token ids; `suffix_tokens` is how many
+    tokens of past answers are kept for each namespace.
     """
 
     model: Path
@@ -38,6 +41,11 @@ class EngineConfig:
     pack: bool = True
     native: bool = True
     prefix_cache: bool = True
+    speculation: bool = True
+    speculator_slots: int = 4
+    speculator_heads: int = 8
+    speculator_vocabulary: int = 4096
+    suffix_tokens: int = 1 << 20
 
     def __post_init__(self) -> None:
         _require(self.kv_tokens >= 256, "--kv-tokens must be at least 256")
@@ -46,6 +54,10 @@ class EngineConfig:
         _require(self.step_tokens >= 16, "--step-tokens must be at least 16")
         _require(self.adapter_slots >= 2, "--adapter-slots must be at least 2: one serves while the other loads")
         _require(self.adapter_rank >= 1, "--adapter-rank must be at least 1")
+        _require(self.speculator_slots >= 1, "--speculator-slots must be at least 1; --no-speculation drafts nothing")
+        _require(self.speculator_heads >= 1, "--speculator-heads must be at least 1")
+        _require(self.speculator_vocabulary >= 16, "--speculator-vocabulary must be at least 16")
+        _require(self.suffix_tokens >= 1024, "--suffix-tokens must be at least 1024")
         _require(self.max_context >= 0 and self.threads >= 0, "--max-context and --threads must not be negative")
 
 
@@ -63,6 +75,9 @@ def parse(arguments: Sequence[str] | None = None) -> EngineConfig:
     parser.add_argument("--no-native", dest="native", action="store_false", help="run on torch's kernels only")
     parser.add_argument(
         "--no-prefix-cache", dest="prefix_cache", action="store_false", help="compute every prompt from its beginning"
+    )
+    parser.add_argument(
+        "--no-speculation", dest="speculation", action="store_false", help="draft no tokens, one token a step"
     )
     values = vars(parser.parse_args(arguments))
     try:

@@ -99,15 +99,15 @@ def json_object(raw: bytes, name: str) -> dict[str, Any]:
     return value
 
 
-def header(raw: bytes) -> dict[str, dict[str, Any]]:
-    """The safetensors header: tensor name to dtype, shape and offsets."""
+def header(raw: bytes, name: str = WEIGHTS) -> dict[str, dict[str, Any]]:
+    """The safetensors header: tensor name to dtype, shape and offsets; `name` is for the complaint."""
     if len(raw) < 8:
-        raise AdapterRefused(f"{WEIGHTS} is truncated")
+        raise AdapterRefused(f"{name} is truncated")
     (length,) = struct.unpack("<Q", raw[:8])
     if length > MAX_HEADER_BYTES or length > len(raw) - 8:
-        raise AdapterRefused(f"{WEIGHTS} is truncated or not a safetensors file")
-    entries = json_object(raw[8 : 8 + length], f"the header of {WEIGHTS}")
+        raise AdapterRefused(f"{name} is truncated or not a safetensors file")
+    entries = json_object(raw[8 : 8 + length], f"the header of {name}")
     entries.pop("__metadata__", None)
     if not all(isinstance(entry, dict) for entry in entries.values()):
-        raise AdapterRefused(f"the header of {WEIGHTS} is malformed")
+        raise AdapterRefused(f"the header of {name} is malformed")
     return entries

@@ -129,7 +129,7 @@ class AdapterManager:
                 error, broken = failure, True
         del self._loads[digest]
         for answer in load.answers:
-            answer(_sentence(error), broken or (error is not None and momentary(error)))
+            answer(sentence(error), broken or (error is not None and momentary(error)))
         return True
 
     def _can_end(self, digest: str, load: Load) -> bool:
@@ -163,7 +163,7 @@ class AdapterManager:
                 answer("")
 
 
-def _sentence(error: BaseException | None) -> str:
+def sentence(error: BaseException | None) -> str:
     """What is answered. It may quote the artefact, whose JSON can hold what no message can: half a surrogate pair."""
     if error is None:
         return ""

@@ -80,15 +80,8 @@ def sample(logits_RV: torch.Tensor, draws: Sequence[Draw]) -> Sampled:
 
 def _noisy(logits_RV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     device = logits_RV.device
-    temperatures = torch.tensor([draw.sampling.temperature for draw in draws], device=device)
-    # A tiny temperature would overflow to infinity; relative to the best logit it only underflows, which is right.
-    scaled_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)) / temperatures[:, None].clamp_min(1e-6)
-    floor_R1 = torch.tensor([[_min_p_floor(draw.sampling.min_p)] for draw in draws], device=device)
-    if any(draw.sampling.top_k > 0 for draw in draws):
-        floor_R1 = torch.maximum(floor_R1, _top_k_floor(scaled_RV, [draw.sampling.top_k for draw in draws]))
-    if any(draw.sampling.top_p < 1 for draw in draws):
-        floor_R1 = torch.maximum(floor_R1, _top_p_floor(scaled_RV, floor_R1, [draw.sampling.top_p for draw in draws]))
-    keys_R = torch.tensor([_row_key(draw) for draw in draws], device=device)
+    scaled_RV, floor_R1 = scaled(logits_RV, draws)
+    keys_R = row_keys(draws, device)
     # Flat indices throughout: torch's two-dimensional fancy indexing is ten times slower here.
     flat_N = torch.nonzero((scaled_RV >= floor_R1).view(-1)).squeeze(1)
     rows_N = flat_N // scaled_RV.shape[1]
@@ -96,6 +89,31 @@ def _noisy(logits_RV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     perturbed_RV = torch.full(scaled_RV.shape, float("-inf"), dtype=torch.float64, device=device)
     perturbed_RV.view(-1).index_copy_(0, flat_N, scaled_RV.view(-1).index_select(0, flat_N).double() + noise_N)
     return perturbed_RV.argmax(-1)
+
+
+def scaled(
+    logits_RV: torch.Tensor, draws: Sequence[Draw], lowest: float = -NOISE_RANGE
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits relative to the row's best, over its temperature, and the floor [R, 1] of those that may be drawn.
+
+    Temperature, min-p, top-k and top-p are in it; nothing below `lowest` may be drawn either. fp32.
+    """
+    temperatures = torch.tensor([draw.sampling.temperature for draw in draws], device=logits_RV.device)
+    # A tiny temperature would overflow to infinity; relative to the best logit it only underflows, which is right.
+    scaled_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)) / temperatures[:, None].clamp_min(1e-6)
+    floor_R1 = torch.tensor(
+        [[max(lowest, _min_p_floor(draw.sampling.min_p))] for draw in draws], device=logits_RV.device
+    )
+    if any(draw.sampling.top_k > 0 for draw in draws):
+        floor_R1 = torch.maximum(floor_R1, _top_k_floor(scaled_RV, [draw.sampling.top_k for draw in draws]))
+    if any(draw.sampling.top_p < 1 for draw in draws):
+        floor_R1 = torch.maximum(floor_R1, _top_p_floor(scaled_RV, floor_R1, [draw.sampling.top_p for draw in draws]))
+    return scaled_RV, floor_R1
+
+
+def row_keys(draws: Sequence[Draw], device: torch.device) -> torch.Tensor:
+    """[R] what `gumbel` mixes with the token ids, for each row's request, choice and position."""
+    return torch.tensor([_row_key(draw) for draw in draws], device=device)
 
 
 def _min_p_floor(min_p: float) -> float:
