@@ -16,11 +16,12 @@ from itertools import count
 import torch
 
 from engine.adapters.loading import AdapterReader
-from engine.adapters.manager import AdapterManager, Answer
+from engine.adapters.manager import AdapterManager
 from engine.adapters.slots import AdapterSlots
 from engine.config import EngineConfig
 from engine.digest import base_digest
 from engine.grammar.workshop import GrammarWorkshop
+from engine.layers.sampler import Fault
 from engine.memory.blocks import BlockPool
 from engine.memory.prefix import PrefixCache
 from engine.messages import (
@@ -31,13 +32,16 @@ from engine.messages import (
     Forget,
     FromEngine,
     Generate,
+    Learn,
     LoadAdapter,
+    LoadSpeculator,
     Pool,
     Pooled,
     PromptLogprobs,
     Status,
     Tokens,
     UnloadAdapter,
+    UnloadSpeculator,
 )
 from engine.models.registry import read_spec
 from engine.runner.build import build_forward
@@ -50,6 +54,9 @@ from engine.scheduling.deadlines import Deadlines
 from engine.scheduling.parking import Parking
 from engine.scheduling.scheduler import Row, Scheduler
 from engine.sequence import Sequence, as_generate
+from engine.speculation.drafting import make_drafting
+from engine.speculation.manager import LoadAnswer
+from engine.speculation.verify import Verified, verify
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -78,6 +85,7 @@ class Engine:
         reader = AdapterReader(config.artifacts.absolute(), self.base, spec, config.adapter_rank, self.forward.dtype)
         slots = AdapterSlots(self.forward, config.adapter_slots, config.adapter_rank)
         self.adapters = AdapterManager(reader, slots, wake)
+        self.drafting = make_drafting(config, self.runner, self.scheduler, self.base, self.max_context, wake)
         self.admission = Admission(config, spec, self.max_context)
         self._grammars = GrammarWorkshop(config.model, spec.vocab_size, wake)
         self._deadlines = Deadlines()
@@ -91,7 +99,9 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether a step has something to do: to compute, or to settle what the last request to end made possible."""
-        return bool(self.scheduler.running or self.scheduler.waiting) or self.adapters.restless
+        return (
+            bool(self.scheduler.running or self.scheduler.waiting) or self.adapters.restless or self.drafting.restless
+        )
 
     @property
     def in_flight(self) -> int:
@@ -129,6 +139,7 @@ class Engine:
         """Drop what is cached of a namespace; answered with Done."""
         if self.scheduler.prefix is not None:
             self.scheduler.prefix.forget(message.namespace)
+        self.drafting.forget(message.namespace)
         self.outbox.append((client, Done(epoch=self.epoch, id=message.id)))
 
     def load_adapter(self, client: bytes, message: LoadAdapter) -> None:
@@ -139,16 +150,32 @@ class Engine:
         """Answered with Done when the slot is free."""
         self.adapters.unload(message.digest, self._answer(client, message.id))
 
+    def load_speculator(self, client: bytes, message: LoadSpeculator) -> None:
+        """Answered with Done when the heads draft, or why they do not."""
+        answer = self._answer(client, message.id)
+        self.drafting.speculators.load(message.digest, message.path, message.replaces, answer)
+
+    def unload_speculator(self, client: bytes, message: UnloadSpeculator) -> None:
+        """Answered with Done; nothing drafts with it from the next step on."""
+        self.drafting.speculators.unload(message.digest, self._answer(client, message.id))
+
+    def learn(self, client: bytes, message: Learn) -> None:
+        """Past responses join a namespace's suffix corpus; answered with Done when all have."""
+        self.drafting.study(message.namespace, message.responses, self._answer(client, message.id))
+
     def step(self) -> bool:
         """Let in who need not wait any more, then compute one batch. False when there was nothing to compute."""
         rows: list[Row] = []
         try:
             self._settle()
+            began = time.perf_counter()
             rows = self.scheduler.schedule()
             if not rows:
                 return False
-            self._clear()
+            rows = self.drafting.plan(rows, self.config.step_tokens)
+            self._prepare()
             self._apply(self.runner.step(rows))
+            self.drafting.timed(rows, time.perf_counter() - began)
         except Exception as error:
             # A step that fails must not take the engine down: its rows get an answer, the others go on. When it failed
             # before there were rows nobody knows who is to blame, and the next step would fail like it: all end.
@@ -182,11 +209,16 @@ class Engine:
             uptime_seconds=time.monotonic() - self._born,
             pid=os.getpid(),
             labels=list(self.forward.spec.labels),
+            speculators=self.drafting.speculators.table(),
+            speculators_total=self.drafting.speculators.total,
+            corpora=self.drafting.corpora.status(),
+            costs=self.drafting.costs.report(),
         )
 
     def close(self) -> None:
         """Stop the threads. What is in flight is simply gone: the epoch tells clients."""
         self.adapters.close()
+        self.drafting.close()
         self._grammars.close()
         self.forward.close()
 
@@ -232,6 +264,7 @@ class Engine:
         for digest in self.adapters.settle():
             for sequence in self._parking.release(digest):
                 self._start(sequence)
+        self.drafting.prepare()
         if self._deadlines.next is not None:
             for sequence in self._deadlines.due(time.perf_counter()):
                 self._end(sequence, "error", "deadline", "the request's deadline passed before it was finished")
@@ -259,49 +292,87 @@ class Engine:
 
     def _apply(self, output: StepOutput) -> None:
         """Account for what was computed and hand out the new tokens."""
-        drawn = [row.sequence for row in output.rows if row.samples]
         starts = {sequence: sequence.computed for sequence in (*output.pooled, *output.prompt)}
+        verified = self.drafting.choose(verify(output.rows, output.sampled))
         self.scheduler.advance(output.rows)
         for sequence, chunk in output.prompt.items():
             sequence.learn(starts[sequence], chunk.logprobs, chunk.top)
-        for sequence, token, logprob, top, fault in zip(drawn, *output.sampled, strict=True):
-            if fault is None and not all(map(math.isfinite, sequence.scores)):
+        for each in verified:
+            fault = output.sampled.faults[each.first]
+            if fault is None and not all(map(math.isfinite, each.row.sequence.scores)):
                 fault = NOT_FINITE
             if fault is not None:
-                if fault is NOT_FINITE:
-                    self.scheduler.distrust(sequence)
-                self._end(sequence, "error", fault.code, fault.reason)
+                self._fail(each.row.sequence, fault)
             else:
-                self._give(sequence, token, logprob, top)
+                self._give(each, output)
+        self.drafting.remember(verified, output.hidden_RE)
         for sequence, hidden_TE in output.pooled.items():
             self._pool(sequence, hidden_TE, starts[sequence])
 
-    def _clear(self) -> None:
+    def _prepare(self) -> None:
         """What a block's last holder left must not reach the next one, even through masked places: 0 x NaN is NaN."""
         if self.scheduler.fresh:
             self.forward.clear(self.scheduler.fresh)
             self.scheduler.fresh = []
+        if self.scheduler.copies:
+            self.forward.copy(self.scheduler.copies)
+            self.scheduler.copies = []
 
-    def _give(self, sequence: Sequence, token: int, logprob: float, top: list[tuple[int, float]]) -> None:
-        """Accept a token, send it, and end the sequence it completes."""
+    def _give(self, verified: Verified, output: StepOutput) -> None:
+        """Accept the tokens that came out, send them, and end the sequence they complete."""
+        sequence = verified.row.sequence
         request = sequence.request
         if request.prompt_logprobs and not sequence.produced:
             scored = PromptLogprobs(epoch=self.epoch, id=request.id, logprobs=sequence.scores, top=sequence.ranked)
             self.outbox.append((sequence.client, scored))
-        self._generated += 1
-        reason = sequence.accept(token, logprob)
-        ranked = [top] if request.sampling.top_logprobs else []
-        cached = sequence.cached_tokens if sequence.produced == 1 else 0
+        cached = 0 if sequence.produced else sequence.cached_tokens
+        reason, fault, count = self._accept(verified, output)
+        taken = slice(verified.first, verified.first + count)
+        tokens = output.sampled.token_ids[taken]
+        drafts, speculator = self.drafting.settle(verified, tokens)
+        self._generated += count
         message = Tokens(
-            epoch=self.epoch, id=request.id, token_ids=[token], logprobs=[logprob], top=ranked, cached_tokens=cached
+            epoch=self.epoch,
+            id=request.id,
+            token_ids=tokens,
+            logprobs=output.sampled.logprobs[taken],
+            top=list(output.sampled.top[taken]) if request.sampling.top_logprobs else [],
+            cached_tokens=cached,
+            drafts=drafts,
+            speculator=speculator,
         )
         self.outbox.append((sequence.client, message))
-        accepted(sequence, token)
-        self.scheduler.waiting.charge(sequence, 1)
-        if complete(sequence):
-            reason = "stop"
-        if reason is not None:
+        self.scheduler.waiting.charge(sequence, count)
+        self.scheduler.keep(sequence, min(count, verified.accepted))
+        if fault is not None:
+            self._fail(sequence, fault)
+        elif reason is not None:
             self._end(sequence, reason)
+
+    def _accept(self, verified: Verified, output: StepOutput) -> tuple[FinishReason | None, Fault | None, int]:
+        """Take over the tokens in order, as if each had had a step of its own: what ends the sequence, and how many.
+
+        What stands behind a token that ends it is dropped; a later place's fault ends it after the tokens before it.
+        """
+        sequence, sampled = verified.row.sequence, output.sampled
+        for done in range(1 + verified.accepted):
+            place = verified.first + done
+            fault = sampled.faults[place]
+            if fault is not None:
+                return None, fault, done
+            reason = sequence.accept(sampled.token_ids[place], sampled.logprobs[place])
+            accepted(sequence, sampled.token_ids[place])
+            if complete(sequence):
+                reason = "stop"
+            if reason is not None:
+                return reason, None, done + 1
+        return None, None, 1 + verified.accepted
+
+    def _fail(self, sequence: Sequence, fault: Fault) -> None:
+        """End a sequence that has no next token; nobody may find what it computed if that is not finite."""
+        if fault is NOT_FINITE:
+            self.scheduler.distrust(sequence)
+        self._end(sequence, "error", fault.code, fault.reason)
 
     def _pool(self, sequence: Sequence, hidden_TE: torch.Tensor, start: int) -> None:
         """Take the states of a chunk, and answer after the last one."""
@@ -327,6 +398,7 @@ class Engine:
         assert not sequence.ended, "a request has one ending"
         sequence.ended = True
         del self._sequences[sequence.client, sequence.request.id]
+        self.drafting.end(sequence, learn=isinstance(ending, Finished) and ending.reason in ("stop", "length"))
         self.scheduler.remove(sequence)
         self.admission.leave(sequence)
         self._deadlines.leave(sequence)
@@ -336,9 +408,9 @@ class Engine:
             self.adapters.slots.release(sequence.request.adapter)
         self.outbox.append((sequence.client, ending))
 
-    def _answer(self, client: bytes, request_id: str) -> Answer:
-        def answer(error: str, transient: bool = False) -> None:
-            done = Done(epoch=self.epoch, id=request_id, error=error, transient=transient)
+    def _answer(self, client: bytes, request_id: str) -> LoadAnswer:
+        def answer(error: str, transient: bool = False, serving: str = "") -> None:
+            done = Done(epoch=self.epoch, id=request_id, error=error, transient=transient, serving=serving)
             self.outbox.append((client, done))
 
         return answer

@@ -24,11 +24,14 @@ from engine.messages import (
     Forget,
     FromEngine,
     Generate,
+    Learn,
     LoadAdapter,
+    LoadSpeculator,
     Pool,
     Pooled,
     Status,
     UnloadAdapter,
+    UnloadSpeculator,
 )
 from engine.models.encoder import Encoder, Prompt
 from engine.models.encoder_spec import EncoderSpec
@@ -117,6 +120,18 @@ class EncoderEngine:
 
     def unload_adapter(self, client: bytes, message: UnloadAdapter) -> None:
         """None is ever loaded, so it is done."""
+        self._done(client, message.id)
+
+    def load_speculator(self, client: bytes, message: LoadSpeculator) -> None:
+        """Always refused."""
+        self._done(client, message.id, "an encoder generates nothing, so there is nothing to draft")
+
+    def unload_speculator(self, client: bytes, message: UnloadSpeculator) -> None:
+        """None is ever loaded, so it is done."""
+        self._done(client, message.id)
+
+    def learn(self, client: bytes, message: Learn) -> None:
+        """Nothing is drafted, so nothing is kept."""
         self._done(client, message.id)
 
     def forget(self, client: bytes, message: Forget) -> None:

@@ -30,10 +30,13 @@ from engine.messages import (
     FromEngine,
     Generate,
     GetStatus,
+    Learn,
     LoadAdapter,
+    LoadSpeculator,
     Pool,
     ToEngine,
     UnloadAdapter,
+    UnloadSpeculator,
     decode_to_engine,
     encode,
 )
@@ -43,6 +46,7 @@ MAX_MESSAGE_BYTES = 64 << 20
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, KEEP_BYTES = -1, -3, 1 << 30
 LARGE_BYTES = 1 << 20
 IDLE_MILLISECONDS = 60_000
+COMMANDS = {"load_adapter", "unload_adapter", "load_speculator", "unload_speculator", "learn", "forget"}
 
 
 class EngineProcess:
@@ -137,6 +141,12 @@ class EngineProcess:
                 self.engine.load_adapter(client, message)
             case UnloadAdapter():
                 self.engine.unload_adapter(client, message)
+            case LoadSpeculator():
+                self.engine.load_speculator(client, message)
+            case UnloadSpeculator():
+                self.engine.unload_speculator(client, message)
+            case Learn():
+                self.engine.learn(client, message)
             case Forget():
                 self.engine.forget(client, message)
             case GetStatus():
@@ -150,7 +160,7 @@ class EngineProcess:
             loose = None
         fields = loose if isinstance(loose, dict) else {}
         request_id = str(fields.get("id", ""))
-        if str(fields.get("type")) in {"load_adapter", "unload_adapter", "forget"}:
+        if str(fields.get("type")) in COMMANDS:
             return Done(epoch=self.engine.epoch, id=request_id, error=error)
         return Finished(epoch=self.engine.epoch, id=request_id, reason="error", code="invalid_request", error=error)
 

@@ -42,6 +42,12 @@ class KVCache:
         lanes = self._pages.view(self._pages.shape[0], 2 * self._kv_heads, self.blocks, -1)
         lanes.index_fill_(2, torch.tensor(blocks, device=lanes.device), 0)
 
+    def copy(self, blocks: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks, from and to, in all layers."""
+        lanes = self._pages.view(self._pages.shape[0], 2 * self._kv_heads, self.blocks, -1)
+        source, target = torch.tensor(blocks, device=lanes.device).unbind(1)
+        lanes.index_copy_(2, target, lanes.index_select(2, source))
+
     def gather_index(self, tables_BN: torch.Tensor) -> torch.Tensor:
         """Pages of a layer for rows with these block tables, ordered (k or v, row, head, block); once per step."""
         lanes = self._lane_pages.view(2, 1, self._kv_heads, 1)

@@ -94,6 +94,12 @@ class NativeDecoder:
     def clear(self, blocks: Sequence[int]) -> None:
         """Nothing to do: the loops end with a row's own tokens."""
 
+    def copy(self, blocks: Sequence[tuple[int, int]]) -> None:
+        """Copy keys and values of whole blocks, from and to, in all layers."""
+        for source, target in blocks:
+            self._keys[:, target] = self._keys[:, source]
+            self._values[:, target] = self._values[:, source]
+
     def run(self, rows: Sequence[Row], take: Sequence[int], *, logits: bool) -> Heads:
         """Head inputs [R, E] of the tokens in `take` (ascending) and, if wanted, their logits [R, V], both fp32.
 

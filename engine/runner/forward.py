@@ -39,6 +39,9 @@ class Forward(Protocol):
     def clear(self, blocks: Many[int]) -> None:
         """Make pages finite again that are handed to a new holder, where places behind its tokens are multiplied."""
 
+    def copy(self, blocks: Many[tuple[int, int]]) -> None:
+        """Copy keys and values of whole blocks, from and to, in all layers."""
+
     def run(self, rows: Many[Row], take: Many[int], *, logits: bool) -> Heads:
         """Write the keys and values of rows sorted by slot; results for the tokens in `take`, ascending."""
 
@@ -72,6 +75,9 @@ class TorchForward:
         # Paged kernels on a GPU read a row's own tokens and nothing behind them.
         if self.device.type == "cpu":
             self.cache.clear(blocks)
+
+    def copy(self, blocks: Many[tuple[int, int]]) -> None:
+        self.cache.copy(blocks)
 
     def run(self, rows: Many[Row], take: Many[int], *, logits: bool) -> Heads:
         h_TE = self.states(rows)

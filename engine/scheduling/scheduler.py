@@ -57,15 +57,11 @@ class Row(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """Blocks of a sequence's second draft: its table, and the fresh blocks that stand in it from index `first` on.
-
-    The first of them begins as a copy of the sequence's own block `copied`, where that is partly filled.
-    """
+    """Blocks of a sequence's second draft: its table, and the fresh blocks that stand in it from index `first` on."""
 
     table: NDArray[np.int64]
     blocks: list[int]
     first: int
-    copied: int | None
 
 
 class Scheduler:
@@ -89,6 +85,8 @@ class Scheduler:
         self._max_blocks = pool.needed(max_context)
         # Blocks handed out since they were last cleared: they may hold what somebody else left, NaN included.
         self.fresh: list[int] = []
+        # Blocks to copy, from and to, before the next step.
+        self.copies: list[tuple[int, int]] = []
         # Blocks that running sequences are about to compute: who wants the same ones waits for them.
         self._promised: dict[int, Sequence] = {}
 
@@ -137,7 +135,7 @@ class Scheduler:
         return rows
 
     def stretch(self, sequence: Sequence, drafted: int) -> int:
-        """How many drafted tokens there is room for behind a running sequence's own; takes free blocks, never others'."""
+        """How many drafted tokens have room behind a running sequence's own; takes free blocks, never others'."""
         size = self.pool.block_size
         wanted = self.pool.needed(len(sequence.tokens) + drafted) - len(sequence.blocks)
         # Everybody running may want a block for its next token, which goes before anybody's draft.
@@ -147,7 +145,10 @@ class Scheduler:
         return min(drafted, len(sequence.blocks) * size - len(sequence.tokens))
 
     def fork(self, sequence: Sequence, length: int) -> Branch | None:
-        """Blocks for `length` tokens computed beside a running sequence's own; None when there are none to spare."""
+        """Blocks for `length` tokens computed beside a running sequence's own; None when there are none to spare.
+
+        The first begins as a copy of the sequence's last block, where that is partly filled.
+        """
         assert sequence.table is not None, "only running sequences draft"
         size = self.pool.block_size
         first = sequence.computed // size
@@ -157,7 +158,9 @@ class Scheduler:
         table = sequence.table.copy()
         blocks = self._take(count)
         table[first : first + count] = blocks
-        return Branch(table, blocks, first, sequence.blocks[first] if sequence.computed % size else None)
+        if sequence.computed % size:
+            self.copies.append((sequence.blocks[first], blocks[0]))
+        return Branch(table, blocks, first)
 
     def adopt(self, sequence: Sequence, branch: Branch) -> None:
         """Go on with a branch: its blocks take the place of the sequence's own."""
