@@ -3,7 +3,7 @@
 #pragma once
 #include "matmul.h"
 
-static const int PIECE = 12, PARTS = 3, MOST_RANKS = PARTS * 256;
+static const int PIECE = SUMS < 12 ? SUMS : 12, PARTS = 3, MOST_RANKS = PARTS * 256;
 
 struct Lora {
     uint8_t *a, *b;             // [slots][a_bytes], [slots][b_bytes]
@@ -42,11 +42,11 @@ static void lift(const uint8_t *b, int units, const uint32_t *x, int stride, flo
         }
 }
 
-// One part of B for all rows of a piece, at most PIECE: four panels at a time, two where there are many rows.
+// One part of B for all rows of a piece, at most PIECE: as many panels at a time as the registers hold sums of.
 template <class A, int MR>
 static void lift_part(const uint8_t *b, int panels, int units, const uint32_t *x, int stride, float *y, int y_stride,
                       int spacing) {
-    const int most = MR <= 6 ? 4 : 2;
+    const int most = SUMS / MR >= 4 ? 4 : SUMS / MR >= 2 ? 2 : 1;
     size_t panel = (size_t)units * 64;
     int p = 0;
     for (; p + most <= panels; p += most)
@@ -66,9 +66,10 @@ static void add_piece(const Lora &lora, const uint32_t *x, const Piece &piece, f
     panels_of<A, A>(a, x + (size_t)piece.row * inputs, inputs, piece.rows, 0, ranks / 16, {low, nullptr, ranks, STORE});
     for (int i = 0; i < piece.rows * ranks; i += 16) A::put(units + i, load(low + i));
     typedef void (*Lift)(const uint8_t *, int, int, const uint32_t *, int, float *, int, int);
-    static const Lift lifts[] = {lift_part<A, 1>, lift_part<A, 2>, lift_part<A, 3>,  lift_part<A, 4>,
-                                 lift_part<A, 5>, lift_part<A, 6>, lift_part<A, 7>,  lift_part<A, 8>,
-                                 lift_part<A, 9>, lift_part<A, 10>, lift_part<A, 11>, lift_part<A, 12>};
+#define RISE(n) lift_part<A, n <= PIECE ? n : 1>
+    static const Lift lifts[] = {RISE(1), RISE(2), RISE(3), RISE(4),  RISE(5),  RISE(6),
+                                 RISE(7), RISE(8), RISE(9), RISE(10), RISE(11), RISE(12)};
+#undef RISE
     const uint8_t *b = lora.b + piece.slot * lora.b_bytes;
     for (int part = 0; part < lora.parts; part++) {
         lifts[piece.rows - 1](b, lora.panels[part], width / A::values, (const uint32_t *)(units + part * width),

@@ -37,13 +37,16 @@ static inline __attribute__((always_inline)) void tile(const uint8_t *w, size_t 
         if (ahead)
 #pragma GCC unroll 16
             for (int p = 0; p < NP; p++) __builtin_prefetch(w + (NP + p) * panel + (size_t)k * W::bytes, 0, 2);
-        v16u weights[NP];
+#pragma GCC unroll 2
+        for (int part = 0; part < W::parts; part++) {
+            v16u weights[NP];
 #pragma GCC unroll 16
-        for (int p = 0; p < NP; p++) weights[p] = W::weights(w + p * panel + (size_t)k * W::bytes);
+            for (int p = 0; p < NP; p++) weights[p] = W::weights(w + p * panel + (size_t)k * W::bytes, part);
 #pragma GCC unroll 16
-        for (int m = 0; m < MR; m++)
+            for (int m = 0; m < MR; m++)
 #pragma GCC unroll 16
-            for (int p = 0; p < NP; p++) acc[m][p] = W::mac(acc[m][p], weights[p], x[(size_t)m * stride + k]);
+                for (int p = 0; p < NP; p++) acc[m][p] = W::mac(acc[m][p], weights[p], x[(size_t)m * stride + k], part);
+        }
     }
 #pragma GCC unroll 16
     for (int m = 0; m < MR; m++)
@@ -73,7 +76,7 @@ static void block(const Matrix &w, const uint32_t *x, int stride, int row, int p
     v16f acc[MR][NP];
     const uint8_t *from = w.data + panel * bytes;
     x += (size_t)row * stride;
-    if (MR * NP <= 24) {
+    if (MR * NP <= SUMS) {
         tile<W, MR, NP>(from, bytes, units, x, stride, ahead, acc);
     } else {  // more sums than registers: one panel after the other
         v16f one[MR][1];
@@ -106,12 +109,21 @@ static void rows_of(const Matrix &w, const uint32_t *x, int stride, int rows, in
 template <class W, class A>
 static void panels_of(const Matrix &w, const uint32_t *x, int stride, int rows, int panel, int left, const Out &out) {
     for (int width; left; panel += width, left -= width) {
+#if defined(__AVX512F__)
         if (rows == 1 && left >= 8) width = 8, rows_of<W, A, 8, 1>(w, x, stride, rows, panel, false, out);
         else if (rows <= 4 && left >= 4) width = 4, rows_of<W, A, 4, 4>(w, x, stride, rows, panel, false, out);
         else if (w.far && rows > 12 && rows <= 16 && left >= 2)
             width = 2, rows_of<W, A, 2, 16>(w, x, stride, rows, panel, false, out);
         else if (left >= 2) width = 2, rows_of<W, A, 2, 12>(w, x, stride, rows, panel, left >= 4, out);
         else width = 1, rows_of<W, A, 1, 12>(w, x, stride, rows, panel, false, out);
+#else
+        // Few rows need several panels to keep the multipliers busy; many would not leave room for them.
+        const int lone = SUMS < 4 ? SUMS / 2 * 2 : 4, few = SUMS / 2;
+        if (rows == 1 && left >= lone) width = lone, rows_of<W, A, lone, 1>(w, x, stride, rows, panel, false, out);
+        else if (rows <= few && left >= 2) width = 2, rows_of<W, A, 2, few>(w, x, stride, rows, panel, false, out);
+        else if (left >= 2) width = 2, rows_of<W, A, 2, SUMS>(w, x, stride, rows, panel, left >= 4, out);
+        else width = 1, rows_of<W, A, 1, SUMS>(w, x, stride, rows, panel, false, out);
+#endif
     }
 }
 

@@ -10,8 +10,6 @@ struct Draw {
     int32_t top_k;
 };
 
-typedef uint64_t v8u __attribute__((vector_size(64)));
-
 static const uint64_t GOLDEN = 0x9E3779B97F4A7C15ull;
 static const float NOISE_RANGE = 26.2f;
 
@@ -86,14 +84,20 @@ static int noisy(const float *logits, int size, float top, int best, const Draw 
     const uint64_t key = row_key(draw);
     double winner = gumbel((uint32_t)finalise(finalise(key + (uint64_t)best * GOLDEN)));
     float limit = (float)exp(-winner) * 1.0001f;
-    const v8u lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+    static const uint64_t counted[] = {0, 1, 2, 3, 4, 5, 6, 7};
+    const v8u lanes = read<v8u>(counted) * GOLDEN + key;
+    uint32_t *bits = (uint32_t *)values;
     int token = best;
-    for (int i = 0; i < size; i += 8) {
-        v8u bits = finalise(finalise((lanes + (uint64_t)i) * GOLDEN + key)) & 0xFFFFFFFFull;
-        for (int j = 0; j < 8; j++) {
-            int at = i + j;
-            if (scaled[at] < floor || (0xFFFFFFFFull - bits[j]) * 0x1p-32f >= odds[at] * limit || at == best) continue;
-            double perturbed = scaled[at] + gumbel((uint32_t)bits[j]);
+    for (int i = 0; i < size; i += 8)
+        write(bits + i, convert<v8n>(finalise(finalise(lanes + (uint64_t)i * GOLDEN))));
+    for (int i = 0; i < size; i += 16) {
+        // Half of one minus the uniform, in 31 bits: nothing that could win is dismissed for its last bit.
+        v16f least = convert<v16f>((v16i)(~read<v16u>(bits + i) >> 1)) * 0x1p-31f;
+        unsigned open = bits_of(least < load(odds + i) * limit) & bits_of(load(scaled + i) >= floor);
+        for (; open; open &= open - 1) {
+            int at = i + __builtin_ctz(open);
+            if (at == best) continue;
+            double perturbed = scaled[at] + gumbel(bits[at]);
             if (perturbed > winner || (perturbed == winner && at < token)) {
                 winner = perturbed, token = at;
                 limit = (float)exp(-winner) * 1.0001f;
@@ -115,6 +119,7 @@ static void sample_row(const float *logits, int size, const Draw &draw, float *s
     double mass = sum(sums);
     for (int i = whole; i < size; i++) mass += expf(logits[i] - top);
     int best = 0;
+    while (best < whole && !bits_of(load(logits + best) == top)) best += 16;
     while (best < size - 1 && logits[best] != top) best++;
     if (draw.temperature > 0 && isfinite(mass)) best = noisy(logits, size, top, best, draw, scratch);
     *token = best;
