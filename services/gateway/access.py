@@ -14,10 +14,14 @@ SHOWN_MODELS = 20
 
 
 class Target(NamedTuple):
-    """A project and the adapters to try for it, best first; None stands for the base model."""
+    """A project and the adapters to try for it, best first; None stands for the base model.
+
+    `pinned`: the caller named the artefact, so this is not the project's ordinary traffic.
+    """
 
     project: KnownProject
     candidates: tuple[str | None, ...]
+    pinned: bool = False
 
 
 def authenticate(request: Request, snapshot: Snapshot, pepper: bytes, scope: str) -> KnownKey:
@@ -65,7 +69,7 @@ def resolve(snapshot: Snapshot, key: KnownKey, model: str) -> Target:
         return Target(project, tuple(dict.fromkeys((project.active, project.last_good, None))))
     if digest not in project.artifacts:
         raise NotFound(f"project {slug!r} has no artefact {digest[:80]!r}", code="model_not_found", param="model")
-    return Target(project, (digest,))
+    return Target(project, (digest,), pinned=True)
 
 
 def find_project(snapshot: Snapshot, key: KnownKey, slug: str) -> KnownProject:

@@ -21,6 +21,7 @@ from services.gateway.chat import uses_tools
 from services.gateway.sampling import SEED_RANGE, check_tokens
 from services.gateway.spool_format import Admitted
 from services.store.base import uuid7
+from services.store.speculation import arm_of
 
 DEFAULT_MAX_TOKENS = 256
 # No tokenizer in use packs more characters into a token than this: longer prompts are refused without tokenizing.
@@ -31,13 +32,19 @@ NO_ID = UUID(int=0)
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """One choice: the `number`th answer to its prompt. `text` is the prompt as `echo` shows it."""
+    """One choice: the `number`th answer to its prompt. `text` is the prompt as `echo` shows it.
+
+    `speculator`, `speculate` and `learn` are the engine's `Generate`'s; `speculate` False is logged as well.
+    """
 
     number: int
     prompt: list[int]
     text: str
     sampling: Sampling
     admitted: Admitted
+    speculator: str | None
+    speculate: bool
+    learn: bool
 
     @property
     def id(self) -> UUID:
@@ -75,6 +82,9 @@ class Plan:
             share=self.share,
             deadline_seconds=ask.timeout or 0.0,
             prompt_logprobs=ask.echo and ask.logprobs,
+            speculator=planned.speculator,
+            speculate=planned.speculate,
+            learn=planned.learn,
         )
 
 
@@ -106,16 +116,23 @@ async def make_plan(
     for prompt in prompts:
         sampling = _sampling(ask, target, prompt.ids, tokenizer, engine.max_context, seed)
         admitted = _admitted(ask, target, key_id, tokenizer, engine, prompt, sampling, grammar)
-        choices += [_planned(number, prompt, sampling, admitted) for number in range(ask.n)]
+        choices += [_planned(number, prompt, sampling, admitted, target) for number in range(ask.n)]
     return Plan(
         ask=ask, target=target, choices=tuple(choices), grammar=grammar, share=key_id.hex, started=started
     )  # fmt: skip
 
 
-def _planned(number: int, prompt: Prompt, sampling: Sampling, admitted: Admitted) -> Planned:
+def _planned(number: int, prompt: Prompt, sampling: Sampling, admitted: Admitted, target: Target) -> Planned:
     parameters = {**admitted.parameters, "choice": number}
     mine = msgspec.structs.replace(admitted, id=uuid7(), parameters=parameters)
-    return Planned(number=number, prompt=prompt.ids, text=prompt.text, sampling=sampling, admitted=mine)
+    project = target.project
+    # What the live traffic says next is not learned from answers of weights that do not serve it.
+    arm = arm_of(mine.id, project.speculation, project.heads)
+    return Planned(
+        number=number, prompt=prompt.ids, text=prompt.text, sampling=sampling, admitted=mine,
+        speculator=None if target.pinned else project.heads.of(arm), speculate=arm != "baseline",
+        learn=not target.pinned,
+    )  # fmt: skip
 
 
 def _characters(ask: Ask) -> list[int]:

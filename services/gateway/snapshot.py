@@ -20,6 +20,7 @@ from sqlalchemy import Connection, Engine, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from services.store.models import ApiKey, Artifact, Deployment, Project
+from services.store.speculation import Heads, SpeculationConfig, read_config
 
 CHANNEL = "whet_snapshot"
 POLL_SECONDS = 1.0
@@ -48,7 +49,7 @@ class KnownKey:
 
 @dataclass(frozen=True)
 class KnownProject:
-    """A project, what it serves now, and the adapters that `slug@digest` may pin."""
+    """A project, what it serves now, the adapters that `slug@digest` may pin, and how it drafts."""
 
     id: UUID
     slug: str
@@ -59,6 +60,8 @@ class KnownProject:
     active: str | None
     last_good: str | None
     artifacts: frozenset[str]
+    heads: Heads
+    speculation: SpeculationConfig
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,14 @@ def load(connection: Connection) -> Snapshot:
     query = select(
         Project.id, Project.slug, Project.created_at, Project.config,
         Deployment.generation, Deployment.active_digest, Deployment.last_good_digest,
+        Deployment.speculator_digest, Deployment.speculator_canary_digest, Deployment.speculator_share,
     ).outerjoin(Deployment, Deployment.project_id == Project.id)  # fmt: skip
     projects = {
         row.slug: KnownProject(
             row.id, row.slug, row.created_at, row.config, hash_config(row.config),
             row.generation or 0, row.active_digest, row.last_good_digest, frozenset(artifacts.get(row.id, ())),
+            Heads(row.speculator_digest, row.speculator_canary_digest, row.speculator_share or 0.0),
+            read_config(row.config),
         )
         for row in connection.execute(query)
     }  # fmt: skip

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from services.errors import InvalidRequest
+from services.store.speculation import SpeculationConfig
 
 # The names in `worker.gate.metrics`, which the store may not import; a test compares them.
 Metric = Literal["exact_match", "json_valid", "field_f1", "similarity"]
@@ -28,6 +29,7 @@ class ProjectConfig(BaseModel):
     metrics: list[Metric] | None = Field(None, min_length=1, description="What the gate scores by.")
     train: dict[str, Any] | None = Field(None, description="Training parameters that differ from the defaults.")
     max_tokens_default: int | None = Field(None, ge=1, description="Completion length when a request names none.")
+    speculation: SpeculationConfig | None = Field(None, description="Drafting, and when its heads are trained.")
 
 
 def checked(config: dict[str, Any]) -> dict[str, Any]:
@@ -37,6 +39,7 @@ def checked(config: dict[str, Any]) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        known = ", ".join(ProjectConfig.model_fields)
+        fields = SpeculationConfig.model_fields if first["loc"][0] == "speculation" else ProjectConfig.model_fields
+        known = ", ".join(fields)
         hint = f" (known: {known})" if first["type"] == "extra_forbidden" else ""
         raise InvalidRequest(f"project configuration {name}: {first['msg']}{hint}", param=f"config.{name}") from error

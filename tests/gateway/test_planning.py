@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -9,13 +12,15 @@ from uuid import UUID
 
 import pytest
 
-from engine.messages import Grammar, Status
+from engine.messages import Generate, Grammar, Status
 from engine.text.tokenizer import Tokenizer
 from services.errors import InvalidRequest
 from services.gateway.access import Target
 from services.gateway.bodies import parse_chat, parse_text
 from services.gateway.planning import Plan, make_plan
 from services.gateway.snapshot import KnownProject
+from services.store.base import uuid7
+from services.store.speculation import Heads, SpeculationConfig, arm_of
 from tests.gateway.tiny_model import write_tokenizer
 
 KEY = UUID(int=7)
@@ -24,7 +29,9 @@ ENGINE = Status(
     waiting=0, blocks_total=1, blocks_free=1, slots=[], slots_total=1, steps=0, generated_tokens=0, uptime_seconds=0,
     pid=1,
 )  # fmt: skip
-PROJECT = KnownProject(UUID(int=1), "entities", datetime.now(UTC), {}, "", 1, None, None, frozenset())
+PROJECT = KnownProject(
+    UUID(int=1), "entities", datetime.now(UTC), {}, "", 1, None, None, frozenset(), Heads(), SpeculationConfig()
+)
 MESSAGES = [{"role": "user", "content": "hi"}]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
@@ -42,9 +49,13 @@ def test_the_vocabulary_is_read_before_the_first_request(tmp_path: Path) -> None
 
 
 def plan(tokenizer: Tokenizer, *, text: bool = False, **fields: object) -> Plan:
+    return plan_for(Target(PROJECT, (None,)), tokenizer, text=text, **fields)
+
+
+def plan_for(target: Target, tokenizer: Tokenizer, *, text: bool = False, **fields: object) -> Plan:
     body = {"model": "entities", **({"prompt": "abc"} if text else {"messages": MESSAGES}), **fields}
     ask = (parse_text if text else parse_chat)(json.dumps(body).encode())
-    return asyncio.run(make_plan(ask, Target(PROJECT, (None,)), KEY, tokenizer, ENGINE, 0.0))
+    return asyncio.run(make_plan(ask, target, KEY, tokenizer, ENGINE, 0.0))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +77,10 @@ def test_every_sampling_parameter_reaches_the_engine_and_the_log(
 def test_the_log_holds_what_else_shaped_the_answer(tokenizer: Tokenizer) -> None:
     text = plan(tokenizer, text=True, echo=True, logprobs=2, timeout=2.5).choices[0].admitted.parameters
     assert (text["echo"], text["logprobs"], text["timeout"]) == (True, True, 2.5)
-    asked = {"tool_choice": {"type": "function", "function": {"name": "f"}}, "parallel_tool_calls": False}
+    asked: dict[str, Any] = {
+        "tool_choice": {"type": "function", "function": {"name": "f"}},
+        "parallel_tool_calls": False,
+    }
     called = plan(tokenizer, tools=[TOOL], **asked).choices[0].admitted.parameters
     assert {name: called[name] for name in asked} == asked
     assert plan(tokenizer, tools=[TOOL], tool_choice="none").choices[0].admitted.parameters["tool_choice"] == "none"
@@ -170,3 +184,51 @@ def test_a_template_that_knows_no_tools_refuses_them(tokenizer: Tokenizer, tmp_p
         with pytest.raises(InvalidRequest, match="knows no tools"):
             plan(plain, **fields)
     assert plan(plain, tools=[TOOL], tool_choice="none").message(0).prompt == plain.encode("hi")
+
+
+def drafting(tokenizer: Tokenizer, heads: Heads, *, pinned: bool = False, **config: object) -> list[Generate]:
+    """What the engine is asked for 600 answers under one deployment."""
+    settings = SpeculationConfig.model_validate(config)
+    target = Target(replace(PROJECT, heads=heads, speculation=settings), (None,), pinned=pinned)
+    made = [plan_for(target, tokenizer, n=8) for _ in range(75)]
+    for one in made:
+        for index, choice in enumerate(one.choices):
+            arm = arm_of(choice.id, settings, heads)
+            assert (one.message(index).speculate, choice.speculate) == (arm != "baseline", arm != "baseline")
+            assert one.message(index).speculator == (None if pinned else heads.of(arm))
+    return [one.message(index) for one in made for index in range(8)]
+
+
+def share(messages: list[Generate], condition: Callable[[Generate], bool]) -> float:
+    return sum(map(condition, messages)) / len(messages)
+
+
+def test_requests_are_shared_out_between_live_heads_the_canary_and_neither(tokenizer: Tokenizer) -> None:
+    heads = Heads(live="1" * 64, canary="2" * 64, share=0.4)
+    messages = drafting(tokenizer, heads, baseline_share=0.2, control_share=0.25)
+    assert share(messages, lambda message: not message.speculate) == pytest.approx(0.2, abs=0.07)
+    assert share(messages, lambda message: message.speculator == heads.canary) == pytest.approx(0.32, abs=0.08)
+    assert share(messages, lambda message: message.speculator == heads.live) == pytest.approx(0.36, abs=0.08)
+    assert all(message.learn for message in messages)
+
+
+def test_without_heads_the_suffix_drafter_works_alone_and_switched_off_nothing_does(tokenizer: Tokenizer) -> None:
+    alone = drafting(tokenizer, Heads(), baseline_share=0)
+    assert {(message.speculator, message.speculate) for message in alone} == {(None, True)}
+    off = drafting(tokenizer, Heads(live="1" * 64), enabled=False)
+    assert {(message.speculator, message.speculate) for message in off} == {(None, False)}
+
+
+def test_a_pinned_adapter_neither_drafts_with_the_projects_heads_nor_teaches_its_corpus(tokenizer: Tokenizer) -> None:
+    messages = drafting(tokenizer, Heads(live="1" * 64), pinned=True)
+    assert {(message.speculator, message.learn) for message in messages} == {(None, False)}
+
+
+def test_an_interactions_arm_never_changes_and_each_draw_is_its_own() -> None:
+    ids = [uuid7() for _ in range(4000)]
+    config = SpeculationConfig(baseline_share=0.5, control_share=0.5)
+    heads = Heads(live="1" * 64, canary="2" * 64, share=0.5)
+    counts = Counter(arm_of(one, config, heads) for one in ids)
+    assert counts == Counter(arm_of(one, config, heads) for one in ids)
+    expected = {"baseline": 2000, "canary": 1000, "suffix": 500, "live": 500}
+    assert dict(counts) == pytest.approx(expected, rel=0.15)

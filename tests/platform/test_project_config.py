@@ -11,6 +11,7 @@ from services.settings import Settings
 from services.store import projects
 from services.store.base import Sessions
 from services.store.project_config import Metric
+from services.store.speculation import SpeculationConfig, read_config
 from services.web import create_app
 from worker.gate.metrics import METRICS
 
@@ -29,6 +30,8 @@ def test_only_the_keys_given_change(sessions: Sessions) -> None:
         ({"windows_seconds": 8}, r"windows_seconds: Extra inputs are not permitted \(known: tags, "),
         ({"window_seconds": "soon"}, "window_seconds: Input should be a valid integer"),
         ({"held_out_share": 1.5}, "held_out_share: Input should be less than or equal to 0.9"),
+        ({"speculation": {"growth": 1}}, "speculation.growth: Input should be greater than 1"),
+        ({"speculation": {"share": 1}}, r"speculation.share: Extra inputs .* \(known: enabled, automatic, "),
         ({"metrics": ["vibes"]}, "metrics.0: Input should be 'exact_match'"),
     ],
 )
@@ -39,6 +42,20 @@ def test_a_bad_key_changes_nothing(sessions: Sessions, changes: dict[str, Any], 
             projects.configure(session, project, {"guidelines": "new", **changes})
     with sessions() as session:
         assert projects.get(session, "support").config == {"window_seconds": 60}
+
+
+def test_only_what_was_chosen_of_speculation_is_stored_and_the_rest_has_defaults(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        project = projects.create(session, "support")
+        projects.configure(session, project, {"speculation": {"canary_share": 0.1}})
+        assert project.config == {"speculation": {"canary_share": 0.1}}
+        assert read_config(project.config) == SpeculationConfig(canary_share=0.1)
+
+
+@pytest.mark.parametrize("stored", [None, "fast", {"growth": "much"}])
+def test_nonsense_in_the_database_reads_as_the_defaults(stored: object) -> None:
+    assert read_config({"speculation": stored}) == SpeculationConfig()
+    assert not read_config({"speculation": {"enabled": False, "from_a_newer_release": 1}}).enabled
 
 
 def test_the_metrics_are_the_gates_own() -> None:
