@@ -1,4 +1,4 @@
-"""How other processes talk to the engine: `EngineClient` under asyncio, `SyncEngineClient` for workers. No torch.
+"""How other processes talk to the engine under asyncio; `engine.sync_client` does it for workers. No torch.
 
 Nothing here waits on a dead engine. A closed connection, a changed epoch or a long silence fails whatever was in
 flight with `EngineGone`; a request made while the engine is away fails after `connect_seconds`.
@@ -7,11 +7,11 @@ flight with `EngineGone`; a request made while the engine is away fails after `c
 import asyncio
 import uuid
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
 import msgspec
 import zmq
@@ -26,7 +26,9 @@ from engine.messages import (
     FromEngine,
     Generate,
     GetStatus,
+    Learn,
     LoadAdapter,
+    LoadSpeculator,
     Pool,
     Pooled,
     PromptLogprobs,
@@ -34,6 +36,7 @@ from engine.messages import (
     ToEngine,
     Tokens,
     UnloadAdapter,
+    UnloadSpeculator,
     decode_from_engine,
     encode,
 )
@@ -47,7 +50,7 @@ class EngineGone(ConnectionError):
 
 
 class EngineRefused(RuntimeError):
-    """The engine answered a LoadAdapter, UnloadAdapter or Forget with an error; what served before still serves.
+    """The engine answered a load, an unload, Learn or Forget with an error; what served before still serves.
 
     A `transient` one says nothing about the artefact (a file could not be read just now): try again, condemn nothing.
     """
@@ -75,8 +78,7 @@ class Completion:
 
 
 Inbox = asyncio.Queue[FromEngine | EngineGone]
-Asked = TypeVar("Asked")
-Answer = TypeVar("Answer")
+Command = LoadAdapter | UnloadAdapter | LoadSpeculator | UnloadSpeculator | Learn | Forget
 
 
 class EngineClient:
@@ -201,6 +203,22 @@ class EngineClient:
         async with asyncio.timeout(seconds):
             await self._command(UnloadAdapter(id=_fresh_id(), digest=digest))
 
+    async def load_speculator(self, digest: str, path: str, replaces: str = "") -> str:
+        """Return the digest that drafts in the slot once `digest` is loaded, in the place of `replaces` where named.
+
+        Raises EngineRefused with the reason; what drafted before still does. Raises EngineGone.
+        """
+        done = await self._command(LoadSpeculator(id=_fresh_id(), digest=digest, path=path, replaces=replaces))
+        return done.serving
+
+    async def unload_speculator(self, digest: str) -> None:
+        """Stop drafting with `digest`; its requests go on without. Raises EngineRefused or EngineGone."""
+        await self._command(UnloadSpeculator(id=_fresh_id(), digest=digest))
+
+    async def learn(self, namespace: str, responses: list[list[int]]) -> None:
+        """Add past responses (token ids, oldest first) to a namespace's suffix corpus. Raises EngineRefused."""
+        await self._command(Learn(id=_fresh_id(), namespace=namespace, responses=responses))
+
     async def forget(self, namespace: str) -> None:
         """Drop everything the engine keeps for a namespace."""
         await self._command(Forget(id=_fresh_id(), namespace=namespace))
@@ -212,16 +230,15 @@ class EngineClient:
             raise EngineGone(f"the engine answered a status request with a {type(reply).__name__}")
         return reply
 
-    async def _command(self, message: LoadAdapter | UnloadAdapter | Forget) -> None:
+    async def _command(self, message: Command) -> Done:
         reply = await self._ask(message, None)
         if not isinstance(reply, Done):
             raise EngineGone(f"the engine answered a command with a {type(reply).__name__}")
         if reply.error:
             raise EngineRefused(reply.error, transient=reply.transient)
+        return reply
 
-    async def _ask(
-        self, message: GetStatus | LoadAdapter | UnloadAdapter | Forget, seconds: float | None
-    ) -> FromEngine:
+    async def _ask(self, message: GetStatus | Command, seconds: float | None) -> FromEngine:
         inbox = self._open(message.id)
         try:
             await self._send(message)
@@ -317,84 +334,17 @@ class EngineClient:
             inbox.put_nowait(EngineGone(f"{reason} ({self.address})"))
 
 
-class SyncEngineClient:
-    """The same client for code without an event loop: a private loop that runs only inside a call. One thread."""
-
-    def __init__(self, address: str, *, connect_seconds: float = 5.0, silence_seconds: float = 60.0) -> None:
-        self._runner = asyncio.Runner()
-
-        async def connect() -> EngineClient:
-            return EngineClient(address, connect_seconds=connect_seconds, silence_seconds=silence_seconds)
-
-        self._client = self._runner.run(connect())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Release the connection and the loop."""
-        self._runner.run(self._client.close())
-        self._runner.close()
-
-    def generate(self, message: Generate) -> Completion:
-        """Run one request to its end. Raises EngineGone."""
-        return self._runner.run(self._client.complete(message))
-
-    def generate_many(self, messages: Sequence[Generate], *, concurrency: int = 64) -> list[Completion]:
-        """Run all, at most `concurrency` at once, answers in the order asked. The first EngineGone cancels the rest."""
-        return self._runner.run(_all(self._client.complete, messages, concurrency))
-
-    def pool(self, message: Pool) -> Pooled:
-        """One prompt's vector. Raises PoolFailed or EngineGone."""
-        return self._runner.run(self._client.pool(message))
-
-    def pool_many(self, messages: Sequence[Pool], *, concurrency: int = 64) -> list[Pooled]:
-        """As generate_many; the first PoolFailed or EngineGone cancels the rest."""
-        return self._runner.run(_all(self._client.pool, messages, concurrency))
-
-    def load_adapter(self, digest: str, path: str) -> None:
-        """See EngineClient.load_adapter."""
-        self._runner.run(self._client.load_adapter(digest, path))
-
-    def unload_adapter(self, digest: str, *, seconds: float | None = None) -> None:
-        """See EngineClient.unload_adapter."""
-        self._runner.run(self._client.unload_adapter(digest, seconds=seconds))
-
-    def forget(self, namespace: str) -> None:
-        """See EngineClient.forget."""
-        self._runner.run(self._client.forget(namespace))
-
-    def status(self) -> Status:
-        """See EngineClient.status."""
-        return self._runner.run(self._client.status())
-
-
 def _joined(first: Tokens, second: Tokens) -> Tokens:
     return msgspec.structs.replace(
         first,
         token_ids=first.token_ids + second.token_ids,
         logprobs=first.logprobs + second.logprobs,
         top=first.top + second.top,
+        steps=first.steps + second.steps,
+        drafts=first.drafts + second.drafts,
+        # Heads may be swapped between two steps: the later ones are what the request drafts with now.
+        speculator=second.speculator or first.speculator,
     )
-
-
-async def _all(run: Callable[[Asked], Awaitable[Answer]], messages: Sequence[Asked], concurrency: int) -> list[Answer]:
-    """Answers in the order asked; the first failure cancels the rest and is raised bare."""
-    gate = asyncio.Semaphore(concurrency)
-
-    async def one(message: Asked) -> Answer:
-        async with gate:
-            return await run(message)
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(message)) for message in messages]
-    except* (EngineGone, PoolFailed) as failed:
-        raise failed.exceptions[0] from None
-    return [task.result() for task in tasks]
 
 
 def _fresh_id() -> str:

@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "services.cli_learning": ("services",),
     "services.bootstrap": ("services",),
     **dict.fromkeys(WORKER_PACKAGES, (*FLOOR, "engine")),
-    **dict.fromkeys(TOP, (*FLOOR, "worker", "engine.client", "engine.messages")),
+    **dict.fromkeys(TOP, (*FLOOR, "worker", "engine.client", "engine.sync_client", "engine.messages")),
     "migrations": ("services.settings", "services.store"),
     "examples": PACKAGES,
     "benchmarks": PACKAGES,

@@ -17,7 +17,8 @@ import structlog
 from kombu.exceptions import OperationalError as BrokerError
 from sqlalchemy.exc import SQLAlchemyError
 
-from engine.client import EngineGone, SyncEngineClient
+from engine.client import EngineGone
+from engine.sync_client import SyncEngineClient
 from services.settings import Settings
 from services.store import jobs, partitions, runs
 from services.store.base import Sessions, make_sessions

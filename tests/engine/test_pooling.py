@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from engine.client import PoolFailed, SyncEngineClient
+from engine.client import PoolFailed
 from engine.config import EngineConfig
 from engine.encoding import EncoderEngine
 from engine.layers.score import ScoreHead
@@ -19,6 +19,7 @@ from engine.models.encoder_spec import read_encoder_spec
 from engine.models.spec import UnsupportedModel
 from engine.runner.pooling import Pooler
 from engine.start import make_engine
+from engine.sync_client import SyncEngineClient
 from tests.engine.serving import served
 
 SMALL = {

@@ -12,9 +12,10 @@ import msgspec
 import pytest
 import zmq
 
-from engine.client import EngineClient, EngineGone, EngineRefused, SyncEngineClient
+from engine.client import EngineClient, EngineGone, EngineRefused
 from engine.digest import base_digest
 from engine.messages import Cancel, Done, Finished, Forget, Generate, Sampling, Tokens, decode_from_engine, encode
+from engine.sync_client import SyncEngineClient
 from tests.engine.conftest import peft_model, write_artifact
 from tests.engine.serving import Served, served
 

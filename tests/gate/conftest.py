@@ -10,8 +10,8 @@ from uuid import UUID
 
 import pytest
 
-from engine.client import SyncEngineClient
 from engine.digest import base_digest
+from engine.sync_client import SyncEngineClient
 from engine.text.tokenizer import Tokenizer
 from services.platform.paths import temporary_home
 from services.settings import Settings

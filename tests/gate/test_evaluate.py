@@ -6,8 +6,8 @@ from uuid import UUID
 import pytest
 from sqlalchemy import func, select
 
-from engine.client import SyncEngineClient
 from engine.messages import Generate, Sampling
+from engine.sync_client import SyncEngineClient
 from engine.text.tokenizer import Tokenizer
 from services.settings import Settings
 from services.store import datasets, evaluations, jobs, runs

@@ -18,9 +18,9 @@ from sqlalchemy.orm import Session
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from engine.client import SyncEngineClient
 from engine.digest import base_digest, file_digest
 from engine.messages import Generate, Sampling
+from engine.sync_client import SyncEngineClient
 from engine.text.tokenizer import Tokenizer
 from services.platform.paths import temporary_home
 from services.settings import Settings

@@ -9,8 +9,9 @@ import pytest
 from msgspec import structs
 from structlog.testing import capture_logs
 
-from engine.client import Completion, EngineGone, SyncEngineClient
+from engine.client import Completion, EngineGone
 from engine.messages import Generate, Sampling, Status
+from engine.sync_client import SyncEngineClient
 from services.store import deployments, jobs, projects
 from services.store.models import DeploymentEvent
 from tests.rollout.conftest import EngineUnderTest, World

@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 from uuid import UUID, uuid4
 
-from engine.client import Completion, SyncEngineClient
+from engine.client import Completion
 from engine.messages import Generate, Sampling
+from engine.sync_client import SyncEngineClient
 from engine.text.tokenizer import Tokenizer
 
 CHUNK = 32
@@ -65,6 +66,7 @@ def _request(tokenizer: Tokenizer, adapter: str | None, prompt: Prompt) -> Gener
         namespace="evaluation",
         cache_salt="evaluation",
         priority="batch",
+        learn=False,
     )
 
 

@@ -10,8 +10,9 @@ import structlog
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from engine.client import EngineRefused, SyncEngineClient
+from engine.client import EngineRefused
 from engine.messages import Status
+from engine.sync_client import SyncEngineClient
 from services.errors import Conflict
 from services.store import deployments
 from services.store.base import Sessions

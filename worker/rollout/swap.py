@@ -9,7 +9,8 @@ from uuid import UUID
 import structlog
 from sqlalchemy.orm import Session
 
-from engine.client import EngineRefused, SyncEngineClient
+from engine.client import EngineRefused
+from engine.sync_client import SyncEngineClient
 from engine.text.tokenizer import Tokenizer
 from services.errors import Conflict, NotFound
 from services.settings import Settings

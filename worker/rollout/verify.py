@@ -7,8 +7,9 @@ from uuid import UUID
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from engine.client import Completion, SyncEngineClient
+from engine.client import Completion
 from engine.messages import Generate, Sampling
+from engine.sync_client import SyncEngineClient
 from engine.text.tokenizer import Tokenizer
 from services.store.models import Evaluation, EvaluationRow, Example
 
@@ -95,4 +96,5 @@ def _request(tokenizer: Tokenizer, digest: str, index: int, prompt: GoldenPrompt
         adapter=digest,
         namespace="verify",
         priority="batch",
+        learn=False,
     )
