@@ -1,13 +1,15 @@
 """Which digests a project serves: changed only by compare-and-set on `generation`, each change with its event.
 
 Writers lock the deployment row first, so two of them never interleave; readers of an old generation get Conflict.
+The generation counts the weights that answer. Heads change no answer, so `speculators` leaves it alone; but they draft
+for one adapter only, so a change of adapter here takes its heads with it.
 """
 
 from collections.abc import Mapping
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import func, select, update
+from sqlalchemy import ScalarSelect, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -15,12 +17,14 @@ from services.errors import Conflict, NotFound
 from services.store import audit
 from services.store.models import Artifact, Deployment, DeploymentEvent
 
+# Marks the event of heads that went because their adapter did, and may come back with it.
+LEFT_WITH_ADAPTER = "left_with_adapter"
 # The life of an artefact. Training has no row yet; a retired one comes back when a roll-back returns to it.
 TRANSITIONS: Mapping[str, frozenset[str]] = {
     "built": frozenset({"verified", "rejected", "quarantined"}),
     "verified": frozenset({"staged", "rejected", "quarantined"}),
     "staged": frozenset({"canary", "live", "rejected", "quarantined"}),
-    "canary": frozenset({"live", "rejected", "quarantined", "rolled_back"}),
+    "canary": frozenset({"live", "retired", "rejected", "quarantined", "rolled_back"}),
     "live": frozenset({"retired", "quarantined", "rolled_back"}),
     "retired": frozenset({"staged", "live", "quarantined"}),
     "rejected": frozenset(),
@@ -76,16 +80,16 @@ def flip(
 
     Raises Conflict when the generation moved, promotion is frozen, or the artefact is not a staged one of this project.
     """
-    deployment = _locked(session, project_id)
+    deployment = locked(session, project_id)
     if deployment.generation != expected_generation:
         raise Conflict(f"the deployment moved from generation {expected_generation} to {deployment.generation}")
     if deployment.frozen:
         raise Conflict("promotion is frozen after automatic roll-backs: a person has to look first")
     if digest == deployment.active_digest:
-        raise Conflict(f"{_short(digest)} is already live")
+        raise Conflict(f"{short(digest)} is already live")
     old = deployment.active_digest
     if digest is not None:
-        _require_own(session, project_id, digest)
+        require_own(session, project_id, digest, "adapter")
         advance(session, digest, "live")
     if old is not None:
         advance(session, old, "retired")
@@ -108,7 +112,7 @@ def roll_back(
     The artefact it leaves is condemned: it never goes live again. Raises Conflict when the base serves already, or
     when `expected_generation` is given and has moved.
     """
-    deployment = _locked(session, project_id)
+    deployment = locked(session, project_id)
     if expected_generation not in (None, deployment.generation):
         raise Conflict(f"the deployment moved from generation {expected_generation} to {deployment.generation}")
     condemned = deployment.active_digest
@@ -130,17 +134,59 @@ def roll_back(
     )
 
 
-def _locked(session: Session, project_id: UUID) -> Deployment:
+def locked(session: Session, project_id: UUID) -> Deployment:
+    """The row, held until the transaction ends. Raises NotFound."""
     deployment = session.get(Deployment, project_id, with_for_update=True, populate_existing=True)
     if deployment is None:
         raise NotFound(f"no deployment for project {project_id}")
     return deployment
 
 
-def _require_own(session: Session, project_id: UUID, digest: str) -> None:
+def require_own(session: Session, project_id: UUID, digest: str, kind: str) -> Artifact:
+    """An artefact of this project and kind. Raises Conflict."""
     artifact = session.get(Artifact, digest, populate_existing=True)
     if artifact is None or artifact.project_id != project_id:
-        raise Conflict(f"artefact {_short(digest)} does not belong to this project")
+        raise Conflict(f"artefact {short(digest)} does not belong to this project")
+    if artifact.kind != kind:
+        raise Conflict(f"artefact {short(digest)} is of kind {artifact.kind}, not {kind}")
+    return artifact
+
+
+def record_change(
+    session: Session,
+    deployment: Deployment,
+    kind: str,
+    *,
+    old: str | None,
+    to: str | None,
+    actor: str,
+    reason: str,
+    evidence: dict[str, Any] | None = None,
+) -> None:
+    """What every change of the row ends with: its time, its event and its line in the audit log."""
+    session.flush()
+    session.execute(
+        update(Deployment).where(Deployment.project_id == deployment.project_id).values(updated_at=func.now())
+    )
+    session.add(
+        DeploymentEvent(
+            project_id=deployment.project_id, kind=kind, generation=deployment.generation, from_digest=old,
+            to_digest=to, actor=actor, reason=reason, evidence=evidence or {},
+        )
+    )  # fmt: skip
+    session.flush()
+    audit.record(
+        session,
+        actor,
+        f"deployment.{kind}",
+        f"project:{deployment.project_id}",
+        {"generation": deployment.generation, "from": old, "to": to, "reason": reason},
+    )
+
+
+def short(digest: str | None) -> str:
+    """How sentences name weights."""
+    return "the base" if digest is None else digest[:12]
 
 
 def _predecessor(session: Session, project_id: UUID, digest: str | None) -> str | None:
@@ -178,32 +224,65 @@ def _commit_change(
     deployment.canary_digest = None
     deployment.canary_share = 0.0
     deployment.generation += 1
-    session.flush()
-    session.execute(
-        update(Deployment).where(Deployment.project_id == deployment.project_id).values(updated_at=func.now())
-    )
-    session.add(
-        DeploymentEvent(
-            project_id=deployment.project_id,
-            kind=kind,
-            generation=deployment.generation,
-            from_digest=old,
-            to_digest=to,
-            actor=actor,
-            reason=reason,
-            evidence=evidence or {},
-        )
-    )
-    session.flush()
-    audit.record(
-        session,
-        actor,
-        f"deployment.{kind}",
-        f"project:{deployment.project_id}",
-        {"generation": deployment.generation, "from": old, "to": to, "reason": reason},
-    )
+    record_change(session, deployment, kind, old=old, to=to, actor=actor, reason=reason, evidence=evidence)
+    _change_heads(session, deployment, old, actor)
     return deployment
 
 
-def _short(digest: str | None) -> str:
-    return "the base" if digest is None else digest[:12]
+def _change_heads(session: Session, deployment: Deployment, old: str | None, actor: str) -> None:
+    """Heads read one adapter's states: those of the old one are retired, those the new one had before come back."""
+    new = deployment.active_digest
+    leaving = [digest for digest in (deployment.speculator_digest, deployment.speculator_canary_digest) if digest]
+    returning = _heads_left(session, deployment.project_id, new)
+    deployment.speculator_digest = returning
+    deployment.speculator_canary_digest = None
+    deployment.speculator_share = 0.0
+    deployment.speculator_last_good_digest = None
+    for digest in leaving:
+        advance(session, digest, "retired")
+        reason = f"trained on {short(old)}, and {short(new)} serves now"
+        evidence = {"adapter": old, "serves": new, LEFT_WITH_ADAPTER: True}
+        record_change(
+            session, deployment, "speculator_retired", old=digest, to=returning,
+            actor=actor, reason=reason, evidence=evidence,
+        )  # fmt: skip
+    if returning is not None:
+        advance(session, returning, "live")
+        reason = f"{short(new)}, which they were trained on, serves again"
+        record_change(
+            session, deployment, "speculator_live", old=leaving[0] if leaving else None, to=returning,
+            actor=actor, reason=reason, evidence={"adapter": new},
+        )  # fmt: skip
+
+
+def _heads_left(session: Session, project_id: UUID, adapter: str | None) -> str | None:
+    """The heads that were retired last with this adapter, unless a person or the figures retired them."""
+    newest = session.execute(
+        select(DeploymentEvent.from_digest, DeploymentEvent.evidence)
+        .join(Artifact, Artifact.digest == DeploymentEvent.from_digest)
+        .where(
+            DeploymentEvent.project_id == project_id,
+            DeploymentEvent.kind == "speculator_retired",
+            DeploymentEvent.from_digest == _last_live(project_id, adapter),
+            Artifact.state == "retired",
+        )
+        .order_by(DeploymentEvent.id.desc())
+        .limit(1)
+    ).one_or_none()
+    return newest.from_digest if newest and newest.evidence.get(LEFT_WITH_ADAPTER) else None
+
+
+def _last_live(project_id: UUID, adapter: str | None) -> ScalarSelect[str | None]:
+    """The heads of an adapter that went live last; a canary that never did is not worth coming back."""
+    return (
+        select(DeploymentEvent.to_digest)
+        .join(Artifact, Artifact.digest == DeploymentEvent.to_digest)
+        .where(
+            DeploymentEvent.project_id == project_id,
+            DeploymentEvent.kind == "speculator_live",
+            Artifact.manifest["adapter"].as_string().is_not_distinct_from(adapter),
+        )
+        .order_by(DeploymentEvent.id.desc())
+        .limit(1)
+        .scalar_subquery()
+    )
