@@ -265,12 +265,13 @@ class Drafting:
             missing = self._worth.get(slot, 1.0) - (each[0].expected if each else 0.0)
             if compare or missing * batch.seconds_per_token > self._ask_seconds:
                 asked.append((row, each, slot))
-                asks.append(Ask(slot, sequence.tokens[-1], _draw(sequence), _most(sequence)))
+                most = min(_most(sequence), self.speculators.heads(slot))
+                asks.append(Ask(slot, sequence.tokens[-1], _draw(sequence), most))
                 places.append(place)
         if not asks:
             return
         began = time.perf_counter()
-        guesses = self.speculators.propose(self._hidden_RE[places], asks)
+        guesses = self.speculators.propose(self._hidden_RE[places], asks, FAINT)
         seconds = (time.perf_counter() - began) / len(asks)
         self._ask_seconds += SMOOTH * (seconds - self._ask_seconds)
         for (row, each, slot), guess in zip(asked, guesses, strict=True):

@@ -23,7 +23,7 @@ from engine.sequence import Sequence
 
 VOCABULARY = 1000
 MADE_TO_FAIL = "made to fail"
-SPEC = SimpleNamespace(max_positions=4096, vocab_size=VOCABULARY, labels=(), layers=0, pad_token=None)
+SPEC = SimpleNamespace(max_positions=4096, vocab_size=VOCABULARY, hidden_size=4, labels=(), layers=0, pad_token=None)
 
 
 def first_state(adapter: str | None, salt: str) -> int:
@@ -149,7 +149,8 @@ class World:
     """One core on fakes."""
 
     def __init__(self, **options: int) -> None:
-        config = EngineConfig(model=Path("none"), artifacts=Path("none"), **{"kv_tokens": 256} | options)
+        settings = {"kv_tokens": 256, "speculation": False} | options
+        config = EngineConfig(model=Path("none"), artifacts=Path("none"), **settings)  # type: ignore[arg-type]
         self.clock = Clock()
         fakes = {"read_spec": lambda _: SPEC, "base_digest": lambda _: "base", "build_forward": make_forward}
         with mock.patch.multiple("engine.core", **fakes):
