@@ -43,6 +43,7 @@ static void score(const Pages<A> &pages, const uint32_t *const *q, const int *at
 #pragma GCC unroll 2
             for (int part = 0; part < A::parts; part++) {
                 v16u w = A::weights(keys + (size_t)u * 64, part);
+                if (N > 1) hold(w);
 #pragma GCC unroll 8
                 for (int i = 0; i < N; i++) acc[i] = A::mac(acc[i], w, q[i][u], part);
             }
@@ -87,6 +88,7 @@ static void mix_some(const Pages<A> &pages, const float *scores, size_t stride, 
 #pragma GCC unroll 4
             for (int j = 0; j < V; j++) {
                 v16f value = A::get(row + j * 16);
+                if (N > 1) hold(value);
 #pragma GCC unroll 8
                 for (int i = 0; i < N; i++) acc[i][j] += value * scores[i * stride + t];
             }

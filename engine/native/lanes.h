@@ -97,6 +97,14 @@ SIXTEEN(v16s, int16_t, 2)
 #undef SIXTEEN
 #endif
 
+// `x` in a register, where the compiler would rather compute it or load it again each time.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+template <class V> LANES void hold(V &x) { asm volatile("" : "+x"(x)); }
+template <class H, class L> LANES void hold(Pair<H, L> &x) { hold(x.low), hold(x.high); }
+#else
+template <class V> LANES void hold(V &) {}
+#endif
+
 // A vector read from memory, written to it, filled with one value, converted lane by lane, chosen lane by lane.
 template <class V> struct Of {
     LANES V read(const void *p) {
@@ -117,7 +125,10 @@ template <class H, class L> struct Of<Pair<H, L>> {
         Of<H>::write(p, x.low);
         Of<H>::write((char *)p + sizeof(H), x.high);
     }
-    LANES V splat(L x) { return {Of<H>::splat(x), Of<H>::splat(x)}; }
+    LANES V splat(L x) {
+        H half = Of<H>::splat(x);
+        return {half, half};
+    }
     template <class From> LANES V convert(From x) { return {Of<H>::convert(x.low), Of<H>::convert(x.high)}; }
     template <class Mask> LANES V select(Mask mask, V a, V b) {
         return {Of<H>::select(mask.low, a.low, b.low), Of<H>::select(mask.high, a.high, b.high)};
@@ -132,8 +143,17 @@ template <class V, class Mask> LANES V select(Mask mask, V a, V b) { return Of<V
 
 LANES v16f load(const float *p) { return read<v16f>(p); }
 LANES void store(float *p, v16f x) { write(p, x); }
+// What lies at `x` in all lanes, loaded here and now rather than kept in a register, or shifted before it is spread.
+LANES v16u spread(const uint32_t &x) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    v16u_half half;
+    asm volatile("vpbroadcastd %1, %0" : "=x"(half) : "m"(x));
+    return {half, half};
+#else
+    return Of<v16u>::splat(x);
+#endif
+}
 LANES v16f splat(float x) { return Of<v16f>::splat(x); }
-LANES v16u splat(uint32_t x) { return Of<v16u>::splat(x); }
 LANES v16f larger(v16f a, v16f b) { return select(a > b, a, b); }
 
 #if defined(__AVX512F__)

@@ -41,7 +41,10 @@ static inline __attribute__((always_inline)) void tile(const uint8_t *w, size_t 
         for (int part = 0; part < W::parts; part++) {
             v16u weights[NP];
 #pragma GCC unroll 16
-            for (int p = 0; p < NP; p++) weights[p] = W::weights(w + p * panel + (size_t)k * W::bytes, part);
+            for (int p = 0; p < NP; p++) {
+                weights[p] = W::weights(w + p * panel + (size_t)k * W::bytes, part);
+                if (MR > 1 && p + MR * NP <= SUMS) hold(weights[p]);
+            }
 #pragma GCC unroll 16
             for (int m = 0; m < MR; m++)
 #pragma GCC unroll 16

@@ -50,7 +50,7 @@ struct F32 {
     static const int values = 1, bytes = 64, parts = 1;
     typedef float element;
     LANES v16u weights(const uint8_t *p, int) { return read<v16u>(p); }
-    LANES v16f mac(v16f acc, v16u w, uint32_t x, int) {
+    LANES v16f mac(v16f acc, v16u w, const uint32_t &x, int) {
         float f;
         memcpy(&f, &x, 4);
         return acc + (v16f)w * f;
@@ -66,15 +66,15 @@ struct Bf16 {
 #if defined(__AVX512BF16__)
     static const int parts = 1;
     LANES v16u weights(const uint8_t *p, int) { return read<v16u>(p); }
-    LANES v16f mac(v16f acc, v16u w, uint32_t x, int) {
+    LANES v16f mac(v16f acc, v16u w, const uint32_t &x, int) {
         return (v16f)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32((int)x));
     }
 #else
     static const int parts = 2;
     LANES v16u part_of(v16u units, int part) { return part ? units & 0xffff0000u : units << 16; }
     LANES v16u weights(const uint8_t *p, int part) { return part_of(read<v16u>(p), part); }
-    LANES v16f mac(v16f acc, v16u w, uint32_t x, int part) {
-        return acc + (v16f)w * (v16f)part_of(splat(x), part);
+    LANES v16f mac(v16f acc, v16u w, const uint32_t &x, int part) {
+        return acc + (v16f)w * (v16f)part_of(spread(x), part);
     }
 #endif
     LANES void put(element *p, v16f x) { write(p, to_bf16(x)); }
@@ -97,5 +97,5 @@ struct Int8 {
         return (v16u)convert<v16f>(part ? pair >> 8 : (pair << 24) >> 24);
 #endif
     }
-    LANES v16f mac(v16f acc, v16u w, uint32_t x, int part) { return Bf16::mac(acc, w, x, part); }
+    LANES v16f mac(v16f acc, v16u w, const uint32_t &x, int part) { return Bf16::mac(acc, w, x, part); }
 };
