@@ -143,9 +143,9 @@ def test_roots_without_requests_and_blocks_are_not_kept() -> None:
 
 
 def test_a_second_request_computes_only_what_is_new(engine: LocalEngine) -> None:
-    cold = engine.generate([Generate(id="cold", prompt=TEXT, sampling=GREEDY)])[0]
+    cold = engine.generate([Generate(id="cold", prompt=TEXT, sampling=GREEDY, speculate=False)])[0]
     steps = engine.core._steps
-    warm = engine.generate([Generate(id="warm", prompt=TEXT, sampling=GREEDY)])[0]
+    warm = engine.generate([Generate(id="warm", prompt=TEXT, sampling=GREEDY, speculate=False)])[0]
     assert (cold.finished.cached_tokens, warm.finished.cached_tokens) == (0, 96)
     assert warm.token_ids == cold.token_ids
     assert engine.core._steps - steps == len(warm.token_ids)

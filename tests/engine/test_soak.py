@@ -22,7 +22,7 @@ MOST_GROWTH = 24 << 20
 def core(model_dir: Path, artifacts: Path) -> Engine:
     config = EngineConfig(
         model=model_dir, artifacts=artifacts, precision="fp32", device="cpu", threads=1, kv_tokens=512,
-        max_running=16, step_tokens=128, adapter_slots=3, adapter_rank=4,
+        max_running=16, step_tokens=128, adapter_slots=3, adapter_rank=4, suffix_tokens=4096,
     )  # fmt: skip
     core = Engine(config)
     yield core
