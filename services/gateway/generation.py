@@ -18,10 +18,10 @@ from services.gateway.log_spool import LogSpool
 from services.gateway.metrics import Metrics
 from services.gateway.pieces import NOTHING, Call, Piece, Scored, call_parser, text_stream
 from services.gateway.planning import Plan
+from services.gateway.speculating import Speculating
 from services.gateway.spool_format import Final
 
 LOWEST_LOGPROB = -1e4
-NO_ENDING = Finished(epoch=0, id="", reason="stop")
 
 log = structlog.get_logger()
 
@@ -56,6 +56,7 @@ class Choice:
         self.logprobs: list[float] = []
         self.ending: Finished | None = None
         self.cached_tokens = 0
+        self.speculating = Speculating()
         self._top: list[list[tuple[int, float]]] = []
         self._echoed = NOTHING
         self._parts = parts
@@ -158,6 +159,7 @@ class Choice:
         before = self._stream.consumed
         text = self._stream.push(reply.token_ids)
         used = self._stream.consumed - before
+        self.speculating.add(reply, used)
         self.token_ids += reply.token_ids[:used]
         self.logprobs += reply.logprobs[:used]
         if self.plan.ask.logprobs:
@@ -240,7 +242,7 @@ class Choice:
 
     def _final(self, now: float, error: str | None) -> Final:
         logprobs = [round(max(value, LOWEST_LOGPROB), 5) for value in self.logprobs]
-        ending = self.ending or NO_ENDING
+        speculating = self.speculating
         return Final(
             id=self.planned.id,
             adapter_digest=self.adapter,
@@ -252,8 +254,11 @@ class Choice:
             prompt_tokens=len(self.planned.prompt),
             completion_tokens=len(self.token_ids),
             cached_tokens=self.cached_tokens,
-            drafted_tokens=ending.drafted_tokens,
-            accepted_tokens=ending.accepted_tokens,
+            drafted_tokens=speculating.drafted_tokens,
+            accepted_tokens=speculating.accepted_tokens,
+            speculated=self.planned.speculate,
+            speculation=speculating.document(),
+            speculator_digest=speculating.speculator,
             ttft_ms=self._milliseconds(self._first_at - self.plan.started) if self._first_at else None,
             latency_ms=self._milliseconds(now - self.plan.started),
             longest_gap_ms=self._milliseconds(self._longest_gap) if self._longest_gap else None,
@@ -271,6 +276,7 @@ class Choice:
         metrics.prompt_tokens.labels(model).inc(len(self.planned.prompt))
         metrics.generation_tokens.labels(model).inc(len(self.token_ids))
         metrics.latency.labels(model).observe(now - self.plan.started)
+        metrics.speculation.count(model, self.speculating)
         if ending is not None or self.token_ids:
             metrics.prefix_queries.labels(model).inc(len(self.planned.prompt))
             metrics.prefix_hits.labels(model).inc(self.cached_tokens)

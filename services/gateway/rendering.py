@@ -48,11 +48,17 @@ def usage(choices: Sequence[Choice]) -> dict[str, Any]:
     prompt = sum(len(choice.planned.prompt) for choice in firsts)
     cached = sum(choice.cached_tokens for choice in firsts)
     completion = sum(len(choice.token_ids) for choice in choices)
+    drafted = sum(choice.speculating.drafted_tokens for choice in choices)
+    accepted = sum(choice.speculating.accepted_tokens for choice in choices)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": accepted,
+            "rejected_prediction_tokens": drafted - accepted,
+        },
     }
 
 

@@ -13,7 +13,8 @@ from uuid import UUID
 
 import msgspec
 
-VERSION = 1
+# 2: endings tell what was drafted. Endings of version 1 say nothing of it, and are read as such.
+VERSION = 2
 HEADER = struct.Struct("<II")
 LARGEST_RECORD = 64 << 20
 SEGMENT_SUFFIX = ".log"
@@ -48,7 +49,8 @@ class Admitted(msgspec.Struct, tag="admitted", frozen=True, kw_only=True):
 
 
 class Final(msgspec.Struct, tag="final", frozen=True, kw_only=True):
-    """How it ended. `adapter_digest` is what really served; `finished_at` is seconds since the epoch or unknown."""
+    """How it ended. `adapter_digest` and `speculator_digest` are what really served and drafted; `finished_at` is
+    seconds since the epoch or unknown. `speculated` False: of the baseline; `speculation`: see `speculating`."""
 
     id: UUID
     adapter_digest: str | None
@@ -62,6 +64,9 @@ class Final(msgspec.Struct, tag="final", frozen=True, kw_only=True):
     cached_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    speculated: bool = True
+    speculation: dict[str, Any] | None = None
+    speculator_digest: str | None = None
     ttft_ms: float | None = None
     latency_ms: float | None = None
     longest_gap_ms: float | None = None
@@ -174,9 +179,6 @@ def to_row(admitted: Admitted, final: Final) -> dict[str, object]:
     row |= {
         "origin": "live",
         "arm": "active",
-        "speculator_digest": None,
-        "speculated": True,
-        "speculation": None,
         "worked_examples": [],
         "spool_version": row.pop("version"),
         "started_at": _moment(admitted.started_at),

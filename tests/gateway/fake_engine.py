@@ -2,9 +2,11 @@
 
 `python -m tests.gateway.fake_engine SOCKET [--step-ms N] [--context N] [--stamp]`. Token `i` of a request is a visible
 one that depends on seed, choice and `i` alone; but what stands in a prompt between the bytes 1 and 2 is said word for
-word, and then it stops. A prompt with byte 3 is answered `overloaded`, with byte 4 `internal`, with byte 5 never. All
-of a prompt but its last token counts as cached. An adapter loads when its directory holds `adapter.ok`. With `--stamp`
-the log-probability of a token is the monotonic time it was sent. Ends with its parent.
+word, and then it stops. A prompt with byte 3 is answered `overloaded`, with byte 4 `internal`, with byte 5 never. With
+byte 6, a request that may speculate gets three tokens a step: two of three drafted by suffix, beside two of which heads
+(`speculator`, if it names any) had one right. All of a prompt but its last token counts as cached. An adapter loads if
+its directory holds `adapter.ok`. With `--stamp` the log-probability of a token is the monotonic time it was sent. Ends
+with its parent.
 """
 
 import argparse
@@ -19,7 +21,9 @@ import zmq
 
 from engine.messages import (
     Cancel,
+    Corpus,
     Done,
+    Draft,
     Finished,
     Forget,
     Generate,
@@ -29,6 +33,7 @@ from engine.messages import (
     Pooled,
     PromptLogprobs,
     Slot,
+    SpeculatorSlot,
     Status,
     Tokens,
     UnloadAdapter,
@@ -40,7 +45,8 @@ from tests.gateway.tiny_model import make_vocabulary
 FIRST_VISIBLE, VISIBLE = 5, 26
 VOCABULARY = make_vocabulary()
 # As byte-level BPE writes bytes 1 to 5.
-SAY, SAID, OVERLOAD, FAIL, HANG = (VOCABULARY[letter] for letter in "āĂăĄą")
+SAY, SAID, OVERLOAD, FAIL, HANG, DRAFT = (VOCABULARY[letter] for letter in "āĂăĄąĆ")
+MATCHED, LESSER = Draft("suffix", 3, 2), Draft("heads", 2, 1, won=False)
 LIKELY = (-0.25, -1.5, -2.5)
 
 
@@ -62,6 +68,13 @@ class Running:
         if self.script is not None:
             return [*self.script, *sampling.stop_token_ids[:1], 0][self.produced]
         return FIRST_VISIBLE + (sampling.seed + 7 * self.message.choice + self.produced) % VISIBLE
+
+    @property
+    def drafts(self) -> list[Draft]:
+        """What its next step verifies; the first only reads the prompt."""
+        if not self.produced or not self.message.speculate or DRAFT not in self.message.prompt:
+            return []
+        return [MATCHED, LESSER] if self.message.speculator else [MATCHED]
 
     @property
     def late(self) -> bool:
@@ -166,17 +179,20 @@ class FakeEngine:
             count = len(message.prompt) - 1
             likely = [self._likely(token, sampling.top_logprobs) for token in message.prompt[1:]]
             frames.append(encode(PromptLogprobs(epoch=self.epoch, id=message.id, logprobs=[-0.5] * count, top=likely)))
-        token = run.token()
         logprob = time.monotonic() if self.stamp else LIKELY[0]
-        likely = [self._likely(token, sampling.top_logprobs)]
         cached = 0 if run.produced else len(message.prompt) - 1
-        run.produced += 1
-        self.generated += 1
-        tokens = Tokens(
-            epoch=self.epoch, id=message.id, token_ids=[token], logprobs=[logprob], top=likely, cached_tokens=cached
-        )
-        frames.append(encode(tokens))
-        ends = run.script is not None and token in sampling.stop_token_ids
+        drafts, tokens, ends = run.drafts, [], False
+        while len(tokens) <= (MATCHED.accepted if drafts else 0) and run.produced < sampling.max_tokens and not ends:
+            tokens.append(run.token())
+            run.produced += 1
+            ends = run.script is not None and tokens[-1] in sampling.stop_token_ids
+        self.generated += len(tokens)
+        likely = [self._likely(token, sampling.top_logprobs) for token in tokens]
+        said = Tokens(
+            epoch=self.epoch, id=message.id, token_ids=tokens, logprobs=[logprob] * len(tokens), top=likely,
+            cached_tokens=cached, drafts=drafts, speculator=message.speculator or "" if LESSER in drafts else "",
+        )  # fmt: skip
+        frames.append(encode(said))
         if ends or run.produced >= sampling.max_tokens:
             frames.append(encode(self._finished(message, "stop" if ends else "length", run.produced)))
             del self.running[message.id]
@@ -209,6 +225,8 @@ class FakeEngine:
             max_context=self.context, running=len(self.running) + len(self.held), waiting=0, blocks_total=100,
             blocks_free=100, slots=slots, slots_total=8, steps=self.steps, generated_tokens=self.generated,
             uptime_seconds=0.0, pid=os.getpid(), labels=["relevant"],
+            speculators=[SpeculatorSlot(index=1, digest="5bec" * 16, adapter=None, heads=4)], speculators_total=4,
+            corpora=[Corpus(namespace="a", tokens=300, bytes=9000), Corpus(namespace="b", tokens=20, bytes=1000)],
         )  # fmt: skip
 
     def _send(self, client: bytes, message: Done | Finished | Pooled | Status) -> None:

@@ -9,6 +9,7 @@ from starlette.routing import Route
 from services.app import PUBLIC, declared_scope
 from services.gateway.bodies import NEUTRAL, ChatBody, TextBody
 from services.gateway.feedback import FeedbackBody
+from services.gateway.metrics import Metrics
 from services.gateway.routes import ROUTES
 from services.gateway.tokenization import DetokenizeBody, TokenizeBody
 from services.gateway.vector_bodies import ClassifyBody, EmbeddingBody, RerankBody, VectorBody
@@ -66,6 +67,12 @@ def test_every_endpoint_stands_beside_its_scope() -> None:
         if isinstance(route, Route)
         for method in (route.methods or set()) - {"HEAD"}
     }
+
+
+def test_every_metric_is_explained() -> None:
+    families = [family for family in Metrics().registry.collect() if not family.name.endswith("_created")]
+    explained = set(re.findall(r"`((?:vllm|whet):\w+)`", section("Metrics")))
+    assert {family.name for family in families} == explained
 
 
 def test_every_code_the_gateway_answers_with_is_explained() -> None:

@@ -4,16 +4,18 @@ import asyncio
 import errno
 import os
 import random
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import UUID
 
+import msgspec
 import pytest
 
 from services.errors import Unavailable
 from services.gateway import log_spool
 from services.gateway.log_spool import LogSpool
-from services.gateway.spool_format import Admitted, Final, frame, segment_numbers, segment_path
+from services.gateway.spool_format import HEADER, Admitted, Final, frame, segment_numbers, segment_path, to_row
 from services.gateway.spool_tail import Ended, Tail, is_dead
 from services.store.base import uuid7
 
@@ -100,6 +102,34 @@ def test_a_dead_gateways_unfinished_interaction_is_interrupted_and_its_directory
     tail.keep_place()
     tail.remove()
     assert not spool.directory.exists()
+
+
+def test_records_of_version_1_are_read_and_say_nothing_of_drafts(spool: LogSpool) -> None:
+    first = admitted()
+    fields = msgspec.to_builtins(first) | {"version": 1}
+    ending = {
+        "type": "final", "id": str(first.id), "adapter_digest": None, "finish_reason": "stop", "output": "done",
+        "drafted_tokens": 0, "accepted_tokens": 0, "latency_ms": 9.5,
+    }  # fmt: skip
+    for record in (fields, ending):
+        payload = msgspec.json.encode(record)
+        os.write(spool._descriptor, HEADER.pack(len(payload), zlib.crc32(payload)) + payload)
+    (ended,) = read_all(Tail(spool.directory))
+    row = to_row(ended.admitted, ended.final)
+    assert (row["spool_version"], row["output"], row["latency_ms"]) == (1, "done", 9.5)
+    assert (row["speculated"], row["speculation"], row["speculator_digest"]) == (True, None, None)
+
+
+def test_what_was_drafted_is_read_back(spool: LogSpool) -> None:
+    record = admitted()
+    spool.admit(record)
+    suffix = {"drafts": 1, "won": 1, "tried": [1, 1], "accepted": [1, 0], "lengths": [0, 0, 1]}
+    told = {"speculated": False, "speculation": {"steps": 3, "suffix": suffix}, "speculator_digest": "5bec"}
+    spool.finish(msgspec.structs.replace(final(record), **told))
+    (ended,) = read_all(Tail(spool.directory))
+    row = to_row(ended.admitted, ended.final)
+    assert {name: row[name] for name in told} == told
+    assert row["spool_version"] == 2
 
 
 def test_a_torn_end_is_counted_and_nothing_before_it_is_lost(spool: LogSpool) -> None:
