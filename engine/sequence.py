@@ -60,6 +60,10 @@ class Sequence:
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
         self.stops = frozenset(self.request.sampling.stop_token_ids)
+        sampling = self.request.sampling
+        penalised = sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1
+        # Whether nothing but a grammar can stand between the model's logits and the sampler, at any place.
+        self.unedited = not (penalised or sampling.logit_bias or sampling.min_tokens)
         self.rank = PRIORITY_RANK[self.request.priority], self.arrival
         # Whoever needs the states of every token computes every token.
         every = self.pool is not None and self.pool.how in ("mean", "first")

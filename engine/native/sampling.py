@@ -1,5 +1,6 @@
 """`sample` of engine.layers.sampler in C++, the same noise and the same rules; the original elsewhere."""
 
+import ctypes
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -29,7 +30,7 @@ def sample(logits_RV: torch.Tensor, draws: Sequence[sampler.Draw]) -> Sampled:
     if not readable or not available():
         return sampler.sample(logits_RV, draws)
     rows, size = logits_RV.shape
-    wanted = (Draw * rows)(*[_flat(draw, size) for draw in draws])
+    wanted = _flattened(draws, size)
     tokens, logprobs = np.empty(rows, dtype=np.int64), np.empty(rows, dtype=np.float32)
     failed = functions().whet_sample(
         logits_RV.data_ptr(), logits_RV.stride(0), rows, size, wanted, tokens.ctypes.data, logprobs.ctypes.data
@@ -37,6 +38,20 @@ def sample(logits_RV: torch.Tensor, draws: Sequence[sampler.Draw]) -> Sampled:
     if failed:
         raise MemoryError(f"no memory to sample from a vocabulary of {size}")
     return Sampled(tokens.tolist(), logprobs.tolist())
+
+
+def _flattened(draws: Sequence[sampler.Draw], size: int) -> ctypes.Array[Draw]:
+    """All draws in a row; those of one request's drafted places differ in their position only."""
+    wanted = (Draw * len(draws))()
+    last: sampler.Draw | None = None
+    for place, draw in enumerate(draws):
+        if last is not None and draw.sampling is last.sampling and draw.choice == last.choice:
+            wanted[place] = wanted[place - 1]
+            wanted[place].position = draw.position
+        else:
+            wanted[place] = _flat(draw, size)
+        last = draw
+    return wanted
 
 
 def _flat(draw: sampler.Draw, size: int) -> Draw:

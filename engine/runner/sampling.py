@@ -43,6 +43,8 @@ class Place(NamedTuple):
     @property
     def edited(self) -> bool:
         """Whether anything stands between this row's logits and the sampler."""
+        if self.sequence.unedited:
+            return self.sequence.grammar is not None
         sampling = self.sequence.request.sampling
         constrained = self.sequence.grammar is not None or self.early
         return constrained or bool(sampling.logit_bias) or penalised(sampling)

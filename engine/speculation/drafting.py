@@ -41,6 +41,8 @@ COMPARE_STEPS = 8
 # What learning past responses may take of a step.
 STUDY_SECONDS = 0.001
 SMOOTH = 0.05
+# Costs change slowly; not every step need be looked at.
+LEARN_STEPS = 4
 # Lengths of context that step costs are told apart by.
 CONTEXTS = [64, 256, 1024]
 
@@ -188,7 +190,7 @@ class Drafting:
 
     def timed(self, rows: Many[Row], seconds: float) -> None:
         """A step of these rows took so long, all in all. Steps that read prompts say nothing about generating."""
-        if all(row.samples for row in rows):
+        if self._steps % LEARN_STEPS == 0 and all(row.samples for row in rows):
             tokens = sum(row.length for row in rows)
             self.costs.learn(tokens, sum(row.sequence.computed for row in rows) / len(rows), seconds)
 
