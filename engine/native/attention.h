@@ -45,7 +45,7 @@ static void score(const Pages<A> &pages, const uint32_t *const *q, const int *at
                 v16u w = A::weights(keys + (size_t)u * 64, part);
                 if (N > 1) hold(w);
 #pragma GCC unroll 8
-                for (int i = 0; i < N; i++) acc[i] = A::mac(acc[i], w, q[i][u], part);
+                for (int i = 0; i < N; i++) acc[i] = A::mac(acc[i], w, q[i][u * A::parts + part]);
             }
         }
         v16i position = lanes + block * PAGE;
@@ -77,6 +77,7 @@ template <class A, int N, int V>
 static void mix_some(const Pages<A> &pages, const float *scores, size_t stride, const float *sums, int from, int to, int v,
                      uint8_t *const *out) {
     typedef typename A::element element;
+    typedef typename A::Input X;
     v16f acc[N][V];
 #pragma GCC unroll 8
     for (int i = 0; i < N; i++)
@@ -97,7 +98,7 @@ static void mix_some(const Pages<A> &pages, const float *scores, size_t stride, 
 #pragma GCC unroll 8
     for (int i = 0; i < N; i++)
 #pragma GCC unroll 4
-        for (int j = 0; j < V; j++) A::put((element *)out[i] + (v + j) * 16, acc[i][j] / sums[i]);
+        for (int j = 0; j < V; j++) X::put((typename X::element *)out[i] + (v + j) * 16, acc[i][j] / sums[i]);
 }
 
 template <class A, int N>

@@ -76,13 +76,14 @@ static float inverse_rms(const float *x, int size, float eps) {
 
 template <class A>
 static void norm(Engine &engine, const float *h, const float *weight, int rows, uint8_t *x, float *plain = nullptr) {
+    typedef typename A::Input X;
     int size = engine.model.hidden;
     over_tokens(engine.pool, rows, size, [&](int t) {
         const float *from = h + (size_t)t * size;
         float inverse = inverse_rms(from, size, engine.model.eps);
         for (int i = 0; i < size; i += 16) {
             v16f y = load(from + i) * inverse * load(weight + i);
-            A::put((typename A::element *)x + (size_t)t * size + i, y);
+            X::put((typename X::element *)x + (size_t)t * size + i, y);
             if (plain) store(plain + (size_t)t * size + i, y);
         }
     });
@@ -132,14 +133,15 @@ static void turn(const Model &m, float *x, const float *weight, int position, fl
 template <class A> static void place(Engine &engine, const Layer &layer, const Step &step, const int *offsets) {
     const Model &m = engine.model;
     typedef typename A::element element;
+    typedef typename A::Input X;
     int width = (m.heads + 2 * m.kv_heads) * m.head_dim;
     over_tokens(engine.pool, step.tokens, width, [&](int t) {
         int row = engine.token_row[t], position = step.starts[row] + t - offsets[row];
         float *x = engine.fused + (size_t)t * width;
-        element *q = (element *)engine.q + (size_t)t * m.heads * m.head_dim;
+        typename X::element *q = (typename X::element *)engine.q + (size_t)t * m.heads * m.head_dim;
         for (int head = 0; head < m.heads; head++, x += m.head_dim, q += m.head_dim) {
             turn(m, x, layer.q_norm, position, m.scale);
-            for (int i = 0; i < m.head_dim; i += 16) A::put(q + i, load(x + i));
+            for (int i = 0; i < m.head_dim; i += 16) X::put(q + i, load(x + i));
         }
         size_t page = (size_t)step.tables[row][position / PAGE] * m.kv_heads * PAGE * m.head_dim;
         int lane = position % PAGE;
@@ -159,7 +161,7 @@ template <class A> static void place(Engine &engine, const Layer &layer, const S
 template <class A> static void attention(Engine &engine, const Layer &layer, const Step &step, const int *offsets) {
     const Model &m = engine.model;
     int group = m.heads / m.kv_heads, items = 0;
-    size_t width = (size_t)m.heads * m.head_dim * sizeof(typename A::element);
+    size_t width = (size_t)m.heads * m.head_dim * sizeof(typename A::Input::element);
     int *ends = (int *)alloca(sizeof(int) * step.rows);
     for (int row = 0; row < step.rows; row++)
         ends[row] = items += m.kv_heads * ((step.lengths[row] * group + QUERIES - 1) / QUERIES);
@@ -192,7 +194,7 @@ template <class A> static void attention(Engine &engine, const Layer &layer, con
 template <class A>
 static void mlp(Engine &engine, const Layer &layer, int rows, const Piece *pieces, int count) {
     const Model &m = engine.model;
-    typedef typename A::element element;
+    typedef typename A::Input X;
     norm<A>(engine, engine.h, layer.mlp_norm, rows, engine.x);
     const uint32_t *x = (const uint32_t *)engine.x;
     if (layer.moe.experts) {
@@ -208,7 +210,7 @@ static void mlp(Engine &engine, const Layer &layer, int rows, const Piece *piece
         over_tokens(engine.pool, rows, width, [&](int t) {
             const float *from = engine.fused + (size_t)t * width;
             for (int i = 0; i < width; i += 32)
-                A::put((element *)engine.wide + (size_t)t * width / 2 + i / 2, silu(load(from + i)) * load(from + i + 16));
+                X::put((typename X::element *)engine.wide + (size_t)t * width / 2 + i / 2, silu(load(from + i)) * load(from + i + 16));
         });
     }
     const uint32_t *wide = (const uint32_t *)engine.wide;
@@ -236,7 +238,7 @@ template <class A> static void forward(Engine &engine, const Step &step) {
         for (int i = 0; i < step.lengths[row]; i++, t++) engine.token_row[t] = row, engine.token_slot[t] = step.slots[row];
     }
     int rows = step.tokens, count = pieces_of(engine.token_slot, rows, engine.pieces);
-    size_t mixed_bytes = (size_t)m.heads * m.head_dim * sizeof(typename A::element);
+    size_t mixed_bytes = (size_t)m.heads * m.head_dim * sizeof(typename A::Input::element);
     const uint32_t *x = (const uint32_t *)engine.x, *mixed = (const uint32_t *)engine.mixed;
     embed<A>(engine, step);
     for (int i = 0; i < m.layers; i++) {
@@ -263,7 +265,8 @@ template <class A> static void forward(Engine &engine, const Step &step) {
 
 template <class A> static void project(Engine &engine, const float *hidden, const int32_t *slots, int rows, float *logits) {
     const Model &m = engine.model;
-    for (size_t i = 0; i < (size_t)rows * m.hidden; i += 16) A::put((typename A::element *)engine.x + i, load(hidden + i));
+    typedef typename A::Input X;
+    for (size_t i = 0; i < (size_t)rows * m.hidden; i += 16) X::put((typename X::element *)engine.x + i, load(hidden + i));
     const uint32_t *x = (const uint32_t *)engine.x;
     int count = pieces_of(slots, rows, engine.pieces);
     multiply<A>(engine.pool, m.head, x, rows, {logits, nullptr, m.head.outputs, STORE});

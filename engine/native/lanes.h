@@ -143,16 +143,6 @@ template <class V, class Mask> LANES V select(Mask mask, V a, V b) { return Of<V
 
 LANES v16f load(const float *p) { return read<v16f>(p); }
 LANES void store(float *p, v16f x) { write(p, x); }
-// What lies at `x` in all lanes, loaded here and now rather than kept in a register, or shifted before it is spread.
-LANES v16u spread(const uint32_t &x) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    v16u_half half;
-    asm volatile("vpbroadcastd %1, %0" : "=x"(half) : "m"(x));
-    return {half, half};
-#else
-    return Of<v16u>::splat(x);
-#endif
-}
 LANES v16f splat(float x) { return Of<v16f>::splat(x); }
 LANES v16f larger(v16f a, v16f b) { return select(a > b, a, b); }
 

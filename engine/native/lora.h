@@ -56,15 +56,15 @@ static void lift_part(const uint8_t *b, int panels, int units, const uint32_t *x
 
 template <class A>
 static void add_piece(const Lora &lora, const uint32_t *x, const Piece &piece, float *y, int stride) {
-    typedef typename A::element element;
+    typedef typename A::Input X;
     int width = lora.width[piece.slot], ranks = (lora.parts * width + 15) / 16 * 16;
     if (!width) return;
     alignas(64) float low[PIECE * MOST_RANKS];
-    alignas(64) element units[PIECE * MOST_RANKS];
-    int inputs = lora.inputs / A::values;
+    alignas(64) typename X::element units[PIECE * MOST_RANKS];
+    int inputs = lora.inputs / X::values;
     Matrix a = {lora.a + piece.slot * lora.a_bytes, nullptr, nullptr, ranks, lora.inputs, 0, 0};
-    panels_of<A, A>(a, x + (size_t)piece.row * inputs, inputs, piece.rows, 0, ranks / 16, {low, nullptr, ranks, STORE});
-    for (int i = 0; i < piece.rows * ranks; i += 16) A::put(units + i, load(low + i));
+    panels_of<A, X>(a, x + (size_t)piece.row * inputs, inputs, piece.rows, 0, ranks / 16, {low, nullptr, ranks, STORE});
+    for (int i = 0; i < piece.rows * ranks; i += 16) X::put(units + i, load(low + i));
     typedef void (*Lift)(const uint8_t *, int, int, const uint32_t *, int, float *, int, int);
 #define RISE(n) lift_part<A, n <= PIECE ? n : 1>
     static const Lift lifts[] = {RISE(1), RISE(2), RISE(3), RISE(4),  RISE(5),  RISE(6),
@@ -73,9 +73,9 @@ static void add_piece(const Lora &lora, const uint32_t *x, const Piece &piece, f
     const uint8_t *b = lora.b + piece.slot * lora.b_bytes;
     for (int part = 0; part < lora.parts; part++) {
         lifts[piece.rows - 1](b, lora.panels[part], width / A::values, (const uint32_t *)(units + part * width),
-                              ranks / A::values, y + (size_t)piece.row * stride + lora.first[part] * 16, stride,
+                              ranks / X::values, y + (size_t)piece.row * stride + lora.first[part] * 16, stride,
                               lora.spacing);
-        b += (size_t)lora.panels[part] * width * 16 * sizeof(element);
+        b += (size_t)lora.panels[part] * width * 16 * sizeof(typename A::element);
     }
 }
 

@@ -48,7 +48,7 @@ static inline __attribute__((always_inline)) void tile(const uint8_t *w, size_t 
 #pragma GCC unroll 16
             for (int m = 0; m < MR; m++)
 #pragma GCC unroll 16
-                for (int p = 0; p < NP; p++) acc[m][p] = W::mac(acc[m][p], weights[p], x[(size_t)m * stride + k], part);
+                for (int p = 0; p < NP; p++) acc[m][p] = W::mac(acc[m][p], weights[p], x[(size_t)m * stride + k * W::parts + part]);
         }
     }
 #pragma GCC unroll 16
@@ -121,9 +121,9 @@ static void panels_of(const Matrix &w, const uint32_t *x, int stride, int rows, 
         else width = 1, rows_of<W, A, 1, 12>(w, x, stride, rows, panel, false, out);
 #else
         // Few rows need several panels to keep the multipliers busy; many would not leave room for them.
-        const int lone = SUMS < 4 ? SUMS / 2 * 2 : 4, few = SUMS / 2;
+        const int lone = SUMS < 4 ? 2 : 4, few = SUMS / 2 - (W::parts > 1);
         if (rows == 1 && left >= lone) width = lone, rows_of<W, A, lone, 1>(w, x, stride, rows, panel, false, out);
-        else if (rows <= few && left >= 2) width = 2, rows_of<W, A, 2, few>(w, x, stride, rows, panel, false, out);
+        else if (rows <= few && left >= 2) width = 2, rows_of<W, A, 2, few ? few : 1>(w, x, stride, rows, panel, false, out);
         else if (left >= 2) width = 2, rows_of<W, A, 2, SUMS>(w, x, stride, rows, panel, left >= 4, out);
         else width = 1, rows_of<W, A, 1, SUMS>(w, x, stride, rows, panel, false, out);
 #endif
@@ -144,7 +144,8 @@ static void matmul(Pool &pool, const Matrix &w, const uint32_t *x, int stride, i
 
 template <class A>
 static void multiply(Pool &pool, const Matrix &w, const uint32_t *x, int rows, const Out &out) {
-    int stride = w.inputs / A::values;
-    if (w.kind == INT8) matmul<Int8, A>(pool, w, x, stride, rows, out);
-    else matmul<A, A>(pool, w, x, stride, rows, out);
+    typedef typename A::Input X;
+    int stride = w.inputs / X::values;
+    if (w.kind == INT8) matmul<Int8, X>(pool, w, x, stride, rows, out);
+    else matmul<A, X>(pool, w, x, stride, rows, out);
 }

@@ -35,8 +35,8 @@ static void route(const Moe &moe, float *logits, int32_t *chosen, float *weight)
 template <class A>
 static void add_experts(Pool &pool, const Moe &moe, const MoeRoom &room, const uint32_t *x, int rows, int hidden,
                         float *logits, float *h) {
-    typedef typename A::element element;
-    const int pairs = rows * moe.per_token, stride = hidden / A::values, wide = moe.gate_up[0].outputs / 2;
+    typedef typename A::Input X;
+    const int pairs = rows * moe.per_token, stride = hidden / X::values, wide = moe.gate_up[0].outputs / 2;
     multiply<A>(pool, moe.router, x, rows, {logits, nullptr, moe.router.outputs, STORE});
     memset(room.starts, 0, sizeof(int32_t) * (moe.experts + 1));
     for (int t = 0; t < rows; t++) {
@@ -55,7 +55,7 @@ static void add_experts(Pool &pool, const Moe &moe, const MoeRoom &room, const u
         if (start == end) return;
         static thread_local Pool alone;
         const uint32_t *mine = (const uint32_t *)room.x + (size_t)start * stride;
-        uint8_t *gated = room.wide + (size_t)start * wide * sizeof(element);
+        uint8_t *gated = room.wide + (size_t)start * wide * sizeof(typename X::element);
         multiply<A>(alone, moe.gate_up[expert], mine, end - start, {nullptr, gated, 2 * wide, SWIGLU});
         multiply<A>(alone, moe.down[expert], (const uint32_t *)gated, end - start,
                     {room.y + (size_t)start * hidden, nullptr, hidden, STORE});

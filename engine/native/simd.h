@@ -43,14 +43,16 @@ static inline uint16_t round_bf16(float x) {
     return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
-// What a matrix is made of. A *unit* is 32 bits of one row: one fp32 value or two bf16 values; activations are rows of
-// units. `weights` loads sixteen outputs' part of a unit, `mac` multiplies it with the same part of one activation unit
-// and accumulates: all parts in turn where the CPU multiplies single values, one part where it multiplies pairs.
+// What matrices, pages and activations are made of. A *unit* is 32 bits of one row: one fp32 value or two bf16 values.
+// `weights` loads sixteen outputs' part of a unit and `mac` multiplies it with one unit of activations and accumulates.
+// A CPU that multiplies pairs takes a unit in one part and activations in pairs; others take a pair in two parts, and
+// activations, which `Input` names, in fp32: rounding them would save nothing.
 struct F32 {
     static const int values = 1, bytes = 64, parts = 1;
     typedef float element;
+    typedef F32 Input;
     LANES v16u weights(const uint8_t *p, int) { return read<v16u>(p); }
-    LANES v16f mac(v16f acc, v16u w, const uint32_t &x, int) {
+    LANES v16f mac(v16f acc, v16u w, uint32_t x) {
         float f;
         memcpy(&f, &x, 4);
         return acc + (v16f)w * f;
@@ -65,24 +67,26 @@ struct Bf16 {
     typedef uint16_t element;
 #if defined(__AVX512BF16__)
     static const int parts = 1;
+    typedef Bf16 Input;
     LANES v16u weights(const uint8_t *p, int) { return read<v16u>(p); }
-    LANES v16f mac(v16f acc, v16u w, const uint32_t &x, int) {
+    LANES v16f mac(v16f acc, v16u w, uint32_t x) {
         return (v16f)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32((int)x));
     }
 #else
     static const int parts = 2;
-    LANES v16u part_of(v16u units, int part) { return part ? units & 0xffff0000u : units << 16; }
-    LANES v16u weights(const uint8_t *p, int part) { return part_of(read<v16u>(p), part); }
-    LANES v16f mac(v16f acc, v16u w, const uint32_t &x, int part) {
-        return acc + (v16f)w * (v16f)part_of(spread(x), part);
+    typedef F32 Input;
+    LANES v16u weights(const uint8_t *p, int part) {
+        v16u pair = read<v16u>(p);
+        return part ? pair & 0xffff0000u : pair << 16;
     }
+    LANES v16f mac(v16f acc, v16u w, uint32_t x) { return F32::mac(acc, w, x); }
 #endif
     LANES void put(element *p, v16f x) { write(p, to_bf16(x)); }
     LANES v16f get(const element *p) { return from_bf16(p); }
     LANES element one(float x) { return round_bf16(x); }
 };
 
-// Eight-bit weights times bf16 activations: every int8 value is a bf16 value, so only the scale is approximate.
+// Eight-bit weights: every int8 value is a bf16 value, so only the scale is approximate.
 struct Int8 {
     static const int values = 2, bytes = 32, parts = Bf16::parts;
     LANES v16u weights(const uint8_t *p, int part) {
@@ -97,5 +101,5 @@ struct Int8 {
         return (v16u)convert<v16f>(part ? pair >> 8 : (pair << 24) >> 24);
 #endif
     }
-    LANES v16f mac(v16f acc, v16u w, const uint32_t &x, int part) { return Bf16::mac(acc, w, x, part); }
+    LANES v16f mac(v16f acc, v16u w, uint32_t x) { return Bf16::mac(acc, w, x); }
 };
