@@ -35,10 +35,11 @@ class Acceptance:
     def __init__(self, cells: int) -> None:
         self._cells = cells
         self._all = Counts(cells)
-        self._projects: OrderedDict[str, Counts] = OrderedDict()
+        self._projects: OrderedDict[tuple[str, str], Counts] = OrderedDict()
 
-    def project(self, name: str) -> Counts:
-        """The counts of one project (a namespace, and for heads their digest); the longest unused are dropped."""
+    def project(self, namespace: str, digest: str = "") -> Counts:
+        """The counts of one project, and for heads of their digest; the longest unused are dropped."""
+        name = namespace, digest
         counts = self._projects.get(name)
         if counts is None:
             counts = self._projects[name] = Counts(self._cells)
@@ -63,9 +64,10 @@ class Acceptance:
         own.learn(cell, accepted)
         self._all.learn(cell, accepted)
 
-    def forget(self, name: str) -> None:
+    def forget(self, namespace: str) -> None:
         """Drop a project's counts."""
-        self._projects.pop(name, None)
+        for name in [name for name in self._projects if name[0] == namespace]:
+            del self._projects[name]
 
 
 def suffix_cells(match: int, shares: list[float]) -> list[int]:

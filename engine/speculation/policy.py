@@ -5,32 +5,91 @@ rises, so what is taken of a row is the beginning of its draft. (DSpark's first 
 """
 
 from collections.abc import Sequence as Many
+from typing import NamedTuple, Protocol
+
+from engine.scheduling.scheduler import Row
+from engine.speculation.costs import StepCosts
+from engine.speculation.tries import Try
 
 # What drafting must promise over not drafting before a batch that did not draft begins to.
 HYSTERESIS = 1.05
 
 
-def lengths(
-    survivals: Many[list[float]], base_tokens: int, base_expected: int, costs: list[float], *, drafting: bool
-) -> list[int]:
+class Batch(NamedTuple):
+    """A step as it is without drafts: its tokens, what they yield, and seconds by tokens; `most` tokens at most."""
+
+    tokens: int
+    expected: int
+    costs: list[float]
+    most: int
+
+    @classmethod
+    def of(cls, rows: Many[Row], costs: StepCosts, most: int) -> "Batch":
+        """Count a step's rows."""
+        tokens = sum(row.length for row in rows)
+        context = sum(row.sequence.computed for row in rows) / len(rows)
+        return cls(tokens, sum(row.samples for row in rows), costs.table(context), most)
+
+    @property
+    def room(self) -> int:
+        """Drafted tokens that the step can take."""
+        return self.most - self.tokens
+
+    @property
+    def seconds_per_token(self) -> float:
+        """What one more emitted token is worth."""
+        return self.costs[self.tokens] / max(1, self.expected)
+
+    @property
+    def floor(self) -> float:
+        """The probability below which one more token costs more than it brings; above 1 none can pay."""
+        # Costs rise in steps, so look a little further than one token.
+        ahead = min(4, self.room)
+        if ahead <= 0:
+            return 2.0
+        return (self.costs[self.tokens + ahead] - self.costs[self.tokens]) / ahead / self.seconds_per_token
+
+
+class Policy(Protocol):
+    """Chooses among proposals. `eager` wants every drafter asked in every step, `branches` second drafts."""
+
+    eager: bool
+    branches: bool
+
+    def select(self, tries: Many[Many[Try]], batch: Batch, *, drafting: bool) -> list[tuple[Try | None, int]]:
+        """For each row the proposal to verify and how many of its tokens. `drafting`: the last step drafted."""
+
+
+class Adaptive:
+    """The proposal of each row that promises most, as long as the batch's rate rises."""
+
+    eager = False
+    branches = True
+
+    def select(self, tries: Many[Many[Try]], batch: Batch, *, drafting: bool) -> list[tuple[Try | None, int]]:
+        """See Policy."""
+        best = [max(each, key=_promise, default=None) for each in tries]
+        survivals = [[] if one is None else one.survival for one in best]
+        return list(zip(best, lengths(survivals, batch, drafting=drafting), strict=True))
+
+
+def lengths(survivals: Many[list[float]], batch: Batch, *, drafting: bool) -> list[int]:
     """How many drafted tokens of each row to verify.
 
-    `survivals[i][j]` is the probability that row i's drafted tokens 0 .. j are all accepted. Without drafts the step
-    computes `base_tokens` and yields `base_expected`; `costs` are seconds by tokens. `drafting`: the last step drafted.
+    `survivals[i][j]` is the probability that row i's drafted tokens 0 .. j are all accepted.
     """
-    room = len(costs) - 1 - base_tokens
-    if room <= 0:
-        return [0] * len(survivals)
+    base, costs = batch.tokens, batch.costs
+    best = batch.expected / costs[base] * (1.0 if drafting else HYSTERESIS)
+    taken, expected = 0, float(batch.expected)
     if len(survivals) == 1:
-        return [_alone(survivals[0], base_tokens, base_expected, costs, room, drafting)]
-    order = sorted(
-        ((-chance, row, place) for row, chances in enumerate(survivals) for place, chance in enumerate(chances)),
-    )
-    plain = base_expected / costs[base_tokens]
-    best, taken, expected = plain * (1.0 if drafting else HYSTERESIS), 0, float(base_expected)
-    for count, (chance, _, _) in enumerate(order[:room], start=1):
+        order = [(-chance, 0, place) for place, chance in enumerate(survivals[0])]
+    else:
+        order = sorted(
+            (-chance, row, place) for row, chances in enumerate(survivals) for place, chance in enumerate(chances)
+        )
+    for count, (chance, _, _) in enumerate(order[: max(0, batch.room)], start=1):
         expected -= chance
-        rate = expected / costs[base_tokens + count]
+        rate = expected / costs[base + count]
         if rate > best:
             best, taken = rate, count
     chosen = [0] * len(survivals)
@@ -39,32 +98,12 @@ def lengths(
     return chosen
 
 
-def _alone(
-    chances: list[float], base_tokens: int, base_expected: int, costs: list[float], room: int, drafting: bool
-) -> int:
-    """The same for one row, which needs no order."""
-    best = base_expected / costs[base_tokens] * (1.0 if drafting else HYSTERESIS)
-    taken, expected = 0, float(base_expected)
-    for count, chance in enumerate(chances[:room], start=1):
-        expected += chance
-        rate = expected / costs[base_tokens + count]
-        if rate > best:
-            best, taken = rate, count
-    return taken
-
-
-def least_chance(base_tokens: int, base_expected: int, costs: list[float]) -> float:
-    """The probability below which one more token in this batch costs more than it brings; above 1: none can pay."""
-    if base_tokens + 1 >= len(costs):
-        return 2.0
-    # Costs rise in steps, so look a little further than one token.
-    ahead = min(4, len(costs) - 1 - base_tokens)
-    rise = (costs[base_tokens + ahead] - costs[base_tokens]) / ahead
-    return rise * base_expected / costs[base_tokens]
-
-
-def branch_pays(gain: float, extra: int, tokens: int, expected: float, costs: list[float]) -> bool:
-    """Whether verifying a second draft beside the first raises the batch's rate: `gain` tokens for `extra` computed."""
-    if tokens + extra >= len(costs):
+def branch_pays(gain: float, extra: int, tokens: int, expected: float, batch: Batch) -> bool:
+    """Whether a second draft beside the first raises the batch's rate: `gain` tokens for `extra` computed."""
+    if tokens + extra > batch.most:
         return False
-    return (expected + gain) / costs[tokens + extra] > expected / costs[tokens] * HYSTERESIS
+    return (expected + gain) / batch.costs[tokens + extra] > expected / batch.costs[tokens] * HYSTERESIS
+
+
+def _promise(one: Try) -> float:
+    return one.expected
