@@ -278,6 +278,8 @@ template <class T> static bool allot(T *&pointer, size_t count) {
     return pointer;
 }
 
+#include "speculator.h"
+
 extern "C" {
 
 void whet_close(Engine *engine) {

@@ -139,6 +139,11 @@ class NativeDecoder:
             self._native.whet_project(self._engine, hidden[part].data_ptr(), at, count, out[part].data_ptr())
         return out[:, : self.spec.vocab_size]
 
+    @property
+    def handle(self) -> int | None:
+        """The C++ engine, whose threads drafting shares; valid until the next add_slots or close."""
+        return self._engine
+
     def close(self) -> None:
         """End the threads; nothing may be run afterwards."""
         engine, self._engine = self._engine, None

@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from engine.layers.sampler import Draw, gumbel, row_keys, scaled
+from engine.speculation.loading import Speculator
 from engine.speculation.slots import Ready, SlotTensors
 
 # Tokens less likely than the best by more than this are not drafted: seldom drawn, and most of the noise's cost.
@@ -44,6 +45,9 @@ class Guess(NamedTuple):
 class Drafter(Protocol):
     """Heads in slots that draft. `prepare` may run in any thread; everything else belongs to the engine's."""
 
+    def prepare(self, speculator: Speculator) -> Ready:
+        """Bring checked heads into the layout of the slots; touches none."""
+
     def fill(self, slot: int, ready: Ready) -> None:
         """Copy prepared heads into a slot, between two steps."""
 
@@ -59,7 +63,7 @@ class TorchDrafter:
 
     def __init__(self, slots: SlotTensors) -> None:
         self._slots = slots
-        self.fill, self.clear = slots.fill, slots.clear
+        self.prepare, self.fill, self.clear = slots.prepare, slots.fill, slots.clear
 
     @torch.inference_mode()
     def propose(self, hidden_RE: torch.Tensor, asks: Sequence[Ask], floor: float = 0.0) -> list[Guess]:

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
@@ -20,6 +20,8 @@ from engine.adapters.manager import sentence
 from engine.config import EngineConfig
 from engine.digest import file_digest
 from engine.messages import SpeculatorSlot
+from engine.native.decoder import NativeDecoder
+from engine.native.drafting import NativeDrafter
 from engine.runner.forward import Forward
 from engine.speculation.heads import Ask, Drafter, Guess, TorchDrafter
 from engine.speculation.loading import Limits, SpeculatorReader
@@ -55,13 +57,6 @@ class Resident:
     used: int
 
 
-class Backend(NamedTuple):
-    """What drafts, and what brings heads into its layout (in any thread)."""
-
-    drafter: Drafter
-    prepare: Callable[..., Ready]
-
-
 class Speculators:
     """LoadSpeculator and UnloadSpeculator, and the drafts. All methods belong to the engine's thread."""
 
@@ -76,7 +71,7 @@ class Speculators:
         )
         root, vocabulary = config.artifacts.absolute(), vocabulary_digest(config.model)
         self._reader = SpeculatorReader(root, base, vocabulary, limits, forward.dtype)
-        self._backend = _backend(forward, limits, self.total)
+        self._drafter = choose_drafter(forward, limits, self.total)
         self._wake = wake
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="speculator-reader")
         self._loads: dict[str, Load] = {}
@@ -150,14 +145,14 @@ class Speculators:
 
         A row stops behind the token with which the product of its chances falls below `floor`.
         """
-        return self._backend.drafter.propose(hidden_RE, asks, floor)
+        return self._drafter.propose(hidden_RE, asks, floor)
 
     def close(self) -> None:
         """Let the reading thread end."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, digest: str, path: str) -> Ready:
-        return self._backend.prepare(self._reader.read(digest, path))
+        return self._drafter.prepare(self._reader.read(digest, path))
 
     def _finish(self, digest: str, load: Load) -> None:
         error, broken = load.future.exception(), False
@@ -178,7 +173,7 @@ class Speculators:
         slot = self._room(replaced)
         # Whoever was there is gone even when copying fails halfway.
         self._evict(self._digests[slot])
-        self._backend.drafter.fill(slot, ready)
+        self._drafter.fill(slot, ready)
         resident = Resident(speculator.digest, speculator.adapter, slot, speculator.heads, next(self._clock))
         self._residents[speculator.digest] = resident
         self._digests[slot] = speculator.digest
@@ -211,7 +206,7 @@ class Speculators:
         resident = self._residents.pop(digest, None)
         if resident is not None:
             self._digests[resident.slot] = ""
-            self._backend.drafter.clear(resident.slot)
+            self._drafter.clear(resident.slot)
 
 
 def vocabulary_digest(model: Path) -> str:
@@ -220,6 +215,8 @@ def vocabulary_digest(model: Path) -> str:
     return file_digest(path) if path.is_file() else ""
 
 
-def _backend(forward: Forward, limits: Limits, slots: int) -> Backend:
-    tensors = SlotTensors(limits, slots, forward.dtype, forward.device)
-    return Backend(TorchDrafter(tensors), tensors.prepare)
+def choose_drafter(forward: Forward, limits: Limits, slots: int) -> Drafter:
+    """The native path's where it runs the model, torch's elsewhere."""
+    if isinstance(forward, NativeDecoder):
+        return NativeDrafter(forward, limits, slots)
+    return TorchDrafter(SlotTensors(limits, slots, forward.dtype, forward.device))

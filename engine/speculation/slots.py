@@ -11,14 +11,10 @@ from engine.speculation.loading import Limits, Speculator
 
 
 class Ready(NamedTuple):
-    """A speculator brought into the dtypes of its slot; made in any thread, so that filling only copies."""
+    """A speculator brought into the layout of a slot; made in any thread, so that filling only copies."""
 
     speculator: Speculator
-    tokens_V: torch.Tensor
-    places_T: torch.Tensor
-    weight_KEE: torch.Tensor
-    condition_CVE: torch.Tensor | None
-    head_VE: torch.Tensor
+    parts: dict[str, torch.Tensor]
 
 
 class SlotTensors:
@@ -35,34 +31,34 @@ class SlotTensors:
 
     def prepare(self, speculator: Speculator) -> Ready:
         """Everything that takes time; touches no slot."""
-        condition_CVE = speculator.condition_CVE
-        return Ready(
-            speculator,
-            speculator.tokens_V.long(),
-            places(speculator, self.limits.tokens),
-            speculator.weight_KEE.to(self.dtype),
-            None if condition_CVE is None else condition_CVE.to(self.dtype),
-            speculator.head_VE.to(self.dtype),
-        )
+        parts = {
+            "tokens": speculator.tokens_V.long(),
+            "places": places(speculator, self.limits.tokens),
+            "weight": speculator.weight_KEE.to(self.dtype),
+            "head": speculator.head_VE.to(self.dtype),
+        }
+        if speculator.condition_CVE is not None:
+            parts["condition"] = speculator.condition_CVE.to(self.dtype)
+        return Ready(speculator, parts)
 
     def fill(self, slot: int, ready: Ready) -> None:
         """Copy prepared heads into a slot, between two steps; what the slot held is gone."""
         self._make()
-        speculator = ready.speculator
+        speculator, parts = ready
         heads, words = speculator.heads, speculator.vocabulary
-        self.tokens_SV[slot].zero_()[:words].copy_(ready.tokens_V)
-        self.places_ST[slot].copy_(ready.places_T)
+        self.tokens_SV[slot].zero_()[:words].copy_(parts["tokens"])
+        self.places_ST[slot].copy_(parts["places"])
         self.outside_SV[slot].fill_(True)[:words].fill_(False)
-        self.weight_SKEE[slot, :heads].copy_(ready.weight_KEE)
+        self.weight_SKEE[slot, :heads].copy_(parts["weight"])
         self.bias_SKE[slot, :heads].copy_(speculator.bias_KE)
-        self.head_SVE[slot].zero_()[:words].copy_(ready.head_VE)
+        self.head_SVE[slot].zero_()[:words].copy_(parts["head"])
         self.confidence_SKF[slot, :heads].copy_(speculator.confidence_KF)
         self.confidence_bias_SK[slot, :heads].copy_(speculator.confidence_bias_K)
-        if ready.condition_CVE is not None:
-            tables = len(ready.condition_CVE)
-            self.condition_SCVE[slot, :tables, : words + 1].copy_(ready.condition_CVE)
+        if "condition" in parts:
+            tables = len(parts["condition"])
+            self.condition_SCVE[slot, :tables, : words + 1].copy_(parts["condition"])
             self.table_SK[slot].copy_(torch.arange(self.limits.heads).clamp_max(tables - 1))
-        self.conditioned_S[slot] = ready.condition_CVE is not None
+        self.conditioned_S[slot] = "condition" in parts
         self.recurrent_S[slot] = speculator.recurrent
         self.heads[slot] = heads
 

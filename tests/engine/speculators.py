@@ -23,7 +23,7 @@ def random_heads(
     conditioning: str = "hydra",
     tables: int = 0,
     seed: int = 0,
-    scale: float = 1.0,
+    scale: float = 3.0,
 ) -> Tensors:
     """Heads that draft anything of `tokens`. `tables` 1 shares the conditioning between heads; 0: a table for each."""
     generator = torch.Generator().manual_seed(seed)
@@ -35,7 +35,7 @@ def random_heads(
         "tokens": torch.tensor(sorted(tokens), dtype=torch.int32),
         "weight": normal(heads, hidden, hidden, std=hidden**-0.5),
         "bias": normal(heads, hidden, std=0.1),
-        "head": normal(len(tokens), hidden, std=2.0 * scale * hidden**-0.5),
+        "head": normal(len(tokens), hidden, std=scale * hidden**-0.5),
         "confidence": normal(heads, hidden + 1, std=hidden**-0.5),
         "confidence_bias": normal(heads, std=1.0),
     }

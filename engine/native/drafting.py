@@ -1,0 +1,200 @@
+"""Drafting with heads in one C++ call (speculator.h); the reference is TorchDrafter of engine/speculation/heads.py.
+
+Suffixes: K heads, E hidden size, V pruned vocabulary, W the same in whole panels.
+"""
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+
+from engine.layers.sampler import MASK
+from engine.native.decoder import NativeDecoder
+from engine.native.library import KINDS, Int, Matrix, Pointer, functions
+from engine.native.memory import Arena
+from engine.native.weights import pack, pad, padded, quantize
+from engine.speculation.heads import Ask, Guess
+from engine.speculation.loading import Limits, Speculator
+from engine.speculation.slots import Ready, places
+
+# Between what eight bits lost of a row and a state there is no relation: in E dimensions their product is seldom beyond
+# 4/√E of their lengths' product, and two logits differ by twice that.
+SIGMAS = 8.0
+# DraftAsk in speculator.h: Draw, then slot, token, most and a filler.
+ASK = struct.Struct("=QqqfffiiiiI")
+MOST_TOP_K = (1 << 31) - 1
+
+
+class HeadSlot(ctypes.Structure):
+    """One slot; `heads` 0 drafts nothing."""
+
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
+        ("weight", ctypes.POINTER(Matrix)), ("condition", Pointer), ("head", Pointer), ("coarse", Pointer),
+        ("scale", Pointer), ("tokens", Pointer), ("places", Pointer), ("confidence", Pointer),
+        ("confidence_last", Pointer), ("confidence_bias", Pointer), ("error", ctypes.c_float),
+        ("heads", Int), ("vocabulary", Int), ("tables", Int), ("recurrent", Int),
+    ]  # fmt: skip
+
+
+class DraftJob(ctypes.Structure):
+    """One call."""
+
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
+        ("slots", ctypes.POINTER(HeadSlot)), ("asks", Pointer), ("hidden", Pointer), ("tokens", Pointer),
+        ("counts", Pointer), ("chances", Pointer), ("state", Pointer), ("lifted", Pointer), ("logits", Pointer),
+        ("units", Pointer), ("whole", Pointer), ("scratch", Pointer), ("survival", Pointer), ("shrink", Pointer),
+        ("row", Pointer), ("place", Pointer),
+        ("rows", Int), ("width", Int), ("stride", Int), ("last_slot", Int), ("vocabulary", Int),
+        ("floor", ctypes.c_float),
+    ]  # fmt: skip
+
+
+class NativeDrafter:
+    """Slots in the library's layout, and buffers for as many rows as ever asked at once."""
+
+    def __init__(self, decoder: NativeDecoder, limits: Limits, slots: int) -> None:
+        self._decoder, self._limits = decoder, limits
+        self._native = drafting_functions()
+        self._arena = Arena()
+        self._stacks = self._make_stacks(slots + 1)
+        self._slots = (HeadSlot * (slots + 1))()
+        self._matrices = [(Matrix * limits.heads)() for _ in range(slots + 1)]
+        self._room: list[torch.Tensor] = []
+        self._rows = 0
+        self._job = DraftJob(
+            slots=self._slots,
+            width=limits.hidden,
+            stride=limits.heads,
+            last_slot=slots,
+            vocabulary=padded(limits.vocabulary),
+        )
+
+    def prepare(self, speculator: Speculator) -> Ready:
+        """Pack and quantize; any thread."""
+        dtype = self._decoder.dtype
+        head_WE = pad(speculator.head_VE.to(dtype).float())
+        coarse_WE, scale_W = quantize(head_WE)
+        lost_W = (coarse_WE.float() * scale_W[:, None] - head_WE).norm(dim=1)
+        parts = {
+            "weight": torch.stack([pack(weight_EE.to(dtype)) for weight_EE in speculator.weight_KEE]),
+            "bias": speculator.bias_KE,
+            "head": head_WE.to(dtype),
+            "coarse": pack(coarse_WE),
+            "scale": scale_W,
+            "error": lost_W.max() * (SIGMAS * self._limits.hidden**-0.5),
+            "tokens": speculator.tokens_V,
+            "places": places(speculator, self._limits.tokens),
+            "confidence": speculator.confidence_KF[:, :-1],
+            "confidence_last": speculator.confidence_KF[:, -1],
+            "confidence_bias": speculator.confidence_bias_K,
+        }
+        if speculator.condition_CVE is not None:
+            parts["condition"] = speculator.condition_CVE.to(dtype)
+        return Ready(speculator, {name: part.contiguous() for name, part in parts.items()})
+
+    def fill(self, slot: int, ready: Ready) -> None:
+        """Copy prepared heads into a slot, between two steps."""
+        speculator, parts = ready
+        at: dict[str, int] = {}
+        for name, stack in self._stacks.items():
+            if name in parts:
+                stack[slot, : parts[name].numel()].copy_(parts[name].view(-1))
+                at[name] = stack[slot].data_ptr()
+        hidden, size = self._limits.hidden, self._decoder.dtype.itemsize
+        weight, bias, weights = at.pop("weight"), at.pop("bias"), self._matrices[slot]
+        for head in range(speculator.heads):
+            weights[head] = Matrix(
+                data=weight + head * hidden * hidden * size,
+                bias=bias + head * hidden * 4,
+                outputs=hidden,
+                inputs=hidden,
+                kind=KINDS[self._decoder.dtype],
+            )
+        self._slots[slot] = HeadSlot(
+            weight=weights,
+            error=float(parts["error"]),
+            heads=speculator.heads,
+            vocabulary=speculator.vocabulary,
+            tables=0 if speculator.condition_CVE is None else len(speculator.condition_CVE),
+            recurrent=speculator.recurrent,
+            **at,
+        )
+
+    def clear(self, slot: int) -> None:
+        """Draft nothing from a slot until it is filled again."""
+        self._slots[slot].heads = 0
+
+    def propose(self, hidden_RE: torch.Tensor, asks: Sequence[Ask], floor: float = 0.0) -> list[Guess]:
+        """One draft per ask; see TorchDrafter."""
+        rows = len(asks)
+        if rows > self._rows:
+            self._grow(max(rows, 2 * self._rows))
+        written = self._asks
+        for index, (slot, token, (sampling, choice, position), most) in enumerate(asks):
+            ASK.pack_into(
+                written, index * ASK.size, sampling.seed & MASK, choice, position, sampling.temperature,
+                sampling.top_p, sampling.min_p, min(sampling.top_k, MOST_TOP_K), slot, token, most, 0,
+            )  # fmt: skip
+        if hidden_RE.dtype != torch.float32 or not hidden_RE.is_contiguous():
+            hidden_RE = hidden_RE.float().contiguous()
+        job = self._job
+        job.hidden, job.rows, job.floor = hidden_RE.data_ptr(), rows, floor
+        self._native.whet_draft(self._decoder.handle, ctypes.byref(job))
+        stride, tokens, chances = job.stride, self._tokens, self._chances
+        return [
+            Guess(tokens[at : at + count], chances[at : at + count])
+            for at, count in zip(range(0, rows * stride, stride), self._counts[:rows], strict=True)
+        ]
+
+    def _make_stacks(self, slots: int) -> dict[str, torch.Tensor]:
+        """Each [slots, elements of the largest speculator]; pages that no speculator ever fills cost no memory."""
+        heads, hidden, tokens = self._limits.heads, self._limits.hidden, self._limits.tokens
+        words, dtype = padded(self._limits.vocabulary), self._decoder.dtype
+        sizes = {
+            "weight": (heads * hidden * hidden, dtype),
+            "bias": (heads * hidden, torch.float32),
+            "condition": (heads * (words + 1) * hidden, dtype),
+            "head": (words * hidden, dtype),
+            "coarse": (words * hidden, torch.int8),
+            "scale": (words, torch.float32),
+            "tokens": (words, torch.int32),
+            "places": (tokens, torch.int32),
+            "confidence": (heads * hidden, torch.float32),
+            "confidence_last": (heads, torch.float32),
+            "confidence_bias": (heads, torch.float32),
+        }
+        return {name: self._arena.zeros((slots, padded(size)), kind) for name, (size, kind) in sizes.items()}
+
+    def _grow(self, rows: int) -> None:
+        """Room for `rows` rows. Asks are written to and drafts read from ctypes arrays: torch's would cost more."""
+        limits, job = self._limits, self._job
+        words = padded(limits.vocabulary)
+        count = rows * limits.heads
+        self._asks = bytearray(rows * ASK.size)
+        self._tokens, self._counts = (Int * count)(), (Int * rows)()
+        self._chances = (ctypes.c_float * count)()
+        asks = (ctypes.c_char * len(self._asks)).from_buffer(self._asks)
+        job.asks, job.tokens = ctypes.addressof(asks), ctypes.addressof(self._tokens)
+        job.counts, job.chances = ctypes.addressof(self._counts), ctypes.addressof(self._chances)
+        sizes = {
+            "state": rows * limits.hidden, "lifted": rows * limits.hidden, "logits": rows * words,
+            "units": rows * limits.hidden, "whole": rows * limits.hidden,
+            "scratch": self._decoder.threads * 5 * (words + 32),
+            "survival": rows, "shrink": rows, "row": rows, "place": rows,
+        }  # fmt: skip
+        self._room = [self._arena.zeros((size,), torch.float32) for size in sizes.values()]
+        for name, room in zip(sizes, self._room, strict=True):
+            setattr(job, name, room.data_ptr())
+        self._rows = rows
+
+
+@cache
+def drafting_functions() -> ctypes.CDLL:
+    """The library with drafting's signature declared. Raises NoNative."""
+    native = functions()
+    native.whet_draft.restype = None
+    native.whet_draft.argtypes = [Pointer, ctypes.POINTER(DraftJob)]
+    return native
