@@ -6,11 +6,12 @@ Each change locks the deployment row and, where a decision was made from an olde
 from typing import Any, NamedTuple
 from uuid import UUID
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from services.errors import Conflict
 from services.store.deployments import advance, locked, record_change, require_own, short
-from services.store.models import Artifact, Deployment
+from services.store.models import Artifact, Deployment, DeploymentEvent
 from services.store.speculation import Heads
 
 # Stations on the way to traffic, for heads that the gate has passed or that come back.
@@ -59,7 +60,8 @@ def stage_canary(session: Session, project_id: UUID, digest: str, share: float, 
     _towards_traffic(session, digest, "canary")
     deployment.speculator_canary_digest = digest
     deployment.speculator_share = share
-    _record(session, deployment, "speculator_canary", deployment.speculator_digest, digest, decision)
+    told = decision._replace(evidence={**decision.evidence, "share": share})
+    _record(session, deployment, "speculator_canary", deployment.speculator_digest, digest, told)
     return deployment
 
 
@@ -132,6 +134,16 @@ def retire(session: Session, project_id: UUID, decision: Decision) -> Deployment
         advance(session, digest, "retired")
         _record(session, deployment, "speculator_retired", digest, None, decision)
     return deployment
+
+
+def last_event(session: Session, project_id: UUID, kind: str, digest: str | None) -> DeploymentEvent | None:
+    """When and how these heads (None: the suffix drafter) last got there."""
+    query = select(DeploymentEvent).where(
+        DeploymentEvent.project_id == project_id,
+        DeploymentEvent.kind == kind,
+        DeploymentEvent.to_digest.is_not_distinct_from(digest),
+    )
+    return session.scalar(query.order_by(DeploymentEvent.id.desc()).limit(1))
 
 
 def raise_alarm(session: Session, project_id: UUID, digest: str | None, decision: Decision) -> None:
