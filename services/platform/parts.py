@@ -66,8 +66,13 @@ def engine_options(settings: Settings) -> list[str]:
         "step-tokens": settings.step_tokens,
         "adapter-slots": settings.adapter_slots,
         "adapter-rank": settings.adapter_rank,
+        "speculator-slots": settings.speculator_slots,
+        "speculator-heads": settings.speculator_heads,
+        "speculator-vocabulary": settings.speculator_vocabulary,
+        "suffix-tokens": settings.suffix_tokens,
     }
-    return [f"--{name}={value}" for name, value in options.items()]
+    switches = [] if settings.speculation else ["--no-speculation"]
+    return [*(f"--{name}={value}" for name, value in options.items()), *switches]
 
 
 def application(settings: Settings) -> list[Part]:
