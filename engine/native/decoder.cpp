@@ -8,6 +8,7 @@
 #include "matmul.h"
 #include "moe.h"
 #include "sampler.h"
+#include "suffix.h"
 
 struct Layer {
     Matrix qkv, o, gate_up, down;

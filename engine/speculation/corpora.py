@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, Protocol
 
 from engine.layers.sampler import Draw
 from engine.messages import Corpus
+from engine.native import suffix as fast
+from engine.native.sampling import available
 from engine.speculation import suffix
 from engine.speculation.suffix import LONGEST, NOTHING, SEPARATOR, Proposal
 
@@ -38,7 +40,7 @@ class Text(Protocol):
 class Backend(NamedTuple):
     """Who searches."""
 
-    text: Callable[[int], Any]
+    text: Callable[..., Any]
     propose: Callable[[Sequence[Any], Sequence[Any], Sequence[Draw | None], Sequence[int]], list[Proposal]]
 
 
@@ -58,7 +60,7 @@ class Corpora:
     def open(self, namespace: str, prompt: Sequence[int]) -> "Memory":
         """A request's memory, which its owner closes. `prompt` is every token the request has by then."""
         self._touch(namespace)
-        own = self.backend.text(OWN_TOKENS)
+        own = self.backend.text(OWN_TOKENS, own=True)
         own.extend(prompt)
         return Memory(self, namespace, own)
 
@@ -68,7 +70,7 @@ class Corpora:
             return
         text = self._texts.get(namespace)
         if text is None:
-            text = self._texts[namespace] = self.backend.text(self._capacity)
+            text = self._texts[namespace] = self.backend.text(self._capacity, own=False)
             if len(self._texts) > self._most:
                 self._texts.popitem(last=False)[1].close()
         self._touch(namespace)
@@ -120,5 +122,7 @@ def propose(memories: Sequence[Memory], draws: Sequence[Draw | None], most: Sequ
     return corpora.backend.propose([memory.own for memory in memories], texts, draws, most)
 
 
-def _backend(native: bool) -> Backend:  # noqa: ARG001 - there is one so far
+def _backend(native: bool) -> Backend:
+    if native and available():
+        return Backend(fast.Text, fast.propose)
     return Backend(suffix.Text, suffix.propose)

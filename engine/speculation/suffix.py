@@ -6,7 +6,7 @@ where the last 4 tokens (else the last 2) stood before, those places vote on wha
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -14,10 +14,19 @@ from engine.layers.sampler import GOLDEN, MASK, MIX_1, MIX_2, Draw, _row_key
 
 # Stands between two answers; no draft crosses it.
 SEPARATOR = -1
-# What the index finds: places behind the same 4 tokens, or the same 2.
-LONG, SHORT = 4, 2
-# The most places that vote (newest first), the most tokens of a match that are counted, the longest draft.
-WALK, REACH, LONGEST = 32, 32, 64
+# What the index finds: places behind the same 4 tokens, else the same 2; in a request's own text else the same one.
+CORPUS_GRAMS, OWN_GRAMS = (4, 2), (4, 2, 1)
+# The most places of a text that vote (newest first), the most tokens of a match that are counted, the longest draft.
+WALK, REACH, LONGEST = 16, 32, 64
+# What follows was found on the starter model's three applications; README of benchmarks says how much each is worth.
+# The part of the votes that the request's own places have beside a corpus: (matches shorter than, part).
+TRUST = ((2, 0.3), (4, 0.4), (8, 0.5), (REACH + LONGEST + 1, 0.6))
+# Votes that nobody gets, as if so many of a corpus' places had named a token never seen there.
+ESCAPE = 0.5
+# A token of the prompt is the likelier to be meant: its votes in the corpus count so many times.
+PRESENT = 4
+# So is what an own place names when the corpus has seen it behind the last three tokens, wherever it was.
+CONFIRMED = 4
 
 
 class Proposal(NamedTuple):
@@ -35,13 +44,14 @@ NOTHING = Proposal([], 0, [])
 
 
 class Text:
-    """The newest `capacity` tokens of a text, and at which positions each of their 4 and 2 in a row end.
+    """The newest `capacity` tokens of a text, and at which positions each of their n-grams ends.
 
-    A position counts all tokens ever added; position p is the place before token p.
+    A position counts all tokens ever added; position p is the place before token p. Own texts also index single tokens.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, *, own: bool) -> None:
         self._capacity = capacity
+        self._grams = OWN_GRAMS if own else CORPUS_GRAMS
         self._ring: list[int] = []
         self._ends: dict[tuple[int, ...], deque[int]] = {}
         self.end = 0
@@ -59,10 +69,10 @@ class Text:
 
     @property
     def bytes(self) -> int:
-        """About what it occupies: per token its own four bytes and two places in lists and dictionaries."""
-        return len(self._ring) * (4 + 2 * 64)
+        """About what it occupies: the tokens, and an entry in a dictionary for each n-gram."""
+        return len(self._ring) * 8 + len(self._ends) * 1000
 
-    def extend(self, tokens: Iterable[int]) -> None:
+    def extend(self, tokens: Sequence[int]) -> None:
         """Add tokens at the end; the oldest go where there is no room."""
         for token in tokens:
             self._append(token)
@@ -75,19 +85,25 @@ class Text:
         """The last `count` tokens, or all there are."""
         return [self[position] for position in range(max(self.start, self.end - count), self.end)]
 
-    def places(self, context: Sequence[int]) -> Iterator[int]:
-        """Positions behind `context`, newest first, where a token follows."""
-        ends = self._ends.get(tuple(context), ())
-        return (end for end in reversed(ends) if end < self.end and self[end] != SEPARATOR)
+    def knows(self, gram: Sequence[int]) -> bool:
+        """Whether an n-gram of an indexed length is here."""
+        return tuple(gram) in self._ends
 
-    def match(self, position: int, context: Sequence[int]) -> int:
+    def search(self, context: Sequence[int]) -> "list[Voter]":
+        """The newest places behind the longest of the indexed n-grams at the end of `context` that has any."""
+        for size in self._grams:
+            ends = self._ends.get(tuple(context[-size:]), ()) if len(context) >= size else ()
+            # One more than may vote: the newest is where the request's own text ends.
+            newest = [end for end in islice(reversed(ends), WALK + 1) if end < self.end and self[end] != SEPARATOR]
+            if newest:
+                return [Voter(self, end, self._match(end, context[-REACH:])) for end in newest[:WALK]]
+        return []
+
+    def _match(self, position: int, context: Sequence[int]) -> int:
         """How many tokens before `position` are those at the end of `context`."""
         length = 0
-        while (
-            length < len(context)
-            and position - length > self.start
-            and self[position - length - 1] == context[-length - 1]
-        ):
+        most = min(len(context), position - self.start)
+        while length < most and self[position - length - 1] == context[-length - 1]:
             length += 1
         return length
 
@@ -98,13 +114,13 @@ class Text:
             self._lose_oldest()
             self._ring[self.end % self._capacity] = token
         self.end += 1
-        for size in (LONG, SHORT):
+        for size in self._grams:
             gram = tuple(self.tail(size))
             if len(gram) == size and SEPARATOR not in gram:
                 self._ends.setdefault(gram, deque()).append(self.end)
 
     def _lose_oldest(self) -> None:
-        for size in (LONG, SHORT):
+        for size in self._grams:
             gram = tuple(self[position] for position in range(self.start, min(self.start + size, self.end)))
             if gram in self._ends:
                 self._ends[gram].popleft()
@@ -113,11 +129,24 @@ class Text:
 
 
 class Voter(NamedTuple):
-    """A place that agrees with the draft so far: the next token there is what it votes for."""
+    """A place that agrees with the last `length` tokens: the token there is what it votes for."""
 
     text: Text
     position: int
-    weight: int
+    length: int
+
+    @property
+    def token(self) -> int:
+        return self.text[self.position]
+
+    @property
+    def moved(self) -> "Voter":
+        return Voter(self.text, self.position + 1, self.length + 1)
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing follows here."""
+        return self.position >= self.text.end or self.token == SEPARATOR
 
 
 def propose(
@@ -130,50 +159,79 @@ def propose(
 
 def _draft(own: Text, corpus: Text | None, draw: Draw | None, most: int) -> Proposal:
     context = own.tail(REACH)
-    found = [(text, *place) for text in (own, corpus) if text is not None for place in _places(text, context)]
-    if not found or most < 1:
-        return NOTHING
-    voters = [Voter(text, position, length * length) for text, position, length in found]
-    tokens: list[int] = []
-    shares: list[float] = []
-    while voters and len(tokens) < most:
-        token, share = _elect(voters, _key(draw, len(tokens)))
-        tokens.append(token)
-        shares.append(share)
-        voters = [moved for voter in voters if (moved := _follow(voter, token)) is not None]
-    return Proposal(tokens, max(length for _, _, length in found), shares)
+    mine: list[Voter] = []
+    theirs: list[Voter] = []
+    draft = Proposal([], 0, [])
+    while len(draft.tokens) < most:
+        mine = mine or own.search(context)
+        theirs = theirs or (corpus.search(context) if corpus is not None else [])
+        if not mine and not theirs:
+            break
+        if not draft.tokens:
+            draft = draft._replace(match=_longest(mine + theirs))
+        votes, rest = _vote(own, mine, corpus, theirs, context)
+        token, share = _elect(votes, rest, _key(draw, len(draft.tokens)))
+        draft.tokens.append(token)
+        draft.shares.append(share)
+        context.append(token)
+        mine = _follow(mine, token)
+        agreed = any(voter.token == token for voter in theirs)
+        theirs = _follow(theirs, token)
+        if agreed and not theirs:
+            # Past the end of every answer that agrees there is nothing to draft.
+            break
+    return draft
 
 
-def _places(text: Text, context: list[int]) -> list[tuple[int, int]]:
-    """(position, length of the match) of the places that vote: those behind the last 4 tokens, else the last 2."""
-    for size in (LONG, SHORT):
-        if len(context) >= size:
-            places = list(islice(text.places(context[-size:]), WALK))
-            if places:
-                return [(place, text.match(place, context)) for place in places]
-    return []
+def _vote(
+    own: Text, mine: Sequence[Voter], corpus: Text | None, theirs: Sequence[Voter], context: Sequence[int]
+) -> tuple[dict[int, float], float]:
+    """Votes per token, in the order in which they were first named, and the votes nobody has."""
+    trust = 1.0 if not theirs else 0.0 if not mine else next(part for end, part in TRUST if _longest(mine) < end)
+    votes: dict[int, float] = {}
+    weights = _tally(mine)
+    total = sum(weights.values())
+    for token, weight in weights.items():
+        votes[token] = trust * weight / total
+        if corpus is not None and theirs and len(context) >= 3 and corpus.knows([*context[-3:], token]):
+            votes[token] += CONFIRMED * weight / total
+    faith = (1 - trust) * len(theirs) / (len(theirs) + ESCAPE)
+    weights = _tally(theirs)
+    total = sum(weights.values())
+    for token, weight in weights.items():
+        votes[token] = votes.get(token, 0.0) + faith * weight * (PRESENT if own.knows([token]) else 1) / total
+    return votes, (1 - trust) * ESCAPE / (len(theirs) + ESCAPE)
 
 
-def _elect(voters: Sequence[Voter], key: int | None) -> tuple[int, float]:
-    """The token with the most votes, each multiplied by the verifier's own noise where there is any; and its share.
+def _tally(voters: Sequence[Voter]) -> dict[int, int]:
+    """Per token the squares of the lengths of the matches behind which it stood."""
+    weights: dict[int, int] = {}
+    for voter in voters:
+        weights[voter.token] = weights.get(voter.token, 0) + voter.length**2
+    return weights
+
+
+def _longest(voters: Sequence[Voter]) -> int:
+    return max(voter.length for voter in voters)
+
+
+def _follow(voters: Sequence[Voter], token: int) -> list[Voter]:
+    """Behind `token` those that voted for it and have more to say."""
+    return [voter.moved for voter in voters if voter.token == token and not voter.moved.silent]
+
+
+def _elect(votes: dict[int, float], rest: float, key: int | None) -> tuple[int, float]:
+    """The token with the most votes, multiplied by the verifier's own noise where there is any; and its share.
 
     The first of equals wins: voters come newest first, the request's own before its namespace's.
     """
-    votes: dict[int, float] = {}
-    for text, position, weight in voters:
-        votes[text[position]] = votes.get(text[position], 0.0) + weight
     if key is not None:
         votes = {token: weight / _exponential(key, token) for token, weight in votes.items()}
     winner = max(votes, key=lambda token: votes[token])
-    return winner, votes[winner] / sum(votes.values())
-
-
-def _follow(voter: Voter, token: int) -> Voter | None:
-    """The voter behind `token`, if it voted for it and has more to say."""
-    text, position, weight = voter
-    if text[position] != token or position + 1 >= text.end or text[position + 1] == SEPARATOR:
-        return None
-    return Voter(text, position + 1, weight)
+    total = 0.0
+    for weight in votes.values():
+        total += weight
+    return winner, votes[winner] / (total + rest)
 
 
 def _key(draw: Draw | None, offset: int) -> int | None:
