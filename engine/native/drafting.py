@@ -35,7 +35,7 @@ class HeadSlot(ctypes.Structure):
         ("weight", ctypes.POINTER(Matrix)), ("condition", Pointer), ("head", Pointer), ("coarse", Pointer),
         ("scale", Pointer), ("tokens", Pointer), ("places", Pointer), ("confidence", Pointer),
         ("confidence_last", Pointer), ("confidence_bias", Pointer), ("error", ctypes.c_float),
-        ("heads", Int), ("vocabulary", Int), ("tables", Int), ("recurrent", Int),
+        ("heads", Int), ("vocabulary", Int), ("tables", Int), ("recurrent", Int), ("bf16", Int), ("unused", Int),
     ]  # fmt: skip
 
 
@@ -74,7 +74,7 @@ class NativeDrafter:
 
     def prepare(self, speculator: Speculator) -> Ready:
         """Pack and quantize; any thread."""
-        dtype = self._decoder.dtype
+        dtype = self._dtype_of(speculator)
         head_WE = pad(speculator.head_VE.to(dtype).float())
         coarse_WE, scale_W = quantize(head_WE)
         lost_W = (coarse_WE.float() * scale_W[:, None] - head_WE).norm(dim=1)
@@ -101,17 +101,18 @@ class NativeDrafter:
         at: dict[str, int] = {}
         for name, stack in self._stacks.items():
             if name in parts:
-                stack[slot, : parts[name].numel()].copy_(parts[name].view(-1))
+                flat = parts[name].view(-1).view(stack.dtype)
+                stack[slot, : len(flat)].copy_(flat)
                 at[name] = stack[slot].data_ptr()
-        hidden, size = self._limits.hidden, self._decoder.dtype.itemsize
+        hidden, dtype = self._limits.hidden, parts["weight"].dtype
         weight, bias, weights = at.pop("weight"), at.pop("bias"), self._matrices[slot]
         for head in range(speculator.heads):
             weights[head] = Matrix(
-                data=weight + head * hidden * hidden * size,
+                data=weight + head * hidden * hidden * dtype.itemsize,
                 bias=bias + head * hidden * 4,
                 outputs=hidden,
                 inputs=hidden,
-                kind=KINDS[self._decoder.dtype],
+                kind=KINDS[dtype],
             )
         self._slots[slot] = HeadSlot(
             weight=weights,
@@ -120,6 +121,7 @@ class NativeDrafter:
             vocabulary=speculator.vocabulary,
             tables=0 if speculator.condition_CVE is None else len(speculator.condition_CVE),
             recurrent=speculator.recurrent,
+            bf16=dtype == torch.bfloat16,
             **at,
         )
 
@@ -152,12 +154,12 @@ class NativeDrafter:
     def _make_stacks(self, slots: int) -> dict[str, torch.Tensor]:
         """Each [slots, elements of the largest speculator]; pages that no speculator ever fills cost no memory."""
         heads, hidden, tokens = self._limits.heads, self._limits.hidden, self._limits.tokens
-        words, dtype = padded(self._limits.vocabulary), self._decoder.dtype
+        words, size = padded(self._limits.vocabulary), self._decoder.dtype.itemsize
         sizes = {
-            "weight": (heads * hidden * hidden, dtype),
+            "weight": (heads * hidden * hidden * size, torch.uint8),
             "bias": (heads * hidden, torch.float32),
-            "condition": (heads * (words + 1) * hidden, dtype),
-            "head": (words * hidden, dtype),
+            "condition": (heads * (words + 1) * hidden * size, torch.uint8),
+            "head": (words * hidden * size, torch.uint8),
             "coarse": (words * hidden, torch.int8),
             "scale": (words, torch.float32),
             "tokens": (words, torch.int32),
@@ -167,6 +169,12 @@ class NativeDrafter:
             "confidence_bias": (heads, torch.float32),
         }
         return {name: self._arena.zeros((slots, padded(size)), kind) for name, (size, kind) in sizes.items()}
+
+    def _dtype_of(self, speculator: Speculator) -> torch.dtype:
+        """What its matrices are kept in: the engine's dtype, or bf16 where they came so and nothing is lost by it."""
+        stored = (speculator.weight_KEE, speculator.head_VE, speculator.condition_CVE)
+        halved = all(tensor is None or tensor.dtype == torch.bfloat16 for tensor in stored)
+        return torch.bfloat16 if halved and self._native.whet_bf16_is_exact() else self._decoder.dtype
 
     def _grow(self, rows: int) -> None:
         """Room for `rows` rows. Asks are written to and drafts read from ctypes arrays: torch's would cost more."""

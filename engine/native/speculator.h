@@ -24,6 +24,7 @@ struct HeadSlot {
     const float *confidence_bias;   // [heads]
     float error;                    // of a coarse logit, per length of the state; see drafting.py
     int32_t heads, vocabulary, tables, recurrent;
+    int32_t bf16, unused;           // what an element is, else fp32
 };
 
 struct DraftAsk {
@@ -154,7 +155,10 @@ static void whole_state(const DraftJob &job, int i) {
     if (most > 32000.0f) most = 32000.0f;
     // A state that is not finite drafts what it likes; it must not become an undefined conversion.
     float times = top > 0 && top < 3e38f ? most / top : 0.0f;
-    for (int k = 0; k < job.width; k++) to[k] = times > 0 ? (int16_t)lrintf(state[k] * times) : 0;
+    for (int k = 0; k < job.width; k += 16) {
+        v16f y = times > 0 ? load(state + k) * times : splat(0.0f);
+        write(to + k, convert<v16s>(convert<v16i>(y + select(y < 0.0f, splat(-0.5f), splat(0.5f)))));
+    }
     job.shrink[i] = times > 0 ? 1.0f / times : 0.0f;
 }
 
@@ -358,7 +362,7 @@ template <class A> static void draft_slot(Pool &pool, const HeadSlot &slot, cons
     }
 }
 
-template <class A> static void draft(Pool &pool, const DraftJob &job) {
+static void draft(Pool &pool, const DraftJob &job) {
     for (int i = 0; i < job.rows; i++) job.counts[i] = 0;
     for (int at = 1; at <= job.last_slot; at++) {
         const HeadSlot &slot = job.slots[at];
@@ -367,13 +371,16 @@ template <class A> static void draft(Pool &pool, const DraftJob &job) {
             if (job.asks[i].slot != at || job.asks[i].most <= 0) continue;
             job.row[rows] = i, job.place[rows] = slot.places[job.asks[i].token], job.survival[rows++] = 1.0f;
         }
-        if (rows) draft_slot<A>(pool, slot, job, rows);
+        if (slot.bf16) draft_slot<Bf16>(pool, slot, job, rows);
+        else draft_slot<F32>(pool, slot, job, rows);
     }
 }
 
 // Up to `most` tokens behind each ask's token; rows of empty slots get none.
 extern "C" void whet_draft(Engine *engine, const DraftJob *job) {
     engine->pool.alone = job->rows < engine->model.solo;
-    if (engine->model.fp32) draft<F32>(engine->pool, *job);
-    else draft<Bf16>(engine->pool, *job);
+    draft(engine->pool, *job);
 }
+
+// Whether products with bf16 weights take fp32 as it is: then heads stored in bf16 lose nothing by staying so.
+extern "C" int whet_bf16_is_exact() { return Bf16::Input::values == 1; }

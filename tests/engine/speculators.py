@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,39 @@ def random_speculator(
     conditioning: str = "hydra",
     tables: int = 0,
     seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> str:
     """An artefact with random heads over `tokens` (else the first of the model's); returns its digest."""
     config = json.loads((model / "config.json").read_text())
     known = tokens or list(range(min(config["vocab_size"], 128)))
     made = random_heads(config["hidden_size"], known, heads=heads, conditioning=conditioning, tables=tables, seed=seed)
+    made = {name: tensor if name == "tokens" else tensor.to(dtype) for name, tensor in made.items()}
     return write_speculator(root, manifest_of(model, made, adapter=adapter, recurrent=recurrent), made)
+
+
+def bigram_speculator(root: Path, model: Path, texts: list[list[int]], **changes: object) -> str:
+    """Heads that draft what last followed a token in these texts: head after head from the token before alone.
+
+    A token's code is a row of signs; what follows x is loud in the condition of x, and the head listens for codes.
+    """
+    hidden = json.loads((model / "config.json").read_text())["hidden_size"]
+    follows = {token: after for text in texts for token, after in pairwise(text)}
+    known = sorted({*follows, *follows.values()})
+    codes_VE = torch.randn(len(known), hidden, generator=torch.Generator().manual_seed(0)).sign()
+    # What a code leaves behind a SiLU: its positive part. Every code has as much of it.
+    codes_VE /= codes_VE.clamp_min(0).sum(-1, keepdim=True)
+    place = {token: index for index, token in enumerate(known)}
+    heads = 4
+    condition_CVE = torch.zeros(1, len(known) + 1, hidden)
+    for token, after in follows.items():
+        condition_CVE[0, place[token]] = 1000 * codes_VE[place[after]]
+    made = {
+        "tokens": torch.tensor(known, dtype=torch.int32),
+        "weight": torch.zeros(heads, hidden, hidden),
+        "bias": torch.zeros(heads, hidden),
+        "condition": condition_CVE,
+        "head": codes_VE,
+        "confidence": torch.zeros(heads, hidden + 1),
+        "confidence_bias": torch.full((heads,), 2.0),
+    }
+    return write_speculator(root, manifest_of(model, made, recurrent=False, **changes), made)

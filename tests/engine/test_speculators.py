@@ -397,6 +397,7 @@ KINDS: list[dict[str, Any]] = [
     {"conditioning": "hydra", "recurrent": True, "seed": 1},
     {"conditioning": "hydra", "recurrent": False, "seed": 2, "tables": 1, "tokens": list(range(3, 120, 3)), "heads": 3},
     {"conditioning": "none", "recurrent": True, "seed": 3, "heads": 2},
+    {"conditioning": "hydra", "recurrent": True, "seed": 5, "dtype": torch.bfloat16},
     {"conditioning": "none", "recurrent": False, "seed": 4, "tokens": [*range(40), *range(100, 160)]},
 ]
 
@@ -404,7 +405,7 @@ KINDS: list[dict[str, Any]] = [
 def both(
     make: MakeSpeculators, artifacts: Path, model: Path, threads: int = 1
 ) -> tuple[Speculators, Speculators, list[int]]:
-    """The same four speculators on both paths."""
+    """The same speculators on both paths."""
     digests = [random_speculator(artifacts, model, **kind) for kind in KINDS]
     pair = [make(native=native, slots=len(KINDS), threads=threads) for native in (True, False)]
     for speculators in pair:
@@ -425,7 +426,7 @@ def test_native_drafts_equal_torchs_for_rows_of_mixed_slots(
 ) -> None:
     native, torchs, places = both(make_speculators, artifacts, model_dir, threads=threads)
     lengths: set[int] = set()
-    slots = [places[0], places[2], 0, places[1], places[3], places[0]] * 6
+    slots = [places[0], places[2], 0, places[1], places[3], places[4], places[0]] * 5
     for seed in range(10):
         asks = asks_of(slots, SAMPLED)
         hidden = states(len(slots), seed)
@@ -445,16 +446,18 @@ def test_a_row_drafts_the_same_alone_and_in_company_and_no_more_than_it_asked(
     for index, ask in enumerate(asks):
         assert_alike(native.propose(hidden[index : index + 1], [ask]), [together[index]])
         assert len(together[index].tokens) <= ask.most
-    assert [len(guess.tokens) for guess in native.propose(hidden, [ask._replace(most=0) for ask in asks])] == [0] * 12
+    assert [len(guess.tokens) for guess in native.propose(hidden, [ask._replace(most=0) for ask in asks])] == [0] * len(
+        asks
+    )
 
 
 def test_bf16_drafts_nearly_what_fp32_does(make_speculators: MakeSpeculators, model_dir: Path, artifacts: Path) -> None:
     exact, _, places = both(make_speculators, artifacts, model_dir)
     digests = [exact.digest(place) for place in places]
-    rough = make_speculators(precision="bf16", slots=4)
+    rough = make_speculators(precision="bf16", slots=len(KINDS))
     for digest in digests:
         load(rough, digest)
-    asks, hidden = asks_of(places * 25, [GREEDY], 1), states(100)
+    asks, hidden = asks_of(places * 20, [GREEDY], 1), states(100)
     pairs = zip(exact.propose(hidden, asks), rough.propose(hidden, asks), strict=True)
     assert sum(one.tokens == other.tokens for one, other in pairs) >= 95
 
