@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request, Response
 from services.console.access import Here, Viewer
 from services.console.tokens import token_pieces
 from services.console.views import page
-from services.store import browse, feedback, interactions, pages
+from services.store import browse, drafts, feedback, interactions, pages, speed
 from services.store.models import ORIGINS, ReviewItem
 
 router = APIRouter()
@@ -67,6 +67,8 @@ def interaction(request: Request, here: Viewer, interaction_id: UUID) -> Respons
         "body": logged.body,
         "tokens": token_pieces(request, logged.body) if logged.body else None,
         "opinions": feedback.of_interaction(here.session, interaction_id),
+        "decoded": speed.of_answer(logged.interaction),
+        "drafters": drafts.of_answer(logged.interaction),
         "item": item,
         "blind": _still_blind(here, item),
         "judgements": browse.judgements(here.session, interaction_id),

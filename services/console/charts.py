@@ -2,8 +2,11 @@
 
 import math
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import NamedTuple
 
+# Steps of a time axis, in seconds.
+TIME_STEPS = (15, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10_800, 14_400, 21_600)
 # The smallest span drawn, relative to the numbers: below it floats run out of steps between two ticks.
 FINEST = 1e-9
 
@@ -33,6 +36,48 @@ class Line(NamedTuple):
     path: str
     area: str
     points: list[tuple[float, float, float, float]]
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+
+
+class Reading(NamedTuple):
+    """A figure at a moment (seconds since the epoch), with its interval and how many it was taken from."""
+
+    at: float
+    value: float
+    low: float
+    high: float
+    answers: int
+
+
+class Band(NamedTuple):
+    """A series with the band of its intervals: paths, and (x, y, reading) of each point."""
+
+    path: str
+    area: str
+    points: list[tuple[float, float, Reading]]
+
+
+class Bands(NamedTuple):
+    """Series over time on common axes."""
+
+    width: int
+    height: int
+    left: int
+    bottom: int
+    series: list[Band]
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+
+
+class Columns(NamedTuple):
+    """Columns over time, each cut into shares: (x, width, [(y, height)]), the first share at the bottom."""
+
+    width: int
+    height: int
+    left: int
+    bottom: int
+    columns: list[tuple[float, float, list[tuple[float, float]]]]
     x_ticks: list[Tick]
     y_ticks: list[Tick]
 
@@ -88,6 +133,64 @@ def line_chart(points: Sequence[tuple[float, float]], width: int = 320, height: 
         [Tick(place(mark, y_low)[0], label(mark)) for mark in x_marks],
         [Tick(place(x_low, mark)[1], label(mark)) for mark in y_marks],
     )  # fmt: skip
+
+
+def bands(
+    series: Sequence[Sequence[Reading]], since: float, until: float, width: int = 680, height: int = 236
+) -> Bands:
+    """Each series as a line through its readings inside the band of their intervals, over a y axis from 0."""
+    left, right, top, bottom = 46, 10, 10, height - 26
+    y_marks = ticks(0.0, max([reading.high for one in series for reading in one], default=1.0), 4)
+
+    def place(at: float, value: float) -> tuple[float, float]:
+        across = left + (at - since) / (until - since) * (width - left - right)
+        return round(across, 1), round(bottom - value / y_marks[-1] * (bottom - top), 1)
+
+    def drawn(readings: Sequence[Reading]) -> Band:
+        points = [(*place(reading.at, reading.value), reading) for reading in readings]
+        edge = [place(reading.at, reading.low) for reading in readings]
+        edge += [place(reading.at, reading.high) for reading in reversed(readings)]
+        return Band(_path([point[:2] for point in points]), f"{_path(edge)} Z" if len(readings) > 1 else "", points)
+
+    return Bands(
+        width, height, left, bottom, [drawn(one) for one in series],
+        [Tick(place(tick.at, 0.0)[0], tick.label) for tick in _times(since, until, width // 90)],
+        [Tick(place(since, mark)[1], label(mark)) for mark in y_marks],
+    )  # fmt: skip
+
+
+def columns(
+    shares: Sequence[Sequence[float]], since: float, until: float, width: int = 320, height: int = 170
+) -> Columns:
+    """A column for each equal span of [since, until]; its shares add up to at most 1. An empty one stays empty."""
+    left, right, top, bottom = 46, 8, 10, height - 26
+    step = (width - left - right) / max(1, len(shares))
+    made = []
+    for index, parts in enumerate(shares):
+        stretches, base = [], float(bottom)
+        for part in parts:
+            tall = part * (bottom - top)
+            base -= tall
+            stretches.append((round(base, 1), round(tall, 1)))
+        made.append((round(left + index * step, 1), round(step * 0.8, 1), stretches))
+    across = (width - left - right) / (until - since)
+    return Columns(
+        width, height, left, bottom, made,
+        [Tick(round(left + (tick.at - since) * across, 1), tick.label) for tick in _times(since, until, width // 90)],
+        [Tick(round(bottom - mark * (bottom - top), 1), f"{100 * mark:.0f} %") for mark in (0.0, 0.5, 1.0)],
+    )  # fmt: skip
+
+
+def _path(points: Sequence[tuple[float, float]]) -> str:
+    return " ".join(f"{'L' if index else 'M'}{x},{y}" for index, (x, y) in enumerate(points))
+
+
+def _times(since: float, until: float, wanted: int) -> list[Tick]:
+    """Round moments within, about `wanted` of them, as UTC clock times."""
+    step = next((one for one in TIME_STEPS if (until - since) / one <= wanted), 86_400)
+    form = "%H:%M:%S" if step < 60 else "%H:%M"
+    marks = range(math.ceil(since / step) * step, math.floor(until) + 1, step)
+    return [Tick(mark, datetime.fromtimestamp(mark, UTC).strftime(form)) for mark in marks]
 
 
 def forest(intervals: Sequence[tuple[float, float, float]], width: int = 360, margin: float | None = None) -> Forest:

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Form, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
 
 from services.console.access import Here, Operator, Viewer
+from services.console.speed_view import context as speed_context
 from services.console.views import fragment, page, wants_page
 from services.store import deployments
 from services.store.models import Artifact, Run
@@ -16,16 +17,16 @@ router = APIRouter()
 @router.get("/p/{slug}/deployment")
 def deployment_page(request: Request, here: Viewer) -> Response:
     """What serves, the timeline, the roll-back button."""
-    return page(request, here, "deployment.html", _state(here))
+    return page(request, here, "deployment.html", _state(request, here))
 
 
 @router.get("/p/{slug}/deployment/live")
-def deployment_live(here: Viewer) -> Response:
+def deployment_live(request: Request, here: Viewer) -> Response:
     """The same again, for the page to swap in."""
-    return fragment("deployment_live.html", {"project": here.project, **_state(here)})
+    return fragment("deployment_live.html", {"project": here.project, **_state(request, here)})
 
 
-def _state(here: Here) -> dict[str, Any]:
+def _state(request: Request, here: Here) -> dict[str, Any]:
     deployment = deployments.create(here.session, here.project.id)
     events = deployments.events(here.session, here.project.id)
     artifact = here.session.get(Artifact, deployment.active_digest) if deployment.active_digest else None
@@ -37,6 +38,8 @@ def _state(here: Here) -> dict[str, Any]:
         "artifact": artifact,
         "run": run,
         "since": changed[0].at if changed else None,
+        "may_draft": {name: here.may(name) for name in ("lead", "operator")},
+        **speed_context(request, here),
         "may_roll_back": here.may("operator") and deployment.active_digest is not None,
     }
 

@@ -8,6 +8,8 @@ from fastapi.responses import JSONResponse
 
 from services.console.access import Anyone, Here, SignedIn, Viewer
 from services.console.memo import Memo
+from services.console.speed_view import context as speed_context
+from services.console.speed_view import gain_of
 from services.console.views import fragment, page
 from services.store import browse, deployments, pages, people
 
@@ -31,6 +33,7 @@ def _home(request: Request, here: Here) -> dict[str, Any]:
     return {
         "cards": pages.cards(here.session, projects),
         "traffic": {project.id: _traffic(request, here, project.id) for project in projects},
+        "gains": {project.id: gain_of(request, here, project.id) for project in projects},
     }
 
 
@@ -61,6 +64,7 @@ def _overview(request: Request, here: Here) -> dict[str, Any]:
         "latest": browse.lines(here.session, project_id, browse.Search(origin="live"), limit=6),
         "changes": deployments.events(here.session, project_id, limit=2),
         "run_lines": pages.run_lines(here.session, project_id, limit=3),
+        **speed_context(request, here),
     }
 
 

@@ -115,6 +115,7 @@ def _curves(events: Sequence[RunEvent]) -> list[tuple[str, charts.Line]]:
     curves = []
     for title, name in (
         ("Loss", "loss"),
+        ("Expected tokens per step (τ)", "tau"),
         ("Learning rate", "lr"),
         ("Tokens per second", "tokens_per_second"),
     ):

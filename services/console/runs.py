@@ -31,7 +31,9 @@ def run_list_live(here: Viewer) -> Response:
 
 def _list(here: Here) -> dict[str, Any]:
     lines = pages.run_lines(here.session, here.project.id)
-    unfinished = next((line.run for line in lines if line.run.state in runs.UNFINISHED), None)
+    unfinished = next(
+        (line.run for line in lines if line.run.state in runs.UNFINISHED and line.run.kind != "speculator"), None
+    )
     scores = {line.run.id: before_and_after(line.summary) for line in lines}
     return {
         "lines": lines,

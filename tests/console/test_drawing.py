@@ -119,3 +119,28 @@ def test_figures_in_words() -> None:
     assert [wording.capped(9999), wording.capped(10_000)] == ["9,999", "10,000+"]
     assert wording.short(None) == "base"
     assert wording.content_text([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]) == "a\nb"
+
+
+READINGS = st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1)), max_size=30)
+
+
+@given(READINGS, st.floats(300, 86_400))
+def test_bands_and_columns_stay_inside_their_frames(readings: list[tuple[float, float]], span: float) -> None:
+    since = 1.7e9
+    step = span / max(1, len(readings))
+    series = [
+        charts.Reading(since + place * step, value, value * (1 - share), value * (1 + share), 3)
+        for place, (value, share) in enumerate(readings)
+    ]
+    plot = charts.bands([series, []], since, since + span)
+    drawn = [float(number) for band in plot.series for number in re.findall(r"-?\d+\.?\d*", band.path + band.area)]
+    assert all(-1 <= number <= plot.width + 1 for number in drawn)
+    assert all(-1 <= y <= plot.bottom + 1 for band in plot.series for _, y, _ in band.points)
+    shares = [(share / 2, share / 2, 1 - share) for _, share in readings]
+    bars = charts.columns(shares, since, since + span)
+    for x, width, parts in bars.columns:
+        assert bars.left <= x <= x + width <= bars.width
+        assert all(5 <= y <= bars.bottom + 0.1 for y, _ in parts)
+        assert sum(height for _, height in parts) == pytest.approx(bars.bottom - 10, abs=0.3)
+    assert 1 <= len(plot.x_ticks) <= 8
+    assert all(plot.left <= tick.at <= plot.width for tick in plot.x_ticks)
