@@ -16,7 +16,7 @@ from services.store.models import Interaction
 from services.store.speed import SPANS, Window, answers_in, spans_of
 
 # Documents that are read of a span, and rows that are counted towards the first heads.
-MOST_ROWS, COUNTED_ROWS = 200, 50_000
+MOST_ROWS, COUNTED_ROWS = 100, 50_000
 
 
 class Drafter(NamedTuple):

@@ -1,14 +1,18 @@
 """Every page in a real Chromium, full of hostile text: nothing runs, nothing overflows, the buttons work."""
 
+import random
+from datetime import UTC, datetime
+
+import pytest
 from playwright.sync_api import Page, expect
 from sqlalchemy import select
 
 from services.store import deployments
 from services.store.base import Sessions
-from services.store.models import Revision, Run
+from services.store.models import Interaction, Revision, Run
 from tests.browser.conftest import OpenAs
 from tests.browser.test_review_session import HOSTILE
-from tests.console import seed
+from tests.console import seed, seed_speed
 
 LONG = "supercalifragilistic" * 40
 NAMELESS = """
@@ -22,6 +26,10 @@ NAMELESS = """
 def paths(sessions: Sessions) -> list[str]:
     with sessions.begin() as session:
         project = seed.lived_in(session, size=16)
+        seed_speed.sped_up(session, project, size=200)
+        young = seed.project(session, "young", "Young")
+        session.add(seed_speed.answer(young, datetime.now(UTC), random.Random(1), speculation=None, rate=90.0))
+        baseline = session.scalars(select(Interaction.id).where(~Interaction.speculated).limit(1)).one()
         for output in [*HOSTILE, LONG]:
             logged = seed.interaction(
                 session, project.id, output=output, messages=[{"role": "user", "content": output}], error=output,
@@ -35,6 +43,7 @@ def paths(sessions: Sessions) -> list[str]:
         "/", here, f"{here}/review", f"{here}/interactions", f"{here}/interactions?q=nothing-like-it",
         f"{here}/interactions/{interaction}", f"{here}/datasets", f"{here}/datasets/golden/{digest}", f"{here}/runs",
         *(f"{here}/runs/{one}" for one in run_ids), f"{here}/deployment", "/sign-in",
+        f"{here}/interactions/{baseline}", "/p/young", "/p/young/deployment",
     ]  # fmt: skip
 
 
@@ -77,6 +86,61 @@ def test_roll_back_asks_first_then_shows_how_long_it_took(sessions: Sessions, op
     expect(page.locator(".timeline")).to_contain_text("worse answers")
     with sessions() as session:
         assert deployments.get(session, project.id).generation == 3
+
+
+def test_retiring_heads_asks_first_and_the_page_then_names_the_suffix_drafter(
+    sessions: Sessions, open_as: OpenAs
+) -> None:
+    with sessions.begin() as session:
+        project = seed.lived_in(session, size=16)
+        seed_speed.sped_up(session, project, size=120)
+    page = open_as("boss@example.org", "/p/entities/deployment", "operator")
+    page.get_by_role("button", name="Retire to suffix", exact=True).click()
+    page.get_by_role("dialog").get_by_role("button", name="Leave it").click()
+    with sessions() as session:
+        assert deployments.get(session, project.id).speculator_digest is not None
+    page.get_by_role("button", name="Retire to suffix", exact=True).click()
+    page.get_by_role("dialog").get_by_label("Why").fill("measured slower")
+    page.get_by_role("dialog").get_by_role("button", name="Retire to suffix").click()
+    expect(page.locator(".toast")).to_contain_text("Retired in")
+    expect(page.locator(".timeline")).to_contain_text("measured slower")
+    expect(page.get_by_role("button", name="Retire to suffix", exact=True)).to_have_count(0)
+    with sessions() as session:
+        assert deployments.get(session, project.id).speculator_digest is None
+
+
+CONTRAST = """
+() => {
+  const parse = (text) => text.match(/[\\d.]+/g).map(Number);
+  const light = ([r, g, b]) => [r, g, b].map((c) => c / 255)
+    .map((c) => (c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const ratio = (a, b) => (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  const surface = light(parse(getComputedStyle(document.querySelector(".card")).backgroundColor));
+  const of = (selector, property) => [...document.querySelectorAll(selector)]
+    .map((one) => ratio(light(parse(getComputedStyle(one)[property])), surface));
+  return {
+    text: Math.min(...of(".speed-words p, .keys li, .keys span, .card > header span, .draft-bars span", "color"),
+      ...of(".chart text", "fill")),
+    drawn: Math.min(...of(".series-drafted .line, .series-plain .line", "stroke"),
+      ...of(".fill-suffix, .fill-heads", "fill")),
+  };
+}
+"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_plots_can_be_read_in_both_themes(sessions: Sessions, open_as: OpenAs, theme: str) -> None:
+    """WCAG AA: 4.5 to 1 for text, 3 to 1 for what is drawn."""
+    with sessions.begin() as session:
+        seed_speed.sped_up(session, seed.project(session), size=120)
+    page = open_as("boss@example.org", "/", "viewer")
+    page.evaluate(f"localStorage.setItem('whet:theme', '{theme}')")
+    page.goto("/p/entities")
+    assert page.locator("html").get_attribute("data-theme") == theme
+    found = page.evaluate(CONTRAST)
+    assert found["text"] >= 4.5
+    assert found["drawn"] >= 3
 
 
 def live_run(page: Page, sessions: Sessions) -> str:
