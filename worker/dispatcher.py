@@ -25,6 +25,7 @@ from services.store.base import Sessions, make_sessions
 from worker import logs, schedule
 from worker.rollout.collect import collect_orphans
 from worker.rollout.reconcile import Reconciler
+from worker.rollout.watch import Watch
 from worker.tasks import make_app, ring
 
 LEADER_LOCK = 0x77686574_64697370  # Any fixed number; this one spells "whetdisp".
@@ -35,6 +36,7 @@ REPUBLISH_SECONDS = 30.0
 PATIENCE_SECONDS = 20.0
 HEARTBEAT_SECONDS = 60.0
 SCHEDULE_SECONDS = 5.0
+HEADS_SECONDS = 15.0
 HOUSEKEEPING_SECONDS = 3600.0
 
 log = structlog.get_logger()
@@ -74,6 +76,8 @@ class Dispatcher:
         self._app = make_app(settings)
         self._republish_seconds = republish_seconds
         self._sampler = schedule.Sampler()
+        self._watch = Watch()
+        self._cadence = schedule.SpeculatorCadence()
         self._stopped = threading.Event()
         self._leading = threading.Event()
         self._failed = False
@@ -81,6 +85,7 @@ class Dispatcher:
         self._expiry = Every(0.0, first=patience_seconds)
         self._heartbeat = Every(HEARTBEAT_SECONDS)
         self._schedule = Every(SCHEDULE_SECONDS)
+        self._heads = Every(HEADS_SECONDS)
         self._housekeeping = Every(HOUSEKEEPING_SECONDS)
 
     def stop(self) -> None:
@@ -116,7 +121,7 @@ class Dispatcher:
                 self._stopped.wait(TICK_SECONDS)
             if not self._stopped.is_set():
                 log.info("dispatcher leads")
-                for timer in (self._expiry, self._heartbeat, self._schedule, self._housekeeping):
+                for timer in (self._expiry, self._heartbeat, self._schedule, self._heads, self._housekeeping):
                     timer.restart()
                 self._leading.set()
             try:
@@ -144,6 +149,10 @@ class Dispatcher:
         if self._schedule.due():
             with self._sessions.begin() as session:
                 self._sampler.step(session, datetime.now(UTC))
+        if self._heads.due():
+            self._watch.step(self._sessions, datetime.now(UTC))
+            with self._sessions.begin() as session:
+                self._cadence.step(session, datetime.now(UTC), self._watch.drifted)
         if self._housekeeping.due():
             self._transact(partitions.ensure)
             self._transact(schedule.prune)

@@ -1,5 +1,6 @@
-"""Work nobody asks for: sampling when a window closes, the heartbeat job, housekeeping of the ledger."""
+"""Work nobody asks for: sampling when a window closes, training of heads, the heartbeat job, housekeeping."""
 
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 from uuid import UUID
@@ -8,9 +9,11 @@ import structlog
 from sqlalchemy import exists, func, select
 from sqlalchemy.orm import Session
 
-from services.errors import Conflict
-from services.store import jobs
-from services.store.models import Job, Project
+from services.errors import Conflict, WhetError
+from services.store import jobs, runs
+from services.store.models import Artifact, Deployment, Job, Project, Run, RunEvent
+from services.store.speculation import SpeculationConfig, read_config
+from services.store.speculation_log import response_tokens
 
 DEFAULT_WINDOW_SECONDS = 3600
 LONGEST_GRACE_SECONDS = 60
@@ -19,6 +22,10 @@ SETTLE_SECONDS = 5.0
 HEARTBEAT_QUEUES = ("cpu",)
 ROUTINE_KINDS = ("heartbeat", "review.sample")
 ROUTINE_KEPT = timedelta(hours=24)
+# No answer takes longer to land.
+HORIZON = timedelta(minutes=10)
+# After so many failures in a row only new reasons start another training.
+MOST_FAILURES = 3
 
 log = structlog.get_logger()
 
@@ -45,6 +52,136 @@ class Sampler:
 
     def _is_new(self, window: Window) -> bool:
         return self._done.get(window.project_id) != window.closed_at
+
+
+class SpeculatorCadence:
+    """Starts a project's speculator runs: the first, when traffic has grown or drifted, and for a new adapter.
+
+    What it remembers is only a sum over settled rows of the log, to count them once.
+    """
+
+    def __init__(self) -> None:
+        self._counted: dict[UUID, Counted] = {}
+
+    def step(self, session: Session, now: datetime, drifted: Collection[UUID] = ()) -> list[UUID]:
+        """Start what is due; returns the projects. Whoever starts a run at the same moment wins."""
+        started = []
+        for project, deployment in session.execute(
+            select(Project, Deployment).join(Deployment, Deployment.project_id == Project.id)
+        ):
+            why = self._why(session, project, deployment, now, drifted)
+            if why is not None and _start_training(session, project, deployment, why):
+                started.append(project.id)
+        return started
+
+    def _why(
+        self, session: Session, project: Project, deployment: Deployment, now: datetime, drifted: Collection[UUID]
+    ) -> "Why | None":
+        config = read_config(project.config)
+        # While heads are on trial nobody knows yet what the next ones would have to beat.
+        if not (config.enabled and config.automatic) or deployment.speculator_canary_digest is not None:
+            return None
+        past = _past_trainings(session, project.id)
+        if past and not _rested(past, config, now):
+            return None
+        tokens = self._count(session, project.id, now)
+        if tokens < config.first_tokens:
+            return None
+        if not past:
+            return Why(f"{tokens} response tokens are enough for the first heads", tokens)
+        reason = _reason(session, past, deployment, config, now, drifted)
+        return Why(reason, tokens) if reason else None
+
+    def _count(self, session: Session, project_id: UUID, now: datetime) -> int:
+        """Response tokens of live traffic. Rows older than the horizon have landed, however long they took."""
+        horizon = now - HORIZON
+        known = self._counted.get(project_id, Counted(0, None))
+        older = response_tokens(session, project_id, since=known.until, until=horizon)
+        self._counted[project_id] = Counted(known.tokens + older, horizon)
+        return known.tokens + older + response_tokens(session, project_id, since=horizon)
+
+
+class Counted(NamedTuple):
+    """Response tokens of a project that began before `until`."""
+
+    tokens: int
+    until: datetime | None
+
+
+class Why(NamedTuple):
+    """What makes a training due, and the response tokens there were then."""
+
+    reason: str
+    tokens: int
+
+
+def _past_trainings(session: Session, project_id: UUID) -> Sequence[Run]:
+    """The last few, newest first."""
+    query = select(Run).where(Run.project_id == project_id, Run.kind == "speculator")
+    return session.scalars(query.order_by(Run.created_at.desc(), Run.id.desc()).limit(MOST_FAILURES + 1)).all()
+
+
+def _rested(past: Sequence[Run], config: SpeculationConfig, now: datetime) -> bool:
+    return past[0].state not in runs.UNFINISHED and now - past[0].created_at >= timedelta(minutes=config.min_minutes)
+
+
+def _reason(
+    session: Session,
+    past: Sequence[Run],
+    deployment: Deployment,
+    config: SpeculationConfig,
+    now: datetime,
+    drifted: Collection[UUID],
+) -> str | None:
+    """Why to train again now."""
+    last = past[0]
+    if deployment.project_id in drifted:
+        return "the accepted length has drifted"
+    trained_on = _trained_on(session, last)
+    if trained_on is not None and trained_on.adapter != deployment.active_digest and not deployment.speculator_digest:
+        return "another adapter serves now"
+    failures = next((index for index, run in enumerate(past) if run.phase != "failed"), len(past))
+    pause = timedelta(minutes=config.min_minutes * 2**failures)
+    if 0 < failures <= MOST_FAILURES and now - last.created_at >= pause:
+        return f"the last training failed ({failures} of {MOST_FAILURES})"
+    before = trained_on.tokens if trained_on else response_tokens(session, last.project_id, until=last.created_at)
+    fresh = response_tokens(session, last.project_id, since=last.created_at)
+    if fresh >= (config.growth - 1) * max(before, config.first_tokens):
+        return f"{fresh} new response tokens since the last training"
+    return None
+
+
+class TrainedOn(NamedTuple):
+    """What a run was started with."""
+
+    adapter: str | None
+    tokens: int
+
+
+def _trained_on(session: Session, run: Run) -> TrainedOn | None:
+    """As noted when this cadence started it; from the artefact when a person did; None when it left none."""
+    noted = select(RunEvent.payload).where(RunEvent.run_id == run.id, RunEvent.kind == "trigger").limit(1)
+    payload = session.scalar(noted)
+    if payload is not None:
+        return TrainedOn(payload["adapter"], payload["tokens"])
+    artifact = session.get(Artifact, run.artifact_digest) if run.artifact_digest else None
+    if artifact is None:
+        return None
+    tokens = response_tokens(session, run.project_id, until=run.created_at)
+    return TrainedOn(artifact.manifest.get("adapter"), tokens)
+
+
+def _start_training(session: Session, project: Project, deployment: Deployment, why: Why) -> bool:
+    try:
+        with session.begin_nested():
+            run = runs.start(session, project, params={}, created_by="cadence", kind="speculator")
+            note = {"line": why.reason, "tokens": why.tokens, "adapter": deployment.active_digest}
+            runs.add_event(session, run.id, "trigger", note)
+    except WhetError as error:
+        log.warning("heads are due and cannot be trained", project=project.slug, error=error.message)
+        return False
+    log.info("training of heads started", project=project.slug, run=str(run.id), reason=why.reason)
+    return True
 
 
 def heartbeat(session: Session) -> None:

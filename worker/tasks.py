@@ -24,6 +24,7 @@ from worker import logs
 from worker.curation.build import build_job
 from worker.curation.sample import sample_job
 from worker.gate.evaluate import evaluate_job
+from worker.rollout.speculator import deploy_speculator_job
 from worker.rollout.swap import deploy_job
 from worker.training.run import train_job
 
@@ -54,6 +55,7 @@ HANDLERS: Mapping[str, Handler] = {
     "train": train_job,
     "evaluate": evaluate_job,
     "deploy": deploy_job,
+    "deploy.speculator": deploy_speculator_job,
 }
 
 

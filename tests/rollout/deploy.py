@@ -6,10 +6,10 @@ from uuid import UUID
 from services.settings import Settings
 from services.store import jobs
 from services.store.base import make_sessions
-from worker.rollout.swap import deploy_job
+from worker.tasks import HANDLERS
 
 if __name__ == "__main__":
     settings = Settings()
     lease = jobs.claim(make_sessions(settings.database_dsn), UUID(sys.argv[1]), "killed")
     assert lease is not None
-    deploy_job(lease, settings)
+    HANDLERS[lease.kind](lease, settings)

@@ -17,6 +17,7 @@ from services.errors import Conflict
 from services.store import deployments
 from services.store.base import Sessions
 from services.store.models import Artifact, Deployment, Evaluation, Job, Run
+from worker.rollout.drafters import Drafters
 
 UNFINISHED = ("queued", "running")
 # Gateways poll their snapshot every second; only then do they stop naming the old digest.
@@ -66,17 +67,20 @@ class Reconciler:
         self._epoch: int | None = None
         self._crowded: frozenset[str] = frozenset()
         self._foreign: frozenset[str] = frozenset()
+        self._drafters = Drafters(sessions, client, artifacts, grace_seconds=grace_seconds, clock=clock)
 
     def step(self) -> None:
-        """Read both sides, then free, then load."""
+        """Read both sides, then free, then load; what only makes answers faster comes last."""
         status = self._client.status()
         if status.epoch != self._epoch:
             log.info("engine reached", epoch=status.epoch, base=status.base)
+            self._drafters.restarted(status)
             self._epoch = status.epoch
         with self._sessions() as session:
             wanted = read_wanted(session)
         self._free(status, wanted)
         self._load(status, wanted)
+        self._drafters.step(status, wanted.in_use)
 
     def _free(self, status: Status, wanted: Wanted) -> None:
         """Unload what has been unwanted for the grace and is read by nobody; pinned traffic keeps its digest."""
