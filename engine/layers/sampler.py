@@ -32,11 +32,16 @@ NUCLEUS_TRY = 256
 
 
 class Draw(NamedTuple):
-    """What one sampled row needs: its request's sampling, its choice index and the position of the new token."""
+    """What one sampled row needs: its request's sampling, its choice index and the position of the new token.
+
+    `behind` is the drafted token it stands behind, if any. Where the row before it drew another, the answer means
+    nothing, and may be left out.
+    """
 
     sampling: Sampling
     choice: int
     position: int
+    behind: int | None = None
 
 
 class Fault(NamedTuple):

@@ -347,12 +347,18 @@ void whet_pack(const uint8_t *dense, uint8_t *packed, int outputs, int inputs, i
         }
 }
 
-// One token and the log of the model's own probability of it per row; rows lie `stride` floats apart.
-int whet_sample(const float *logits, int64_t stride, int rows, int size, const Draw *draws, int64_t *tokens, float *logprobs) {
+// One token and the log of the model's own probability of it per row; rows lie `stride` floats apart. A row that stands
+// behind a drafted token says which (`behind`, -1: none): if the row before it did not draw that, it is left out.
+int whet_sample(const float *logits, int64_t stride, int rows, int size, const Draw *draws, const int64_t *behind,
+                int64_t *tokens, float *logprobs) {
     float *scratch = (float *)aligned(4 * ((size_t)size + 16) * sizeof(float));
     if (!scratch) return 1;
-    for (int row = 0; row < rows; row++)
-        sample_row(logits + row * stride, size, draws[row], scratch, tokens + row, logprobs + row);
+    bool out = false;
+    for (int row = 0; row < rows; row++) {
+        out = row && behind[row] >= 0 && (out || tokens[row - 1] != behind[row]);
+        if (out) tokens[row] = 0, logprobs[row] = 0;
+        else sample_row(logits + row * stride, size, draws[row], scratch, tokens + row, logprobs + row);
+    }
     free(scratch);
     return 0;
 }

@@ -104,7 +104,7 @@ def functions() -> ctypes.CDLL:
     native.whet_pack.restype = None
     native.whet_pack.argtypes = [Pointer, Pointer, ctypes.c_int, ctypes.c_int, ctypes.c_int]
     native.whet_sample.argtypes = [
-        Pointer, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.POINTER(Draw), Pointer, Pointer,
+        Pointer, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.POINTER(Draw), Pointer, Pointer, Pointer,
     ]  # fmt: skip
     native.whet_instructions.restype = ctypes.c_char_p
     return native

@@ -32,9 +32,11 @@ def sample(logits_RV: torch.Tensor, draws: Sequence[sampler.Draw]) -> Sampled:
     rows, size = logits_RV.shape
     wanted = _flattened(draws, size)
     tokens, logprobs = np.empty(rows, dtype=np.int64), np.empty(rows, dtype=np.float32)
+    behind = np.array([-1 if draw.behind is None else draw.behind for draw in draws], dtype=np.int64)
     failed = functions().whet_sample(
-        logits_RV.data_ptr(), logits_RV.stride(0), rows, size, wanted, tokens.ctypes.data, logprobs.ctypes.data
-    )
+        logits_RV.data_ptr(), logits_RV.stride(0), rows, size, wanted, behind.ctypes.data, tokens.ctypes.data,
+        logprobs.ctypes.data,
+    )  # fmt: skip
     if failed:
         raise MemoryError(f"no memory to sample from a vocabulary of {size}")
     return Sampled(tokens.tolist(), logprobs.tolist())

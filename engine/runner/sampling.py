@@ -33,7 +33,8 @@ class Place(NamedTuple):
     def draw(self) -> Draw:
         """What the sampler must know."""
         request = self.sequence.request
-        return Draw(request.sampling, request.choice, len(self.sequence.tokens) + len(self.drafted))
+        behind = self.drafted[-1] if self.drafted else None
+        return Draw(request.sampling, request.choice, len(self.sequence.tokens) + len(self.drafted), behind)
 
     @property
     def early(self) -> bool:

@@ -1,13 +1,15 @@
 """Sampling: the right distribution, and the same token for the same key in any company."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from scipy.stats import chisquare
 
-from engine.layers.sampler import Draw, gumbel, invalid_sampling, most_likely, own_logprobs, sample
+from engine.layers.sampler import Draw, Sampled, gumbel, invalid_sampling, most_likely, own_logprobs, sample
 from engine.messages import Sampling
+from engine.native.sampling import sample as native_sample
 from tests.engine import plain_sampling
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -3.0, 1.5])
@@ -63,7 +65,7 @@ def test_every_filter_together_draws_what_a_plain_loop_draws(vocabulary: int) ->
         for row in range(40)
     ]
     sampled = sample(logits, keyed)
-    plain = [plain_sampling.token(row, *draw) for row, draw in zip(logits.tolist(), keyed, strict=True)]
+    plain = [plain_sampling.token(row, *draw[:3]) for row, draw in zip(logits.tolist(), keyed, strict=True)]
     assert sampled.token_ids == plain
     owns = [plain_sampling.logprob(row, token) for row, token in zip(logits.tolist(), plain, strict=True)]
     assert sampled.logprobs == pytest.approx(owns, abs=1e-5)
@@ -214,3 +216,18 @@ def test_every_parameter_at_its_ends_is_taken() -> None:
         {"logit_bias": {0: -100.0, 7: 100.0}, "min_tokens": 5, "top_k": 10**9},
     ):
         assert invalid_sampling(Sampling(seed=0, max_tokens=5, **options), vocab_size=8) == ""  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("draw_tokens", [sample, native_sample])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_place_behind_a_draft_that_did_not_come_changes_no_other(
+    temperature: float, draw_tokens: Callable[..., Sampled]
+) -> None:
+    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(1))
+    plain = draws(6, temperature=temperature)
+    tokens = sample(logits, plain).token_ids
+    drafted = [None, tokens[0], tokens[1] + 1, tokens[2], None, tokens[4]]
+    found = draw_tokens(logits, [draw._replace(behind=behind) for draw, behind in zip(plain, drafted, strict=True)])
+    kept = [0, 1, 4, 5]
+    assert [found.token_ids[place] for place in kept] == [tokens[place] for place in kept]
+    assert all(map(math.isfinite, found.logprobs))
