@@ -20,6 +20,15 @@ STEPS: Mapping[str, tuple[str, ...]] = {
     "Deploy": ("deploying", "staging", "quarantined", "superseded"),
     "Live": ("live",),
 }
+# The same for heads, which learn from the log and are compared on held-out requests of it.
+HEAD_STEPS: Mapping[str, tuple[str, ...]] = {
+    "Queued": ("queued",),
+    "Read the log": ("reading", "checking", "loading", "preparing"),
+    "Train": ("training",),
+    "Judge": ("judging", "evaluating", "comparing", "refused"),
+    "Try": ("deploying", "staging", "canary", "trying", "quarantined", "superseded"),
+    "Live": ("live",),
+}
 TARGET = "target"
 MARGIN_POINTS = 3
 EVENT_LIMIT = 5000
@@ -68,6 +77,7 @@ def describe(session: Session, run: Run, show: str = "") -> dict[str, Any]:
         "steps": _steps(run, events),
         "curves": _curves(events),
         "latest": _latest(events),
+        "gate": next((event.payload for event in reversed(events) if event.kind == "gate"), None),
         "logs": [event for event in events if event.kind == "log"][-LOG_LINES:],
         "revision": revision,
         "dataset": session.get(Dataset, revision.dataset_id) if revision else None,
@@ -85,18 +95,19 @@ def describe(session: Session, run: Run, show: str = "") -> dict[str, Any]:
     }
 
 
-def step_of(phase: str) -> str | None:
+def step_of(phase: str, steps: Mapping[str, tuple[str, ...]] = STEPS) -> str | None:
     """Which step a phase's words belong to; endings like cancelled belong to none."""
-    return next((name for name, words in STEPS.items() if any(phase.startswith(word) for word in words)), None)
+    return next((name for name, words in steps.items() if any(phase.startswith(word) for word in words)), None)
 
 
 def _steps(run: Run, events: Sequence[RunEvent]) -> list[Step]:
+    path = HEAD_STEPS if run.kind == "speculator" else STEPS
     reached: dict[str, datetime] = {}
     for event in events:
-        name = step_of(str(event.payload.get("phase", ""))) if event.kind == "phase" else None
+        name = step_of(str(event.payload.get("phase", "")), path) if event.kind == "phase" else None
         if name is not None:
             reached.setdefault(name, event.at)
-    names = list(STEPS)
+    names = list(path)
     furthest = max((names.index(name) for name in reached), default=0)
     steps = []
     for index, name in enumerate(names):

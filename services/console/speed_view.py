@@ -11,9 +11,10 @@ from services.console import charts
 from services.console.access import Here
 from services.console.memo import Memo
 from services.store import drafts, speed
-from services.store.models import Run
+from services.store.models import Deployment, Run
 from services.store.runs import UNFINISHED
 from services.store.speculation import SpeculationConfig, read_config
+from services.store.speculators import heads_of
 from services.store.speed import LEAST_COMPARED, LEAST_TOKENS, Gain, Rate, Speed
 
 # Positions of a draft that are drawn; few drafts are longer, and what they hold counts in the mean.
@@ -47,7 +48,7 @@ def context(request: Request, here: Here) -> dict[str, Any]:
         "positions": POSITIONS,
         "response_tokens": figures.response_tokens,
         "head_run": latest,
-        "next_heads": when_heads_come(config, figures.response_tokens, latest),
+        "next_heads": when_heads_come(config, figures.response_tokens, latest, in_use=_in_use(here)),
     }
 
 
@@ -74,8 +75,10 @@ def in_words(measured: Speed, config: SpeculationConfig) -> str:
     return f"No difference to decoding without drafts is shown yet: {gain.times:.2f} times as fast ({span}), {rates}."
 
 
-def when_heads_come(config: SpeculationConfig, tokens: int, latest: Run | None) -> str:
-    """What has to happen before heads draft, while none do."""
+def when_heads_come(config: SpeculationConfig, tokens: int, latest: Run | None, *, in_use: bool = False) -> str:
+    """What has to happen before heads draft, while the window has no draft of theirs."""
+    if in_use:
+        return "Heads are in use; their first drafts show here with the next answers."
     if latest is not None and latest.state in UNFINISHED:
         return "Heads are being trained now."
     if tokens < config.first_tokens:
@@ -139,6 +142,11 @@ def _lengths(drafting: drafts.Drafting) -> list[charts.Reading]:
         for choice in drafting.choices
         if choice.length is not None
     ]
+
+
+def _in_use(here: Here) -> bool:
+    deployment = here.session.get(Deployment, here.project.id)
+    return deployment is not None and any(heads_of(deployment)[:2])
 
 
 def _latest_run(here: Here) -> Run | None:

@@ -8,9 +8,9 @@ import pytest
 from sqlalchemy import select
 from starlette.testclient import TestClient
 
-from services.store import deployments, projects
+from services.store import deployments, projects, runs
 from services.store.base import Sessions
-from services.store.models import Artifact, AuditEvent, DeploymentEvent, Interaction, Project
+from services.store.models import Artifact, AuditEvent, DeploymentEvent, Interaction, Project, Run
 from tests.console import seed_speed
 from tests.console.conftest import SignIn
 from tests.console.test_pages import PAGE, text_of
@@ -164,3 +164,56 @@ def test_an_interaction_shows_its_drafts_its_rate_or_why_there_are_none(
     assert 'class="draft-bars heads"' in text
     assert 'class="draft-bars suffix"' in text
     assert "one of the baseline" in text_of(operator, f"/p/entities/interactions/{plain.id}")
+
+
+# --- a run that trains heads ------------------------------------------------------------------------------
+
+
+def test_a_run_of_heads_shows_its_own_steps_curves_and_the_gates_words(
+    project: Project, sessions: Sessions, operator: TestClient
+) -> None:
+    with sessions.begin() as session:
+        run = Run(project_id=project.id, kind="speculator", params={"heads": 4}, created_by="dispatcher")
+        session.add(run)
+        session.flush()
+        runs.enter_phase(session, run, "training")
+        for step in range(1, 5):
+            # Before it was measured there is no tau.
+            told = {"steps": 80, "loss": 2.0 / step, "tau": None if step < 3 else 1.2 + step / 10,
+                    "tokens_per_second": 9000.0, "eta": 42.0}  # fmt: skip
+            runs.add_event(session, run.id, "progress", told, step=step)
+    text = text_of(operator, f"/p/entities/runs/{run.id}")
+    for expected in (
+        "Training heads",
+        "Read the log",
+        "Expected tokens per step (τ)",
+        "step 4 of 80, about 42.0 s left",
+    ):
+        assert expected in text
+    assert text.count('class="line"') == 3
+    assert "Preflight" not in text
+    with sessions.begin() as session:
+        made = session.get_one(Run, run.id)
+        reasons = ["not shown to accept more: +0.4 % [-1.1, +1.9]", "<script>alert(1)</script>"]
+        gate = {"decision": "refuse", "reasons": reasons, "requests": 61, "tau": 1.61, "rows": [{"id": 1}]}
+        runs.add_event(session, made.id, "gate", gate)
+        runs.finish(session, made, "succeeded", "refused")
+    text = text_of(operator, f"/p/entities/runs/{run.id}")
+    assert "Refused: what drafts now stays" in text
+    assert "not shown to accept more" in text
+    assert "<script>alert" not in text
+    assert "refused" in text_of(operator, "/p/entities/runs")
+    assert "The last training ended refused" not in text_of(
+        operator, "/p/entities/deployment"
+    )  # 0 of 50,000 tokens yet
+
+
+def test_training_heads_does_not_hold_up_training_an_adapter(
+    project: Project, sessions: Sessions, operator: TestClient
+) -> None:
+    with sessions.begin() as session:
+        session.add(Run(project_id=project.id, kind="speculator", params={}, created_by="dispatcher"))
+    assert "A run is under way" not in text_of(operator, "/p/entities/runs")
+    deployment = text_of(operator, "/p/entities/deployment")
+    assert "Heads are being trained" in deployment
+    assert operator.post("/p/entities/runs").status_code == 201
