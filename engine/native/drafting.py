@@ -15,14 +15,16 @@ from engine.layers.sampler import MASK
 from engine.native.decoder import NativeDecoder
 from engine.native.library import KINDS, Int, Matrix, Pointer, functions
 from engine.native.memory import Arena
-from engine.native.weights import pack, pad, padded, quantize
+from engine.native.weights import pack, pad, padded
 from engine.speculation.heads import Ask, Guess
 from engine.speculation.loading import Limits, Speculator
 from engine.speculation.slots import Ready, places
 
-# Between what eight bits lost of a row and a state there is no relation: in E dimensions their product is seldom beyond
-# 4/√E of their lengths' product, and two logits differ by twice that.
-SIGMAS = 8.0
+# Between what rounding took from a row and a state there is no relation: in E dimensions their product deviates by 1/√E
+# of their lengths' product, and the difference of two logits by √2 times that. So this is four deviations.
+SIGMAS = 6.0
+# Rows have seven bits, states eight: two products of theirs fit sixteen.
+LARGEST = 63
 # DraftAsk in speculator.h: Draw, then slot, token, most and a filler.
 ASK = struct.Struct("=QqqfffiiiiI")
 MOST_TOP_K = (1 << 31) - 1
@@ -33,9 +35,10 @@ class HeadSlot(ctypes.Structure):
 
     _fields_: ClassVar[list[tuple[str, Any]]] = [
         ("weight", ctypes.POINTER(Matrix)), ("condition", Pointer), ("head", Pointer), ("coarse", Pointer),
-        ("scale", Pointer), ("tokens", Pointer), ("places", Pointer), ("confidence", Pointer),
-        ("confidence_last", Pointer), ("confidence_bias", Pointer), ("error", ctypes.c_float),
-        ("heads", Int), ("vocabulary", Int), ("tables", Int), ("recurrent", Int), ("bf16", Int), ("unused", Int),
+        ("scale", Pointer), ("shift", Pointer), ("tokens", Pointer), ("places", Pointer), ("confidence", Pointer),
+        ("confidence_last", Pointer), ("confidence_bias", Pointer),
+        ("error", ctypes.c_float), ("length", ctypes.c_float),
+        ("heads", Int), ("vocabulary", Int), ("tables", Int), ("recurrent", Int), ("bf16", Int),
     ]  # fmt: skip
 
 
@@ -76,15 +79,20 @@ class NativeDrafter:
         """Pack and quantize; any thread."""
         dtype = self._dtype_of(speculator)
         head_WE = pad(speculator.head_VE.to(dtype).float())
-        coarse_WE, scale_W = quantize(head_WE)
+        scale_W = head_WE.abs().amax(1).clamp_min(1e-12) / LARGEST
+        coarse_WE = (head_WE / scale_W[:, None]).round().to(torch.int8)
         lost_W = (coarse_WE.float() * scale_W[:, None] - head_WE).norm(dim=1)
         parts = {
             "weight": torch.stack([pack(weight_EE.to(dtype)) for weight_EE in speculator.weight_KEE]),
             "bias": speculator.bias_KE,
             "head": head_WE.to(dtype),
-            "coarse": pack(coarse_WE),
+            # Four elements of a row lie together, as if they were one of four bytes.
+            "coarse": pack(coarse_WE.view(torch.float32)).view(torch.int8),
             "scale": scale_W,
+            "shift": 128 * coarse_WE.sum(1, dtype=torch.int32),
             "error": lost_W.max() * (SIGMAS * self._limits.hidden**-0.5),
+            # Rounding to whole numbers deviates by 1/√12.
+            "length": head_WE.norm(dim=1).max() * (SIGMAS * 12**-0.5),
             "tokens": speculator.tokens_V,
             "places": places(speculator, self._limits.tokens),
             "confidence": speculator.confidence_KF[:, :-1],
@@ -117,6 +125,7 @@ class NativeDrafter:
         self._slots[slot] = HeadSlot(
             weight=weights,
             error=float(parts["error"]),
+            length=float(parts["length"]),
             heads=speculator.heads,
             vocabulary=speculator.vocabulary,
             tables=0 if speculator.condition_CVE is None else len(speculator.condition_CVE),
@@ -135,9 +144,10 @@ class NativeDrafter:
         if rows > self._rows:
             self._grow(max(rows, 2 * self._rows))
         written = self._asks
-        for index, (slot, token, (sampling, choice, position), most) in enumerate(asks):
+        for index, (slot, token, draw, most) in enumerate(asks):
+            sampling = draw.sampling
             ASK.pack_into(
-                written, index * ASK.size, sampling.seed & MASK, choice, position, sampling.temperature,
+                written, index * ASK.size, sampling.seed & MASK, draw.choice, draw.position, sampling.temperature,
                 sampling.top_p, sampling.min_p, min(sampling.top_k, MOST_TOP_K), slot, token, most, 0,
             )  # fmt: skip
         if hidden_RE.dtype != torch.float32 or not hidden_RE.is_contiguous():
@@ -162,6 +172,7 @@ class NativeDrafter:
             "head": (words * hidden * size, torch.uint8),
             "coarse": (words * hidden, torch.int8),
             "scale": (words, torch.float32),
+            "shift": (words, torch.int32),
             "tokens": (words, torch.int32),
             "places": (tokens, torch.int32),
             "confidence": (heads * hidden, torch.float32),

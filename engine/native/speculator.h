@@ -1,7 +1,7 @@
 // Drafts of residual heads for rows that each name a slot: what engine/speculation/heads.py computes, all rows and all
 // heads in one call. engine/native/drafting.py mirrors the structures.
 //
-// Most of a draft's time would be reading the pruned LM head. So its rows are multiplied in eight bits first, and only
+// Most of a draft's time would be reading the pruned LM head. So its rows are multiplied in whole numbers first, and only
 // those that come near the best again with the true weights. States are held in fp32, the heads' own products take them
 // in the precision of the weights.
 #pragma once
@@ -16,15 +16,16 @@ struct HeadSlot {
     const Matrix *weight;           // [heads], with their biases
     const uint8_t *condition;       // [tables][vocabulary + 1][hidden] elements, or null
     const uint8_t *head;            // [vocabulary][hidden] elements
-    const int8_t *coarse;           // the same in eight bits: panels of 16 rows, [hidden / 2][16][2]
+    const int8_t *coarse;           // the same in seven bits: panels of 16 rows, [hidden / 4][16][4]
     const float *scale;             // [vocabulary] of the coarse rows, padded to a panel
+    const int32_t *shift;           // [vocabulary], likewise: what 128 in every element of a state would add
     const int32_t *tokens, *places; // token ids of the rows; for every token its row, `vocabulary` where it has none
     const float *confidence;        // [heads][hidden]
     const float *confidence_last;   // [heads]: weight of the drafted token's log probability
     const float *confidence_bias;   // [heads]
-    float error;                    // of a coarse logit, per length of the state; see drafting.py
+    float error, length;            // of a coarse logit, per length and per grain of the state; see drafting.py
     int32_t heads, vocabulary, tables, recurrent;
-    int32_t bf16, unused;           // what an element is, else fp32
+    int32_t bf16;                   // what an element is, else fp32
 };
 
 struct DraftAsk {
@@ -39,7 +40,7 @@ struct DraftJob {
     int32_t *tokens, *counts;       // [rows, stride] and [rows]: what was drafted
     float *chances;                 // [rows, stride]
     float *state, *lifted, *logits; // room: [rows, width] twice, [rows, padded vocabulary]
-    uint8_t *units, *whole;         // room: [rows, width] of four and of two bytes
+    uint8_t *units, *whole;         // room: [rows, width] of four bytes and of one
     float *scratch;                 // room: for each thread 5 * (vocabulary + 32)
     float *survival, *shrink;       // room: [rows]
     int32_t *row, *place;           // room: [rows]
@@ -55,55 +56,61 @@ static const float NEGLIGIBLE = -18.0f;
 static const float NEAR = 4.0f;
 static const int FEW = 64;
 
-// --- eight-bit rows times sixteen-bit states, in whole numbers ------------------------------------------------------
+// --- seven-bit rows times eight-bit states ---------------------------------------------------------------------------
 
+// Sums of sixteen rows. A state's elements have 128 added, since the instructions want one factor without a sign.
 #if defined(__AVX512BW__)
 struct Whole {
     __m512i lanes;
-    static inline __attribute__((always_inline)) Whole widen(const int8_t *p) {
-        return {_mm512_cvtepi8_epi16(_mm256_load_si256((const __m256i *)p))};
+    // Eight elements of the rows at `w`, and of the state.
+    inline __attribute__((always_inline)) void add(const int8_t *w, const uint32_t *x) {
+        __m512i first = _mm512_loadu_si512(w), second = _mm512_loadu_si512(w + 64);
+        __m512i a = _mm512_set1_epi32((int)x[0]), b = _mm512_set1_epi32((int)x[1]);
+#if defined(__AVX512VNNI__)
+        lanes = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(lanes, a, first), b, second);
+#else
+        __m512i pairs = _mm512_adds_epi16(_mm512_maddubs_epi16(a, first), _mm512_maddubs_epi16(b, second));
+        lanes = _mm512_add_epi32(lanes, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+#endif
     }
-    inline __attribute__((always_inline)) Whole mac(Whole w, int32_t pair) const {
-        return {_mm512_add_epi32(lanes, _mm512_madd_epi16(w.lanes, _mm512_set1_epi32(pair)))};
-    }
-    inline __attribute__((always_inline)) void scaled(float *to, const float *scale, float by) const {
-        __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(lanes), _mm512_mul_ps(_mm512_loadu_ps(scale), _mm512_set1_ps(by)));
-        _mm512_storeu_ps(to, y);
+    inline __attribute__((always_inline)) void scaled(float *to, const int32_t *shift, const float *scale, float by) const {
+        __m512 whole = _mm512_cvtepi32_ps(_mm512_sub_epi32(lanes, _mm512_loadu_si512(shift)));
+        _mm512_storeu_ps(to, _mm512_mul_ps(whole, _mm512_mul_ps(_mm512_loadu_ps(scale), _mm512_set1_ps(by))));
     }
 };
 #elif defined(__AVX2__)
 struct Whole {
     __m256i low, high;
-    static inline __attribute__((always_inline)) Whole widen(const int8_t *p) {
-        return {_mm256_cvtepi8_epi16(_mm_load_si128((const __m128i *)p)),
-                _mm256_cvtepi8_epi16(_mm_load_si128((const __m128i *)p + 1))};
+    // Two sums of two products fit sixteen bits but for the most unlikely, which are cut off.
+    static inline __attribute__((always_inline)) __m256i eight(const int8_t *w, __m256i a, __m256i b) {
+        __m256i first = _mm256_maddubs_epi16(a, _mm256_load_si256((const __m256i *)w));
+        __m256i second = _mm256_maddubs_epi16(b, _mm256_load_si256((const __m256i *)(w + 64)));
+        return _mm256_madd_epi16(_mm256_adds_epi16(first, second), _mm256_set1_epi16(1));
     }
-    inline __attribute__((always_inline)) Whole mac(Whole w, int32_t pair) const {
-        __m256i x = _mm256_set1_epi32(pair);
-        return {_mm256_add_epi32(low, _mm256_madd_epi16(w.low, x)), _mm256_add_epi32(high, _mm256_madd_epi16(w.high, x))};
+    // Eight elements of the rows at `w`, and of the state.
+    inline __attribute__((always_inline)) void add(const int8_t *w, const uint32_t *x) {
+        __m256i a = _mm256_set1_epi32((int)x[0]), b = _mm256_set1_epi32((int)x[1]);
+        low = _mm256_add_epi32(low, eight(w, a, b)), high = _mm256_add_epi32(high, eight(w + 32, a, b));
     }
-    inline __attribute__((always_inline)) void scaled(float *to, const float *scale, float by) const {
-        __m256 times = _mm256_set1_ps(by);
-        _mm256_storeu_ps(to, _mm256_mul_ps(_mm256_cvtepi32_ps(low), _mm256_mul_ps(_mm256_loadu_ps(scale), times)));
-        _mm256_storeu_ps(to + 8, _mm256_mul_ps(_mm256_cvtepi32_ps(high), _mm256_mul_ps(_mm256_loadu_ps(scale + 8), times)));
+    static inline __attribute__((always_inline)) void half(float *to, __m256i sums, const int32_t *shift, const float *scale, __m256 by) {
+        __m256 whole = _mm256_cvtepi32_ps(_mm256_sub_epi32(sums, _mm256_loadu_si256((const __m256i *)shift)));
+        _mm256_storeu_ps(to, _mm256_mul_ps(whole, _mm256_mul_ps(_mm256_loadu_ps(scale), by)));
+    }
+    inline __attribute__((always_inline)) void scaled(float *to, const int32_t *shift, const float *scale, float by) const {
+        half(to, low, shift, scale, _mm256_set1_ps(by)), half(to + 8, high, shift + 8, scale + 8, _mm256_set1_ps(by));
     }
 };
 #else
 struct Whole {
-    int32_t lane[32];
-    static inline Whole widen(const int8_t *p) {
-        Whole w = {};
-        for (int i = 0; i < 32; i++) w.lane[i] = p[i];
-        return w;
+    int32_t lane[16];
+    inline void add(const int8_t *w, const uint32_t *x) {
+        for (int group = 0; group < 2; group++)
+            for (int i = 0; i < 16; i++)
+                for (int k = 0; k < 4; k++)
+                    lane[i] += w[group * 64 + i * 4 + k] * (int32_t)((x[group] >> 8 * k) & 255);
     }
-    inline Whole mac(const Whole &w, int32_t pair) const {
-        int32_t first = (int16_t)pair, second = pair >> 16;
-        Whole sums = {};
-        for (int i = 0; i < 16; i++) sums.lane[i] = lane[i] + w.lane[2 * i] * first + w.lane[2 * i + 1] * second;
-        return sums;
-    }
-    inline void scaled(float *to, const float *scale, float by) const {
-        for (int i = 0; i < 16; i++) to[i] = lane[i] * (scale[i] * by);
+    inline void scaled(float *to, const int32_t *shift, const float *scale, float by) const {
+        for (int i = 0; i < 16; i++) to[i] = (lane[i] - shift[i]) * (scale[i] * by);
     }
 };
 #endif
@@ -111,23 +118,24 @@ struct Whole {
 // MR rows over NP panels.
 template <int MR, int NP>
 static void coarse_tile(const HeadSlot &slot, const DraftJob &job, int row, int panel) {
-    const int pairs = job.width / 2, padded = (slot.vocabulary + 15) / 16 * 16;
-    const int8_t *w = slot.coarse + (size_t)panel * pairs * 32;
-    const int32_t *x = (const int32_t *)job.whole + (size_t)row * pairs;
+    const int width = job.width, padded = (slot.vocabulary + 15) / 16 * 16;
+    const int8_t *w = slot.coarse + (size_t)panel * width * 16;
+    const uint8_t *x = job.whole + (size_t)row * width;
     Whole sums[MR][NP] = {};
-    for (int k = 0; k < pairs; k++)
+    for (int k = 0; k < width; k += 8)
 #pragma GCC unroll 8
-        for (int p = 0; p < NP; p++) {
-            Whole wide = Whole::widen(w + ((size_t)p * pairs + k) * 32);
+        for (int p = 0; p < NP; p++)
 #pragma GCC unroll 8
-            for (int m = 0; m < MR; m++) sums[m][p] = sums[m][p].mac(wide, x[(size_t)m * pairs + k]);
-        }
+            for (int m = 0; m < MR; m++)
+                sums[m][p].add(w + ((size_t)p * width + k) * 16, (const uint32_t *)(x + (size_t)m * width + k));
 #pragma GCC unroll 8
     for (int m = 0; m < MR; m++)
 #pragma GCC unroll 8
-        for (int p = 0; p < NP; p++)
-            sums[m][p].scaled(job.logits + (size_t)(row + m) * padded + (panel + p) * 16, slot.scale + (panel + p) * 16,
-                              job.shrink[row + m]);
+        for (int p = 0; p < NP; p++) {
+            int column = (panel + p) * 16;
+            float *to = job.logits + (size_t)(row + m) * padded + column;
+            sums[m][p].scaled(to, slot.shift + column, slot.scale + column, job.shrink[row + m]);
+        }
 }
 
 // As many rows at a time as leave registers for their sums.
@@ -145,19 +153,17 @@ static void coarse_panels(const HeadSlot &slot, const DraftJob &job, int rows, i
     }
 }
 
-// The state in whole numbers as large as sums of products with eight-bit weights allow.
 static void whole_state(const DraftJob &job, int i) {
     const float *state = job.state + (size_t)i * job.width;
-    int16_t *to = (int16_t *)job.whole + (size_t)i * job.width;
+    uint8_t *to = job.whole + (size_t)i * job.width;
     v16f tops = splat(0.0f);
     for (int k = 0; k < job.width; k += 16) tops = larger(tops, larger(load(state + k), -load(state + k)));
-    float most = 2147483647.0f / (127.0f * job.width), top = largest(tops);
-    if (most > 32000.0f) most = 32000.0f;
     // A state that is not finite drafts what it likes; it must not become an undefined conversion.
-    float times = top > 0 && top < 3e38f ? most / top : 0.0f;
+    float top = largest(tops), times = top > 1e-30f && top < 3e38f ? 127.0f / top : 0.0f;
     for (int k = 0; k < job.width; k += 16) {
-        v16f y = times > 0 ? load(state + k) * times : splat(0.0f);
-        write(to + k, convert<v16s>(convert<v16i>(y + select(y < 0.0f, splat(-0.5f), splat(0.5f)))));
+        int32_t wide[16];
+        write(wide, convert<v16i>(times > 0 ? load(state + k) * times + 128.5f : splat(128.0f)));
+        for (int j = 0; j < 16; j++) to[k + j] = (uint8_t)wide[j];
     }
     job.shrink[i] = times > 0 ? 1.0f / times : 0.0f;
 }
@@ -190,7 +196,7 @@ template <class A> struct Chooser {
         logits = job.logits + (size_t)i * padded;
         v16f squares = splat(0.0f);
         for (int k = 0; k < job.width; k += 16) squares += load(state + k) * load(state + k);
-        error = slot.error * sqrtf(sum(squares));
+        error = slot.error * sqrtf(sum(squares)) + slot.length * job.shrink[i];
     }
     float exact(int at) const {
         return dot<A>(slot.head + (size_t)at * job.width * sizeof(typename A::element), state, job.width);
@@ -253,7 +259,7 @@ template <class A> struct Chooser {
         weigh(scaled, odds, count);
         const float filtered = narrow(scaled, odds, count, draw, floor, values, weights);
         if (filtered > LOWEST) {
-            // Whom the filters leave should not depend on what eight bits lost.
+            // Whom the filters leave should not depend on what whole numbers lost.
             const float doubt = error / temperature;
             int left = 0;
             for (int i = 0; i < count; i++) left += scaled[i] >= filtered - doubt;
