@@ -1,4 +1,4 @@
-"""Commands of the learning loop: train, runs, deployments, rollback, datasets, sampling."""
+"""Commands of the learning loop: train, runs, deployments, rollback, heads, datasets, sampling."""
 
 import json
 import time
@@ -17,6 +17,7 @@ from services.settings import Settings
 
 LEARNING = "Learning"
 POLL_SECONDS = 1.0
+SPECULATOR_ACTIONS = {"roll-back": "rollback", "retire": "retire", "promote": "promote", "withdraw": "withdraw"}
 FINAL = ("succeeded", "failed", "cancelled")
 Project = Annotated[str, typer.Argument(help="The project's slug.")]
 Name = Annotated[str, typer.Argument(help="The dataset's name.")]
@@ -25,7 +26,7 @@ dataset_app = typer.Typer(no_args_is_help=True, help="Golden datasets: build a r
 
 def add_commands(app: typer.Typer) -> None:
     """Put the commands on the `whet` application."""
-    for function in (train, runs, deployments, rollback, sample):
+    for function in (train, runs, deployments, rollback, speculator, sample):
         app.command(rich_help_panel=LEARNING)(function)
     app.add_typer(dataset_app, name="dataset", rich_help_panel=LEARNING)
 
@@ -89,6 +90,51 @@ def rollback(
     """Go back to the last good weights, or to the base model."""
     found = AdminClient(Settings()).post(f"/api/p/{project}/deployment/rollback", {"reason": reason})
     _print(f"{project} serves {short(found['active_digest'])} (generation {found['generation']})")
+
+
+def speculator(
+    project: Project,
+    action: Annotated[str, typer.Argument(help="status, roll-back, retire, promote or withdraw.")] = "status",
+    reason: Annotated[str, typer.Option(help="Why; kept in the history.")] = "whet speculator",
+) -> None:
+    """What drafts, what it earns, and a person's word on it."""
+    client, path = AdminClient(Settings()), f"/api/p/{project}/speculator"
+    if action == "status":
+        _show_speculator(project, client.get(path))
+        return
+    if action not in SPECULATOR_ACTIONS:
+        raise InvalidRequest(f"no action {action!r}: status, {', '.join(SPECULATOR_ACTIONS)}")
+    _print(_drafting(project, client.post(f"{path}/{SPECULATOR_ACTIONS[action]}", {"reason": reason})))
+
+
+def _show_speculator(project: str, found: dict[str, Any]) -> None:
+    _print(_drafting(project, found))
+    if found["gain"]:
+        _print(
+            "{times:.2f} times as fast as without drafts ({low:.2f} to {high:.2f}), last day".format(**found["gain"])
+        )
+    drafters = _table("drafter", "heads", "drafts", "drafted", "accepted", "a draft")
+    for row in found["drafters"]:
+        numbers = (str(row["drafts"]), str(row["drafted"]), str(row["accepted"]), f"{row['per_draft']:.2f}")
+        _row(drafters, row["name"], short(row["digest"]) if row["digest"] else "", *numbers)
+    if found["drafters"]:
+        _print(drafters)
+    events = _table("when", "what", "from", "to", "by", "reason")
+    for event in found["events"]:
+        ends = (_heads(event["from_digest"]), _heads(event["to_digest"]))
+        _row(events, when(event["at"]), event["kind"], *ends, event["actor"], event["reason"])
+    if found["events"]:
+        _print(events)
+
+
+def _drafting(project: str, found: dict[str, Any]) -> str:
+    tried = f"  tries {_heads(found['canary'])} on {found['share']:.0%}" if found["canary"] else ""
+    return f"[bold]{project}[/bold]  drafts with {_heads(found['live'])}{tried}"
+
+
+def _heads(digest: str | None) -> str:
+    """Heads by the beginning of their digest; without any the suffix drafter works alone."""
+    return f"heads {digest[:12]}" if digest else "the suffix drafter"
 
 
 def sample(project: Project) -> None:

@@ -5,7 +5,7 @@ from uuid import UUID
 
 from fastapi import APIRouter, FastAPI, Path, Query, Request
 
-from services.admin import shapes
+from services.admin import shapes, speculator_api
 from services.admin.access import Admin, Caller, Trainer, undeclared
 from services.errors import Conflict, Forbidden, NotFound
 from services.settings import Settings
@@ -18,10 +18,11 @@ Name = Annotated[str, Path(max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*
 
 def add_admin(app: FastAPI) -> None:
     """The API's routes on an application whose state holds settings, sessions and pepper."""
-    silent = undeclared(router.routes)
-    if silent:
-        raise RuntimeError(f"these routes do not say who may call them: {', '.join(silent)}")
-    app.include_router(router)
+    for part in (router, speculator_api.router):
+        silent = undeclared(part.routes)
+        if silent:
+            raise RuntimeError(f"these routes do not say who may call them: {', '.join(silent)}")
+        app.include_router(part)
 
 
 # --- projects, people, keys -------------------------------------------------------------------------------

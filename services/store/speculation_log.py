@@ -10,6 +10,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from services.store.models import Interaction, InteractionBody
+from services.store.pages import first_id
 
 UNANSWERED = ("error", "cancelled", "interrupted")
 # Fewer tokens than these say more of the clock than of the decode rate.
@@ -130,11 +131,6 @@ def _newest_first(session: Session, project_id: UUID, namespace: str, until: dat
         if len(page) < PAGE:
             return
         before = page[-1].id
-
-
-def first_id(moment: datetime) -> UUID:
-    """The smallest UUIDv7 of that millisecond: ids compare as the times they were made at."""
-    return UUID(int=int(moment.timestamp() * 1000) << 80)
 
 
 def _request(row: Any) -> Request:  # noqa: ANN401 - a row of the query above

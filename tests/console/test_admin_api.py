@@ -1,16 +1,21 @@
 """The JSON API: what the CLI asks for, and everything it must refuse."""
 
+import re
 from collections.abc import Callable, Sequence
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 from sqlalchemy import select
 from starlette.testclient import TestClient
+from typer.testing import CliRunner, Result
 
-from services.store import keys, people
+from services.cli import app as cli_app
+from services.errors import Conflict
+from services.store import keys, people, speculators
 from services.store.base import Sessions
-from services.store.models import AuditEvent, Job, Project, Run
-from tests.console import seed
+from services.store.models import Artifact, AuditEvent, Job, Project, Run
+from tests.console import seed, seed_speed
 from tests.console.conftest import PEPPER
 
 MakeApi = Callable[..., TestClient]
@@ -119,6 +124,75 @@ def test_projects_are_made_and_listed(admin: TestClient) -> None:
     assert admin.post("/api/projects", json={"slug": "new"}).status_code == 409
     assert admin.post("/api/projects", json={"slug": "Not A Slug"}).status_code == 400
     assert [row["slug"] for row in admin.get("/api/projects").json()["projects"]] == ["new"]
+
+
+def test_heads_are_shown_tried_and_taken_back_by_hand(api_of: MakeApi, sessions: Sessions, project: Project) -> None:
+    one, two = "1" * 64, "2" * 64
+    with sessions.begin() as session:
+        for digest in (one, two):
+            made = {"kind": "speculator", "base_digest": "b", "manifest": {"adapter": None}}
+            session.add(Artifact(digest=digest, project_id=project.id, **made))
+        session.flush()
+        speculators.stage_canary(session, project.id, one, 0.5, speculators.Decision("test", "t", {}))
+    trainer, path = api_of(["train"]), "/api/p/entities/speculator"
+    told = trainer.get(path).json()
+    assert (told["live"], told["canary"], told["share"]) == (None, one, 0.5)
+    assert told["config"]["first_tokens"] == 50_000
+    assert (told["gain"], told["drafters"]) == (None, [])
+
+    assert trainer.post(f"{path}/promote", json={"generation": 7}).status_code == 409
+    assert trainer.post(f"{path}/promote", json={}).json()["live"] == one
+    assert trainer.post(f"{path}/promote", json={}).status_code == 409
+    with sessions.begin() as session:
+        speculators.stage_canary(session, project.id, two, 0.5, speculators.Decision("test", "t", {}))
+    assert trainer.post(f"{path}/withdraw", json={}).json()["canary"] is None
+    assert trainer.post(f"{path}/rollback", json={"reason": "worse"}).json()["live"] is None
+    assert trainer.post(f"{path}/rollback", json={}).status_code == 409
+    assert trainer.post(f"{path}/retire", json={}).status_code == 409
+    kinds = [(event["kind"], event["reason"]) for event in trainer.get(path).json()["events"]]
+    assert kinds[0] == ("speculator_rolled_back", "worse")
+    assert len(kinds) == 5
+    assert api_of(["infer", "feedback", "review"]).get(path).status_code == 403
+    assert api_of(["train"], project.id).get("/api/p/other/speculator").status_code == 404
+
+
+def test_the_command_line_shows_the_heads_and_what_they_earn(
+    api_of: MakeApi, sessions: Sessions, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = api_of(["train"])
+
+    class Through:
+        """The CLI's client, to the application under test."""
+
+        def __init__(self, _settings: object) -> None: ...
+
+        def get(self, path: str) -> Any:  # noqa: ANN401 - JSON
+            return trainer.get(path).json()
+
+        def post(self, path: str, body: dict[str, Any]) -> Any:  # noqa: ANN401 - JSON
+            answer = trainer.post(path, json=body)
+            if answer.is_error:
+                raise Conflict(answer.json()["error"]["message"])
+            return answer.json()
+
+    monkeypatch.setattr("services.cli_learning.AdminClient", Through)
+    with sessions.begin() as session:
+        seed_speed.sped_up(session, session.get_one(Project, project.id))
+
+    shown = whet("speculator", "entities").output
+    assert re.search(r"drafts with heads \w{12}  tries heads \w{12} on 25%", shown)
+    assert "times as fast as without drafts" in shown
+    assert "accepted 2.31 tokens a step" in shown
+    assert "tries" not in whet("speculator", "entities", "promote").output
+    assert whet("speculator", "entities", "roll-back").exit_code == 0
+    assert "drafts with the suffix drafter" in whet("speculator", "entities", "retire").output
+    for action, sentence in (("retire", "works alone already"), ("explode", "no action 'explode': status, roll-back")):
+        refused = whet("speculator", "entities", action)
+        assert (refused.exit_code, sentence in refused.stderr) == (1, True)
+
+
+def whet(*arguments: str) -> Result:
+    return CliRunner().invoke(cli_app, list(arguments))
 
 
 # --- refusals ---------------------------------------------------------------------------------------------
