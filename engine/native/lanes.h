@@ -105,6 +105,26 @@ template <class H, class L> LANES void hold(Pair<H, L> &x) { hold(x.low), hold(x
 template <class V> LANES void hold(V &) {}
 #endif
 
+template <class V, class From> inline __attribute__((always_inline)) V converted(From x) {
+    return __builtin_convertvector(x, V);
+}
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Compilers take these conversions apart.
+#define CONVERT(to, from)                                                                                              \
+    template <> inline __attribute__((always_inline)) to converted<to, from>(from x)
+CONVERT(v16i_half, v16s_half) { return (v16i_half)_mm256_cvtepi16_epi32((__m128i)x); }
+CONVERT(v16u_half, v16h_half) { return (v16u_half)_mm256_cvtepu16_epi32((__m128i)x); }
+CONVERT(v16h_half, v16u_half) {
+    __m256i packed = _mm256_packus_epi32((__m256i)x, (__m256i)x);
+    return (v16h_half)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+}
+CONVERT(v4n, v4u) {
+    __m256i even = _mm256_shuffle_epi32((__m256i)x, 0x88);
+    return (v4n)_mm256_castsi256_si128(_mm256_permute4x64_epi64(even, 0x08));
+}
+#undef CONVERT
+#endif
+
 // A vector read from memory, written to it, filled with one value, converted lane by lane, chosen lane by lane.
 template <class V> struct Of {
     LANES V read(const void *p) {
@@ -114,7 +134,7 @@ template <class V> struct Of {
     }
     LANES void write(void *p, V x) { memcpy(p, &x, sizeof x); }
     template <class L> LANES V splat(L x) { return x - V{}; }
-    template <class From> LANES V convert(From x) { return __builtin_convertvector(x, V); }
+    template <class From> LANES V convert(From x) { return converted<V>(x); }
     template <class Mask> LANES V select(Mask mask, V a, V b) { return mask ? a : b; }
 };
 #if !defined(__AVX512F__)

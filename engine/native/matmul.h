@@ -27,6 +27,9 @@ struct Out {
 template <class W, int MR, int NP>
 static inline __attribute__((always_inline)) void tile(const uint8_t *w, size_t panel, int units, const uint32_t *x,
                                                        int stride, bool ahead, v16f out[MR][NP]) {
+    // Few rows over weights from memory are done before the processor has noticed what it should have fetched.
+    const bool soon = ahead && SUMS < 24 && MR <= 2;
+    ahead = ahead && !soon;
     // Sums live in registers only if nobody takes the address of the array they are in.
     v16f acc[MR][NP];
 #pragma GCC unroll 16
@@ -37,6 +40,9 @@ static inline __attribute__((always_inline)) void tile(const uint8_t *w, size_t 
         if (ahead)
 #pragma GCC unroll 16
             for (int p = 0; p < NP; p++) __builtin_prefetch(w + (NP + p) * panel + (size_t)k * W::bytes, 0, 2);
+        if (soon)
+#pragma GCC unroll 16
+            for (int p = 0; p < NP; p++) __builtin_prefetch(w + p * panel + (size_t)(k + 16) * W::bytes);
 #pragma GCC unroll 2
         for (int part = 0; part < W::parts; part++) {
             v16u weights[NP];
@@ -79,7 +85,8 @@ static void block(const Matrix &w, const uint32_t *x, int stride, int row, int p
     v16f acc[MR][NP];
     const uint8_t *from = w.data + panel * bytes;
     x += (size_t)row * stride;
-    if (MR * NP <= SUMS) {
+    // A weight that is taken in parts needs a register more.
+    if (MR * NP <= SUMS - (W::parts > 1 && SUMS < 24 ? 2 : 0)) {
         tile<W, MR, NP>(from, bytes, units, x, stride, ahead, acc);
     } else {  // more sums than registers: one panel after the other
         v16f one[MR][1];
@@ -121,9 +128,9 @@ static void panels_of(const Matrix &w, const uint32_t *x, int stride, int rows, 
         else width = 1, rows_of<W, A, 1, 12>(w, x, stride, rows, panel, false, out);
 #else
         // Few rows need several panels to keep the multipliers busy; many would not leave room for them.
-        const int lone = SUMS < 4 ? 2 : 4, few = SUMS / 2 - (W::parts > 1);
-        if (rows == 1 && left >= lone) width = lone, rows_of<W, A, lone, 1>(w, x, stride, rows, panel, false, out);
-        else if (rows <= few && left >= 2) width = 2, rows_of<W, A, 2, few ? few : 1>(w, x, stride, rows, panel, false, out);
+        const int lone = SUMS < 4 || W::bytes < 64 ? 2 : 4, few = SUMS / 2 - (W::parts > 1);
+        if (rows == 1 && left >= lone) width = lone, rows_of<W, A, lone, 1>(w, x, stride, rows, panel, w.far, out);
+        else if (rows <= few && left >= 2) width = 2, rows_of<W, A, 2, few ? few : 1>(w, x, stride, rows, panel, w.far, out);
         else if (left >= 2) width = 2, rows_of<W, A, 2, SUMS>(w, x, stride, rows, panel, left >= 4, out);
         else width = 1, rows_of<W, A, 1, SUMS>(w, x, stride, rows, panel, false, out);
 #endif
