@@ -18,6 +18,8 @@ from services.store.models import Artifact
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 LIBRARIES = ("torch", "transformers", "trl", "peft")
+HEADS_FILES = ("speculator.safetensors",)
+HEADS_LIBRARIES = ("torch", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,45 @@ def describe(directory: Path, *, base: str, project: UUID, run: UUID, revision: 
         "run": str(run),
         "revision": revision,
         "params": params,
-        "files": {name: file_digest(directory / name) for name in FILES},
-        "code_version": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
-    return Built(digest_of(manifest), manifest)
+    return _built(directory, manifest, FILES, LIBRARIES)
+
+
+def describe_speculator(
+    directory: Path,
+    *,
+    base: str,
+    vocabulary: str,
+    adapter: str | None,
+    report: dict[str, Any],
+    params: dict[str, Any],
+    project: UUID | None = None,
+    run: UUID | None = None,
+    window: dict[str, Any] | None = None,
+) -> Built:
+    """The manifest of the heads in `directory`. `vocabulary` is the digest of the base's tokenizer.json, `adapter` the
+    digest whose states they were trained on; `report` is what the trainer returned."""
+    manifest = {
+        "kind": "speculator",
+        "base": base,
+        "adapter": adapter,
+        "vocabulary": vocabulary,
+        "project": str(project) if project else "",
+        "run": str(run) if run else "",
+        "window": (window or {}) | {"interactions": report["requests"], "tokens": report["tokens"]},
+        "tau": {name: round(value, 4) for name, value in report["tau"].items()},
+        "params": params,
+        "shape": report["shape"],
+    }
+    return _built(directory, manifest, HEADS_FILES, HEADS_LIBRARIES)
+
+
+def _built(directory: Path, manifest: dict[str, Any], files: Iterable[str], libraries: Iterable[str]) -> Built:
+    whole = manifest | {
+        "files": {name: file_digest(directory / name) for name in files},
+        "code_version": {name: importlib.metadata.version(name) for name in libraries},
+    }
+    return Built(digest_of(whole), whole)
 
 
 def publish(directory: Path, built: Built, artifacts: Path) -> Path:
@@ -68,7 +105,7 @@ def _sync(path: Path) -> None:
 def record(session: Session, built: Built, *, project_id: UUID, run_id: UUID) -> None:
     """The artefact's row, once."""
     values = {
-        "digest": built.digest, "kind": "adapter", "project_id": project_id, "run_id": run_id,
+        "digest": built.digest, "kind": built.manifest["kind"], "project_id": project_id, "run_id": run_id,
         "base_digest": built.manifest["base"], "manifest": built.manifest, "state": "built",
     }  # fmt: skip
     session.execute(insert(Artifact).values(values).on_conflict_do_nothing(index_elements=["digest"]))

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from worker.training.spec import REFUSED, Report, Spec, decode_report, encode
+from worker.training.spec import REFUSED, HeadsSpec, Report, Spec, decode_report, encode
 
 POLL_SECONDS = 0.5
 TERMINATE_SECONDS = 5.0
 TAIL_BYTES = 8000
 ROOT = Path(__file__).parents[2]
+LORA, HEADS = "worker.training.lora", "worker.training.heads"
 # The trainer gets what it needs and no secret: it reads text that strangers wrote.
 PASSED_ON = ("PATH", "HOME", "LANG", "TMPDIR", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
 
@@ -37,14 +38,15 @@ class TrainerDied(RuntimeError):
         self.killed = status < 0
 
 
-def run(spec: Spec, work: Path, on_report: Callable[[Report], None], stop: Callable[[], bool]) -> bool:
-    """Train in a child of this process. Returns False when `stop()` said so and the child was ended.
+def run(spec: Spec | HeadsSpec, work: Path, on_report: Callable[[Report], None], stop: Callable[[], bool]) -> bool:
+    """Train in a child of this process, by the trainer whose spec it is. False when `stop()` said so and it was ended.
 
     Raises TrainerRefused or TrainerDied. The child never outlives this call.
     """
     spec_file, errors_file = work / "spec.json", work / "stderr.log"
     spec_file.write_bytes(encode(spec))
-    with errors_file.open("wb") as errors, _started(spec_file, errors) as process:
+    module = LORA if isinstance(spec, Spec) else HEADS
+    with errors_file.open("wb") as errors, _started(module, spec_file, errors) as process:
         lines = _lines(process)
         while True:
             with contextlib.suppress(queue.Empty):
@@ -64,9 +66,9 @@ def run(spec: Spec, work: Path, on_report: Callable[[Report], None], stop: Calla
 
 
 @contextlib.contextmanager
-def _started(spec_file: Path, errors: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+def _started(module: str, spec_file: Path, errors: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "worker.training.lora", "--spec", str(spec_file)],
+        [sys.executable, "-m", module, "--spec", str(spec_file)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=errors,

@@ -5,11 +5,8 @@ everything libraries print goes to stderr. The process dies with its worker.
 """
 
 import argparse
-import ctypes
 import json
 import math
-import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -18,49 +15,18 @@ from typing import Any
 
 import psutil
 
-from worker.training.spec import REFUSED, Progress, Report, Spec, Stage, decode_spec, encode
+from worker.training.process import Refused, serve
+from worker.training.spec import Progress, Report, Spec, Stage, decode_spec
 
 REPORTS = 50
-PR_SET_PDEATHSIG = 1
-NICENESS = 10
 EAGER_TOKENS = 512
-
-
-class Refused(RuntimeError):
-    """The data or the template is at fault: trying again would end the same."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Train one LoRA adapter as a job's child process.")
     parser.add_argument("--spec", type=Path, required=True)
     spec = decode_spec(parser.parse_args().spec.read_bytes())
-    _die_with(spec.parent)
-    os.nice(NICENESS)
-    report = _take_stdout()
-    try:
-        train(spec, report)
-    except Refused as error:
-        print(f"refused: {error}", file=sys.stderr)
-        return REFUSED
-    return 0
-
-
-def _die_with(parent: int) -> None:
-    """A trainer whose worker was killed would burn a core for a result that nobody takes."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the call above
-        os._exit(1)
-
-
-def _take_stdout() -> Callable[[Report], None]:
-    """Keep the pipe for reports; from here on a library's print() goes to stderr."""
-    reports = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)
-
-    def report(message: Report) -> None:
-        reports.write(encode(message) + b"\n")
-
-    return report
+    return serve(spec.parent, lambda report: train(spec, report))
 
 
 def train(spec: Spec, report: Callable[[Report], None]) -> None:

@@ -58,7 +58,48 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True, tag="stage"):
     detail: dict[str, Any] = {}
 
 
-Report = Progress | Stage
+class HeadsSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One training of speculator heads. Requests are in `rows_file`, oldest first, one JSON object a line.
+
+    `adapter` is the directory of the adapter being served ("" for the base), `champion` that of the heads to start from
+    and to be compared with. The speculator and report.json are written into `out`; `checkpoint` is a directory that
+    outlives attempts. `max_tokens` is how many tokens, prompts included, are read at most. `parent` is the worker's pid
+    (0: a caller in this process); `precision`, `device` and `adapter_rank` are the engine's.
+    """
+
+    model: str
+    rows_file: str
+    out: str
+    checkpoint: str = ""
+    adapter: str = ""
+    champion: str = ""
+    parent: int = 0
+    device: str = "cpu"
+    precision: str = "fp32"
+    heads: int = 4
+    vocabulary: int = 1024
+    conditioning: str = "hydra"
+    lr: float = 1e-2
+    epochs: float = 3.0
+    batch_tokens: int = 512
+    adapter_rank: int = 32
+    max_tokens: int = 250_000
+    seed: int = 0
+
+
+class HeadsProgress(msgspec.Struct, frozen=True, kw_only=True, tag="heads"):
+    """How far heads are. `tau` is tokens a step on the held-out answers, None before it was measured; `eta` seconds."""
+
+    step: int
+    steps: int
+    loss: float
+    tau: float | None
+    tokens_per_second: float
+    eta: float
+
+
+Report = Progress | Stage | HeadsProgress
 encode = msgspec.json.encode
 decode_spec = msgspec.json.Decoder(Spec).decode
-decode_report: msgspec.json.Decoder[Progress | Stage] = msgspec.json.Decoder(Progress | Stage)
+decode_heads_spec = msgspec.json.Decoder(HeadsSpec).decode
+decode_report: msgspec.json.Decoder[Report] = msgspec.json.Decoder(Report)
