@@ -45,6 +45,7 @@ class LocalEngine:
         adapter_rank: int = 32,
         pack: bool = True,
         native: bool = True,
+        speculation: bool = True,
     ) -> None:
         config = EngineConfig(
             model=Path(model),
@@ -60,6 +61,7 @@ class LocalEngine:
             adapter_rank=adapter_rank,
             pack=pack,
             native=native,
+            speculation=speculation,
             # Whoever submits here waits for the answers: nobody has to be sent away.
             max_waiting=sys.maxsize,
         )
