@@ -35,15 +35,15 @@ struct Suffix {
     uint32_t capacity;  // most tokens kept
     uint32_t room;      // allocated, at most capacity
     uint32_t head;      // slot of position `end`
-    int32_t levels;
     uint64_t secret;    // hashes nobody can foresee: prompts are not ours
 };
 
 struct SuffixRow {
     Suffix *own;
     const Suffix *corpus;  // null: none
-    Draw draw;             // temperature 0: greedy
+    Draw draw;             // its key; temperature 0: greedy
     int32_t most, fresh;   // tokens wanted; tokens to add to `own` first
+    int32_t drawn, unused; // whether the noise takes part in the votes
 };
 
 static int64_t oldest(const Suffix &s) { return s.end > s.room ? s.end - s.room : 0; }
@@ -132,14 +132,14 @@ static void make_room(Suffix &s) {
     if (s.room < s.capacity && s.end == s.room) {
         uint32_t room = s.room > s.capacity / 2 ? s.capacity : 2 * s.room;
         bool fine = reallot(s.tokens, room);
-        for (int level = 0; level < s.levels; level++) fine = fine && reallot(s.tables[level].back, room);
+        for (int level = 0; level < LEVELS; level++) fine = fine && reallot(s.tables[level].back, room);
         if (fine) s.room = room;
         else s.capacity = s.room;
     }
     if (s.head == s.capacity) s.head = 0;
     if (s.end < s.capacity) return;
     int32_t gram[4];
-    for (int level = 0; level < s.levels; level++)
+    for (int level = 0; level < LEVELS; level++)
         if (gram_at(s, s.end - s.capacity, GRAM[level], gram))
             leave(s.tables[level], gram_hash(s, gram, GRAM[level]),
                   slot_of(s, s.end - s.capacity + GRAM[level] - 1));
@@ -150,7 +150,7 @@ static void append(Suffix &s, int32_t token) {
     s.tokens[s.head++] = token;
     s.end++;
     int32_t gram[4];
-    for (int level = 0; level < s.levels; level++)
+    for (int level = 0; level < LEVELS; level++)
         if (gram_at(s, s.end - GRAM[level], GRAM[level], gram))
             enter(s, s.tables[level], gram_hash(s, gram, GRAM[level]), s.end - 1);
 }
@@ -185,7 +185,7 @@ static void search(Voters &found, const int32_t *context, int count) {
     const Suffix &s = *found.text;
     found.count = 0;
     if (count > REACH) context += count - REACH, count = REACH;
-    for (int level = 0; level < s.levels && !found.count; level++) {
+    for (int level = 0; level < LEVELS && !found.count; level++) {
         int size = GRAM[level];
         if (count < size) continue;
         const Table &t = s.tables[level];
@@ -234,7 +234,10 @@ static bool knows(const Suffix &s, const int32_t *gram, int level) {
     return t.entries[probe(t, gram_hash(s, gram, GRAM[level]))].slot >= 0;
 }
 
-static double trust(int length) { return length < 2 ? 0.3 : length < 4 ? 0.4 : length < 8 ? 0.5 : 0.6; }
+static double trust(int own, int corpus) {
+    if (corpus < 2 && own >= 2) return 0.6;
+    return own < 2 ? 0.3 : own < 4 ? 0.4 : own < 8 ? 0.5 : 0.6;
+}
 static int longest(const Voters &voters) {
     int length = 0;
     for (int i = 0; i < voters.count; i++) length = voters.voters[i].length > length ? voters.voters[i].length : length;
@@ -245,7 +248,7 @@ static int longest(const Voters &voters) {
 // than in the reference.
 static double vote(Ballot &ballot, const Voters &own, const Voters &corpus, const int32_t *context, int count) {
     ballot.count = 0;
-    double share = !corpus.count ? 1 : !own.count ? 0 : trust(longest(own));
+    double share = !corpus.count ? 1 : !own.count ? 0 : trust(longest(own), longest(corpus));
     int64_t total = tally(ballot, own);
     for (int k = 0, named = ballot.count; k < named; k++) {
         ballot.votes[k] = share * ballot.weights[k] / total;
@@ -254,6 +257,7 @@ static double vote(Ballot &ballot, const Voters &own, const Voters &corpus, cons
         memcpy(gram, context + count - 3, 3 * sizeof(int32_t));
         if (knows(*corpus.text, gram, 0)) ballot.votes[k] += CONFIRMED * ballot.weights[k] / total;
     }
+    if (!corpus.count) return corpus.text ? ESCAPE : 0;
     double rest = 1 - share, faith = rest * corpus.count / (corpus.count + ESCAPE);
     total = tally(ballot, corpus);
     for (int k = 0; k < ballot.count; k++) {
@@ -264,24 +268,28 @@ static double vote(Ballot &ballot, const Voters &own, const Voters &corpus, cons
     return rest * ESCAPE / (corpus.count + ESCAPE);
 }
 
-// The index of the candidate with the most votes, each divided by the verifier's own exponential variate where there is
-// a temperature: that is adding its Gumbel noise to the votes' logarithm. `share` becomes the winner's.
-static int elect(Ballot &ballot, const Draw &draw, int drafted, double rest, double *share) {
-    Draw at = draw;
+// The index of the candidate with the most votes, `share` its share. For rows that are drawn each is divided by the
+// verifier's own exponential variate, which is adding its Gumbel noise to the votes' logarithm. `rivals`: who wins
+// without the noise, and with it; only asked for where a row has a temperature.
+static int elect(Ballot &ballot, const SuffixRow &row, int drafted, double rest, double *share, int32_t *rivals) {
+    Draw at = row.draw;
     at.position += drafted;
     const uint64_t key = row_key(at);
-    double sum = 0;
-    int winner = 0;
+    double sum = 0, drawn_sum = 0, best = 0, drawn_best = 0;
+    int winner = 0, drawn_winner = 0;
     for (int k = 0; k < ballot.count; k++) {
-        if (draw.temperature > 0) {
-            uint32_t bits = (uint32_t)finalise(finalise(key + (uint64_t)ballot.tokens[k] * GOLDEN));
-            ballot.votes[k] /= -log((bits + 0.5) * 0x1p-32);
-        }
-        sum += ballot.votes[k];
-        if (ballot.votes[k] > ballot.votes[winner]) winner = k;
+        double vote = ballot.votes[k];
+        sum += vote;
+        if (vote > best) best = vote, winner = k;
+        if (!row.drawn && !rivals) continue;
+        uint32_t bits = (uint32_t)finalise(finalise(key + (uint64_t)ballot.tokens[k] * GOLDEN));
+        vote /= -log((bits + 0.5) * 0x1p-32);
+        drawn_sum += vote;
+        if (vote > drawn_best) drawn_best = vote, drawn_winner = k;
     }
-    *share = ballot.votes[winner] / (sum + rest);
-    return winner;
+    if (rivals) rivals[0] = ballot.tokens[winner], rivals[1] = ballot.tokens[drawn_winner];
+    *share = row.drawn ? drawn_best / (drawn_sum + rest) : best / (sum + rest);
+    return row.drawn ? drawn_winner : winner;
 }
 
 // Keeps the voters that voted for `token` and have more to say; returns how many voted for it.
@@ -299,21 +307,22 @@ static int follow(Voters &from, int32_t token) {
     return agreed;
 }
 
-static int draft(const SuffixRow &row, int32_t *tokens, double *shares, int32_t *match) {
+static int draft(const SuffixRow &row, int32_t *tokens, double *shares, int32_t *match, int32_t *rivals) {
     const Suffix &s = *row.own;
     int32_t context[REACH + LONGEST];
     int count = 0, drafted = 0;
     for (int64_t p = s.end - oldest(s) > REACH ? s.end - REACH : oldest(s); p < s.end; p++) context[count++] = token_at(s, p);
-    Voters own = {&s}, corpus = {row.corpus};
+    Voters own = {&s, {}, 0}, corpus = {row.corpus, {}, 0};
     Ballot ballot;
-    *match = 0;
+    *match = 0, rivals[0] = rivals[1] = -1;
     while (drafted < row.most && drafted < LONGEST) {
         if (!own.count) search(own, context, count);
         if (!corpus.count && corpus.text) search(corpus, context, count);
         if (!own.count && !corpus.count) break;
         if (!drafted) *match = longest(own) > longest(corpus) ? longest(own) : longest(corpus);
         double rest = vote(ballot, own, corpus, context, count);
-        int32_t token = ballot.tokens[elect(ballot, row.draw, drafted, rest, shares + drafted)];
+        int32_t *asked = !drafted && row.draw.temperature > 0 ? rivals : nullptr;
+        int32_t token = ballot.tokens[elect(ballot, row, drafted, rest, shares + drafted, asked)];
         tokens[drafted++] = context[count++] = token;
         follow(own, token);
         // Past the end of every answer that agrees there is nothing to draft.
@@ -330,14 +339,14 @@ void whet_suffix_close(Suffix *s) {
     free(s);
 }
 
-// An empty text of at most `capacity` tokens that indexes the first `levels` kinds of grams; null: no memory.
-Suffix *whet_suffix_open(int64_t capacity, int levels, uint64_t secret) {
+// An empty text of at most `capacity` tokens; null: no memory.
+Suffix *whet_suffix_open(int64_t capacity, uint64_t secret) {
     Suffix *s = (Suffix *)calloc(1, sizeof(Suffix));
     if (!s) return nullptr;
-    s->capacity = (uint32_t)capacity, s->levels = levels, s->secret = secret;
+    s->capacity = (uint32_t)capacity, s->secret = secret;
     s->room = s->capacity < LEAST_ROOM ? s->capacity : LEAST_ROOM;
     bool fine = reallot(s->tokens, s->room);
-    for (int level = 0; level < levels; level++) {
+    for (int level = 0; level < LEVELS; level++) {
         Table &t = s->tables[level];
         fine = fine && reallot(t.back, s->room) && (t.entries = (Entry *)malloc(sizeof(Entry) * LEAST_ROOM));
         if (fine) memset(t.entries, 0xFF, sizeof(Entry) * LEAST_ROOM), t.bits = 8;
@@ -354,18 +363,19 @@ void whet_suffix_extend(Suffix *s, const int32_t *tokens, int count) {
 int64_t whet_suffix_tokens(const Suffix *s) { return s->end - oldest(*s); }
 
 int64_t whet_suffix_bytes(const Suffix *s) {
-    int64_t bytes = sizeof(Suffix) + (1 + s->levels) * (int64_t)s->room * sizeof(int32_t);
-    for (int level = 0; level < s->levels; level++) bytes += (int64_t)sizeof(Entry) << s->tables[level].bits;
+    int64_t bytes = sizeof(Suffix) + (1 + LEVELS) * (int64_t)s->room * sizeof(int32_t);
+    for (int level = 0; level < LEVELS; level++) bytes += (int64_t)sizeof(Entry) << s->tables[level].bits;
     return bytes;
 }
 
-// One draft per row: LONGEST tokens and shares a row, how many of them there are, and the length of the match.
+// One draft per row: LONGEST tokens and shares a row, how many of them there are, the length of the match, and two
+// rivals (-1: none).
 void whet_suffix_propose(const SuffixRow *rows, int count, const int32_t *fresh, int32_t *tokens, double *shares,
-                         int32_t *drafted, int32_t *matches) {
+                         int32_t *drafted, int32_t *matches, int32_t *rivals) {
     for (int i = 0; i < count; i++) {
         whet_suffix_extend(rows[i].own, fresh, rows[i].fresh);
         fresh += rows[i].fresh;
-        drafted[i] = draft(rows[i], tokens + i * LONGEST, shares + i * LONGEST, matches + i);
+        drafted[i] = draft(rows[i], tokens + i * LONGEST, shares + i * LONGEST, matches + i, rivals + 2 * i);
     }
 }
 }

@@ -7,13 +7,14 @@ from array import array
 from collections.abc import Sequence
 from functools import cache
 
-from engine.layers.sampler import MASK, Draw
+from engine.layers.sampler import MASK
 from engine.native.build import library
 from engine.native.library import Pointer
-from engine.speculation.suffix import CORPUS_GRAMS, LONGEST, NOTHING, OWN_GRAMS, Proposal
+from engine.speculation.suffix import LONGEST, NOTHING, Ask, Proposal, Rivals
 
-# SuffixRow of suffix.h: own, corpus, Draw (seed, choice, position, temperature, top_p, min_p, top_k), most, fresh.
-ROW = struct.Struct("=QQQqqfffiii")
+# SuffixRow of suffix.h: own, corpus; Draw's seed, choice, position, temperature, top_p, min_p, top_k; most, fresh,
+# drawn, unused.
+ROW = struct.Struct("=QQQqqfffiiiii")
 LEAST_ROWS = 16
 # Own tokens that wait for the next proposal, at most.
 MOST_FRESH = 1024
@@ -30,9 +31,8 @@ class Text:
         self._most_fresh = MOST_FRESH if own else 0
         # Kept: modules may be gone by the time that the last texts are.
         self._native = _functions()
-        levels = len(OWN_GRAMS if own else CORPUS_GRAMS)
         # 0: there was no memory for it; it then stays empty.
-        self.handle: int = self._native.whet_suffix_open(capacity, levels, _secret()) or 0
+        self.handle: int = self._native.whet_suffix_open(capacity, _secret()) or 0
 
     def __len__(self) -> int:
         self._take_in()
@@ -75,7 +75,8 @@ class Buffers:
         self.tokens, self.shares = array("i", bytes(4 * LONGEST * rows)), array("d", bytes(8 * LONGEST * rows))
         self.counts, self.matches = array("i", bytes(4 * rows)), array("i", bytes(4 * rows))
         asked = (ctypes.c_char * len(self.asked)).from_buffer(self.asked)
-        written = (self.tokens, self.shares, self.counts, self.matches)
+        self.rivals = array("i", bytes(8 * rows))
+        written = (self.tokens, self.shares, self.counts, self.matches, self.rivals)
         self.read = ctypes.addressof(asked)
         self.written = tuple(each.buffer_info()[0] for each in written)
 
@@ -83,42 +84,51 @@ class Buffers:
 _buffers: list[Buffers] = []
 
 
-def propose(
-    own: Sequence[Text], corpora: Sequence[Text | None], draws: Sequence[Draw | None], most: Sequence[int]
-) -> list[Proposal]:
-    """One draft per row of at most `most` tokens; see engine.speculation.corpora.propose."""
-    rows = [row for row, text in enumerate(own) if text.handle]
-    if not rows:
-        return [NOTHING] * len(own)
-    if not _buffers or _buffers[0].rows < len(rows):
-        _buffers[:] = [Buffers(max(LEAST_ROWS, 2 * len(rows)))]
+def propose(asks: Sequence[Ask]) -> list[Proposal]:
+    """One draft per row; see engine.speculation.corpora.propose."""
+    if not _buffers or _buffers[0].rows < len(asks):
+        _buffers[:] = [Buffers(max(LEAST_ROWS, 2 * len(asks)))]
     buffers = _buffers[0]
+    rows = [row for row, ask in enumerate(asks) if ask.own.handle]
     fresh: list[int] = []
     for at, row in enumerate(rows):
-        _ask(buffers.asked, at * ROW.size, own[row], corpora[row], draws[row], most[row])
-        fresh += own[row].fresh
-        own[row].fresh = []
+        own = asks[row].own
+        _write(buffers.asked, at * ROW.size, asks[row])
+        fresh += own.fresh
+        own.fresh = []
     given = array("i", fresh)
     _functions().whet_suffix_propose(buffers.read, len(rows), given.buffer_info()[0], *buffers.written)
+    if len(rows) == len(asks):
+        return [_read(buffers, at) for at in range(len(rows))]
     found = {row: _read(buffers, at) for at, row in enumerate(rows)}
-    return [found.get(row, NOTHING) for row in range(len(own))]
+    return [found.get(row, NOTHING) for row in range(len(asks))]
 
 
-def _ask(asked: bytearray, at: int, own: Text, corpus: Text | None, draw: Draw | None, most: int) -> None:
+def _write(asked: bytearray, at: int, ask: Ask) -> None:
+    own, corpus, draw, most, drawn = ask
     seed, choice, position, temperature = 0, 0, 0, 0.0
     if draw is not None and draw.sampling.temperature > 0:
         seed, temperature = draw.sampling.seed & MASK, 1.0
         choice, position = draw.choice, draw.position
     theirs = corpus.handle if corpus is not None else 0
+    drawn = drawn and temperature > 0
     ROW.pack_into(
-        asked, at, own.handle, theirs, seed, choice, position, temperature, 1.0, 0.0, 0, most, len(own.fresh)
-    )  # fmt: skip
+        asked, at, own.handle, theirs, seed, choice, position, temperature, 1.0, 0.0, 0, most, len(own.fresh), drawn, 0
+    )
 
 
 def _read(buffers: Buffers, at: int) -> Proposal:
     first = at * LONGEST
     end = first + buffers.counts[at]
-    return Proposal(buffers.tokens[first:end].tolist(), buffers.matches[at], buffers.shares[first:end].tolist())
+    if end == first:
+        return NOTHING
+    plain, drawn = buffers.rivals[2 * at], buffers.rivals[2 * at + 1]
+    return Proposal(
+        buffers.tokens[first:end].tolist(),
+        buffers.matches[at],
+        buffers.shares[first:end].tolist(),
+        None if plain == drawn else Rivals(plain, drawn),
+    )
 
 
 @cache
@@ -131,7 +141,7 @@ def _secret() -> int:
 def _functions() -> ctypes.CDLL:
     native = library()
     native.whet_suffix_open.restype = Pointer
-    native.whet_suffix_open.argtypes = [ctypes.c_int64, ctypes.c_int, ctypes.c_uint64]
+    native.whet_suffix_open.argtypes = [ctypes.c_int64, ctypes.c_uint64]
     native.whet_suffix_close.restype = None
     native.whet_suffix_close.argtypes = [Pointer]
     native.whet_suffix_extend.restype = None
@@ -141,5 +151,5 @@ def _functions() -> ctypes.CDLL:
     native.whet_suffix_bytes.restype = ctypes.c_int64
     native.whet_suffix_bytes.argtypes = [Pointer]
     native.whet_suffix_propose.restype = None
-    native.whet_suffix_propose.argtypes = [Pointer, ctypes.c_int, *[Pointer] * 5]
+    native.whet_suffix_propose.argtypes = [Pointer, ctypes.c_int, *[Pointer] * 6]
     return native

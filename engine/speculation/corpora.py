@@ -13,12 +13,13 @@ from engine.messages import Corpus
 from engine.native import suffix as fast
 from engine.native.sampling import available
 from engine.speculation import suffix
-from engine.speculation.suffix import LONGEST, NOTHING, SEPARATOR, Proposal
+from engine.speculation.suffix import LONGEST, NOTHING, SEPARATOR, Ask, Proposal, Rivals
 
 __all__ = ["LONGEST", "NOTHING", "Corpora", "Memory", "Proposal", "propose"]
 
 # A request's own tokens that are searched; contexts are far shorter.
 OWN_TOKENS = 1 << 20
+FORGETTING = 0.98
 
 
 class Text(Protocol):
@@ -41,7 +42,28 @@ class Backend(NamedTuple):
     """Who searches."""
 
     text: Callable[..., Any]
-    propose: Callable[[Sequence[Any], Sequence[Any], Sequence[Draw | None], Sequence[int]], list[Proposal]]
+    propose: Callable[[Sequence[Ask]], list[Proposal]]
+
+
+class Namespace:
+    """What is kept of one: its corpus (None: nothing was learnt) and whether the verifier's noise helps there."""
+
+    def __init__(self) -> None:
+        self.text: Text | None = None
+        # How much oftener, lately, the token came that the noise would have drafted than the one without.
+        self.noise = 0.0
+
+    def judge(self, rivals: Rivals, token: int) -> None:
+        """`token` came where the two differed.
+
+        Noise helps where answers really are random; where they follow from what is not seen here it only harms.
+        """
+        self.noise = FORGETTING * self.noise + (token == rivals.drawn) - (token == rivals.plain)
+
+    def close(self) -> None:
+        """Give its memory back."""
+        if self.text is not None:
+            self.text.close()
 
 
 class Corpora:
@@ -55,7 +77,7 @@ class Corpora:
             raise ValueError("a corpus holds one token or more, and there is one or more")
         self._capacity, self._most = capacity, most
         self.backend = _backend(native)
-        self._texts: OrderedDict[str, Text] = OrderedDict()
+        self._namespaces: OrderedDict[str, Namespace] = OrderedDict()
 
     def open(self, namespace: str, prompt: Sequence[int]) -> "Memory":
         """A request's memory, which its owner closes. `prompt` is every token the request has by then."""
@@ -68,30 +90,38 @@ class Corpora:
         """Add one answer, its end token included. Where memory runs out the corpus stays as small as it is."""
         if not tokens:
             return
-        text = self._texts.get(namespace)
-        if text is None:
-            text = self._texts[namespace] = self.backend.text(self._capacity, own=False)
-            if len(self._texts) > self._most:
-                self._texts.popitem(last=False)[1].close()
-        self._touch(namespace)
-        text.extend([*tokens, SEPARATOR])
+        kept = self._touch(namespace)
+        if kept.text is None:
+            kept.text = self.backend.text(self._capacity, own=False)
+        kept.text.extend([*tokens, SEPARATOR])
 
     def forget(self, namespace: str) -> None:
         """Drop a namespace's corpus; requests in flight go on with their own text alone."""
-        if (text := self._texts.pop(namespace, None)) is not None:
-            text.close()
+        if (kept := self._namespaces.pop(namespace, None)) is not None:
+            kept.close()
 
-    def corpus(self, namespace: str) -> Text | None:
-        """The corpus as it is now, valid until the next `learn` or `forget`; None where nothing was learnt."""
-        return self._texts.get(namespace)
+    def kept(self, namespace: str) -> Namespace | None:
+        """What is kept of a namespace, valid until the next `learn`, `open` or `forget`."""
+        return self._namespaces.get(namespace)
 
     def status(self) -> list[Corpus]:
         """Every corpus, the longest unused first; tokens include one separator an answer."""
-        return [Corpus(namespace=name, tokens=len(text), bytes=text.bytes) for name, text in self._texts.items()]
+        return [
+            Corpus(namespace=name, tokens=len(kept.text), bytes=kept.text.bytes)
+            for name, kept in self._namespaces.items()
+            if kept.text is not None
+        ]
 
-    def _touch(self, namespace: str) -> None:
-        if namespace in self._texts:
-            self._texts.move_to_end(namespace)
+    def _touch(self, namespace: str) -> Namespace:
+        """The namespace, as the one used last; the longest unused makes room for a new one."""
+        kept = self._namespaces.get(namespace)
+        if kept is not None:
+            self._namespaces.move_to_end(namespace)
+            return kept
+        if len(self._namespaces) >= self._most:
+            self._namespaces.popitem(last=False)[1].close()
+        kept = self._namespaces[namespace] = Namespace()
+        return kept
 
 
 class Memory:
@@ -99,9 +129,15 @@ class Memory:
 
     def __init__(self, corpora: Corpora, namespace: str, own: Text) -> None:
         self.corpora, self.namespace, self.own = corpora, namespace, own
+        # Of the last proposal, until the next token is known.
+        self.rivals: Rivals | None = None
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Tokens that were accepted, in order."""
+        """Tokens that were accepted, in order: the first is the one that the last proposal began with, or missed."""
+        if self.rivals is not None and tokens:
+            if (kept := self.corpora.kept(self.namespace)) is not None:
+                kept.judge(self.rivals, tokens[0])
+            self.rivals = None
         self.own.extend(tokens)
 
     def close(self) -> None:
@@ -112,14 +148,24 @@ class Memory:
 def propose(memories: Sequence[Memory], draws: Sequence[Draw | None], most: Sequence[int]) -> list[Proposal]:
     """One draft per memory, all of the same Corpora, of at most `most` tokens each (and LONGEST).
 
-    A draw is that of the first drafted token; with a temperature the draft is drawn with the verifier's noise. None, or
-    temperature 0, drafts what had the most votes.
+    A draw is that of the first drafted token. With a temperature the verifier's noise takes part in the votes where
+    that was found to help; else, and always without one, what has the most votes is drafted.
     """
     if not memories:
         return []
     corpora = memories[0].corpora
-    texts = [corpora.corpus(memory.namespace) for memory in memories]
-    return corpora.backend.propose([memory.own for memory in memories], texts, draws, most)
+    asks = []
+    for memory, draw, wanted in zip(memories, draws, most, strict=True):
+        kept = corpora.kept(memory.namespace)
+        asks.append(
+            Ask(memory.own, None, draw, wanted, drawn=False)
+            if kept is None
+            else Ask(memory.own, kept.text, draw, wanted, drawn=kept.noise > 0)
+        )
+    proposals = corpora.backend.propose(asks)
+    for memory, proposal in zip(memories, proposals, strict=True):
+        memory.rivals = proposal.rivals
+    return proposals
 
 
 def _backend(native: bool) -> Backend:

@@ -8,20 +8,23 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from engine.layers.sampler import GOLDEN, MASK, MIX_1, MIX_2, Draw, _row_key
 
 # Stands between two answers; no draft crosses it.
 SEPARATOR = -1
-# What the index finds: places behind the same 4 tokens, else the same 2; in a request's own text else the same one.
-CORPUS_GRAMS, OWN_GRAMS = (4, 2), (4, 2, 1)
+# What the index finds: places behind the same 4 tokens, else the same 2, else the same one.
+GRAMS = (4, 2, 1)
 # The most places of a text that vote (newest first), the most tokens of a match that are counted, the longest draft.
 WALK, REACH, LONGEST = 16, 32, 64
 # What follows was found on the starter model's three applications; README of benchmarks says how much each is worth.
-# The part of the votes that the request's own places have beside a corpus: (matches shorter than, part).
+# The part of the votes that the request's own places have beside a corpus: (matches shorter than, part); and what they
+# have when they agree in more than a token and the corpus does not.
 TRUST = ((2, 0.3), (4, 0.4), (8, 0.5), (REACH + LONGEST + 1, 0.6))
-# Votes that nobody gets, as if so many of a corpus' places had named a token never seen there.
+TRUST_AGAINST_ONE = 0.6
+# Votes that nobody gets, as if so many of a corpus' places had named a token never seen there; and as many where the
+# corpus knows nothing like it: copying went on too long.
 ESCAPE = 0.5
 # A token of the prompt is the likelier to be meant: its votes in the corpus count so many times.
 PRESENT = 4
@@ -29,29 +32,51 @@ PRESENT = 4
 CONFIRMED = 4
 
 
+class Rivals(NamedTuple):
+    """The first token of the draft without the verifier's noise, and with it; what comes says which is better here."""
+
+    plain: int
+    drawn: int
+
+
 class Proposal(NamedTuple):
     """A draft. `match` is how many tokens before it were found again (0: nothing was, and there is no draft).
 
     `shares[i]` is the part of the votes that `tokens[i]` had among the places that agree with the draft before it.
+    `rivals`, of rows with a temperature, where the two differ.
     """
 
     tokens: list[int]
     match: int
     shares: list[float]
+    rivals: Rivals | None = None
 
 
 NOTHING = Proposal([], 0, [])
 
 
+class Ask(NamedTuple):
+    """One row: its own text, its corpus, the draw of the first drafted token, tokens wanted, whether noise votes.
+
+    Both texts are of the module whose `propose` is asked.
+    """
+
+    own: Any
+    corpus: Any
+    draw: Draw | None
+    most: int
+    drawn: bool
+
+
 class Text:
     """The newest `capacity` tokens of a text, and at which positions each of their n-grams ends.
 
-    A position counts all tokens ever added; position p is the place before token p. Own texts also index single tokens.
+    A position counts all tokens ever added; position p is the place before token p. `own` matters to the twin in C++,
+    which takes in a request's own tokens late.
     """
 
-    def __init__(self, capacity: int, *, own: bool) -> None:
+    def __init__(self, capacity: int, *, own: bool) -> None:  # noqa: ARG002 - one signature for both
         self._capacity = capacity
-        self._grams = OWN_GRAMS if own else CORPUS_GRAMS
         self._ring: list[int] = []
         self._ends: dict[tuple[int, ...], deque[int]] = {}
         self.end = 0
@@ -91,7 +116,7 @@ class Text:
 
     def search(self, context: Sequence[int]) -> "list[Voter]":
         """The newest places behind the longest of the indexed n-grams at the end of `context` that has any."""
-        for size in self._grams:
+        for size in GRAMS:
             ends = self._ends.get(tuple(context[-size:]), ()) if len(context) >= size else ()
             # One more than may vote: the newest is where the request's own text ends.
             newest = [end for end in islice(reversed(ends), WALK + 1) if end < self.end and self[end] != SEPARATOR]
@@ -114,13 +139,13 @@ class Text:
             self._lose_oldest()
             self._ring[self.end % self._capacity] = token
         self.end += 1
-        for size in self._grams:
+        for size in GRAMS:
             gram = tuple(self.tail(size))
             if len(gram) == size and SEPARATOR not in gram:
                 self._ends.setdefault(gram, deque()).append(self.end)
 
     def _lose_oldest(self) -> None:
-        for size in self._grams:
+        for size in GRAMS:
             gram = tuple(self[position] for position in range(self.start, min(self.start + size, self.end)))
             if gram in self._ends:
                 self._ends[gram].popleft()
@@ -149,34 +174,34 @@ class Voter(NamedTuple):
         return self.position >= self.text.end or self.token == SEPARATOR
 
 
-def propose(
-    own: Sequence[Text], corpora: Sequence[Text | None], draws: Sequence[Draw | None], most: Sequence[int]
-) -> list[Proposal]:
-    """One draft per row of at most `most` tokens; see engine.speculation.corpora.propose."""
-    rows = zip(own, corpora, draws, most, strict=True)
-    return [_draft(text, corpus, draw, min(wanted, LONGEST)) for text, corpus, draw, wanted in rows]
+def propose(asks: Sequence[Ask]) -> list[Proposal]:
+    """One draft per row; see engine.speculation.corpora.propose."""
+    return [_draft(ask) for ask in asks]
 
 
-def _draft(own: Text, corpus: Text | None, draw: Draw | None, most: int) -> Proposal:
+def _draft(ask: Ask) -> Proposal:
+    own: Text = ask.own
+    corpus: Text | None = ask.corpus
     context = own.tail(REACH)
     mine: list[Voter] = []
     theirs: list[Voter] = []
-    draft = Proposal([], 0, [])
-    while len(draft.tokens) < most:
+    draft = NOTHING
+    while len(draft.tokens) < min(ask.most, LONGEST):
         mine = mine or own.search(context)
         theirs = theirs or (corpus.search(context) if corpus is not None else [])
         if not mine and not theirs:
             break
-        if not draft.tokens:
-            draft = draft._replace(match=_longest(mine + theirs))
         votes, rest = _vote(own, mine, corpus, theirs, context)
-        token, share = _elect(votes, rest, _key(draw, len(draft.tokens)))
-        draft.tokens.append(token)
-        draft.shares.append(share)
-        context.append(token)
-        mine = _follow(mine, token)
-        agreed = any(voter.token == token for voter in theirs)
-        theirs = _follow(theirs, token)
+        key = _key(ask.draw, len(draft.tokens))
+        chosen = _elect(votes, rest, key if ask.drawn else None)
+        if not draft.tokens:
+            draft = Proposal([], _longest(mine + theirs), [], _rivals(votes, key))
+        draft.tokens.append(chosen.token)
+        draft.shares.append(chosen.share)
+        context.append(chosen.token)
+        mine = _follow(mine, chosen.token)
+        agreed = any(voter.token == chosen.token for voter in theirs)
+        theirs = _follow(theirs, chosen.token)
         if agreed and not theirs:
             # Past the end of every answer that agrees there is nothing to draft.
             break
@@ -187,7 +212,7 @@ def _vote(
     own: Text, mine: Sequence[Voter], corpus: Text | None, theirs: Sequence[Voter], context: Sequence[int]
 ) -> tuple[dict[int, float], float]:
     """Votes per token, in the order in which they were first named, and the votes nobody has."""
-    trust = 1.0 if not theirs else 0.0 if not mine else next(part for end, part in TRUST if _longest(mine) < end)
+    trust = 1.0 if not theirs else 0.0 if not mine else _trust(_longest(mine), _longest(theirs))
     votes: dict[int, float] = {}
     weights = _tally(mine)
     total = sum(weights.values())
@@ -195,12 +220,20 @@ def _vote(
         votes[token] = trust * weight / total
         if corpus is not None and theirs and len(context) >= 3 and corpus.knows([*context[-3:], token]):
             votes[token] += CONFIRMED * weight / total
+    if not theirs:
+        return votes, 0.0 if corpus is None else ESCAPE
     faith = (1 - trust) * len(theirs) / (len(theirs) + ESCAPE)
     weights = _tally(theirs)
     total = sum(weights.values())
     for token, weight in weights.items():
         votes[token] = votes.get(token, 0.0) + faith * weight * (PRESENT if own.knows([token]) else 1) / total
     return votes, (1 - trust) * ESCAPE / (len(theirs) + ESCAPE)
+
+
+def _trust(own: int, corpus: int) -> float:
+    if corpus < 2 <= own:
+        return TRUST_AGAINST_ONE
+    return next(part for end, part in TRUST if own < end)
 
 
 def _tally(voters: Sequence[Voter]) -> dict[int, int]:
@@ -220,8 +253,13 @@ def _follow(voters: Sequence[Voter], token: int) -> list[Voter]:
     return [voter.moved for voter in voters if voter.token == token and not voter.moved.silent]
 
 
-def _elect(votes: dict[int, float], rest: float, key: int | None) -> tuple[int, float]:
-    """The token with the most votes, multiplied by the verifier's own noise where there is any; and its share.
+class Chosen(NamedTuple):
+    token: int
+    share: float
+
+
+def _elect(votes: dict[int, float], rest: float, key: int | None) -> Chosen:
+    """The token with the most votes, multiplied by the verifier's own noise where there is a key; and its share.
 
     The first of equals wins: voters come newest first, the request's own before its namespace's.
     """
@@ -231,7 +269,14 @@ def _elect(votes: dict[int, float], rest: float, key: int | None) -> tuple[int, 
     total = 0.0
     for weight in votes.values():
         total += weight
-    return winner, votes[winner] / (total + rest)
+    return Chosen(winner, votes[winner] / (total + rest))
+
+
+def _rivals(votes: dict[int, float], key: int | None) -> Rivals | None:
+    if key is None:
+        return None
+    rivals = Rivals(_elect(votes, 0.0, None).token, _elect(votes, 0.0, key).token)
+    return None if rivals.plain == rivals.drawn else rivals
 
 
 def _key(draw: Draw | None, offset: int) -> int | None:

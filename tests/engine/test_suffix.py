@@ -1,5 +1,6 @@
 """The suffix drafter: what it drafts, whose text it drafts from, and how much it may keep."""
 
+import random
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from engine.native import suffix as fast
 from engine.native.sampling import available
 from engine.speculation import suffix as plain
 from engine.speculation.corpora import LONGEST, Corpora, Memory, propose
-from engine.speculation.suffix import NOTHING, SEPARATOR, WALK, Proposal
+from engine.speculation.suffix import NOTHING, SEPARATOR, WALK, Ask, Proposal, Rivals
 
 needs_native = pytest.mark.skipif(not available(), reason="no C++ compiler")
 BACKENDS = [False, pytest.param(True, marks=needs_native)]
@@ -28,6 +29,12 @@ def drawn(memory: Memory, seed: int, position: int = 0, most: int = 1) -> Propos
     draw = Draw(Sampling(seed=seed, temperature=0.7, max_tokens=1), 0, position)
     (proposal,) = propose([memory], [draw], [most])
     return proposal
+
+
+def let_noise_vote(corpora: Corpora) -> None:
+    kept = corpora.kept("a")
+    assert kept is not None
+    kept.noise = 1.0
 
 
 @pytest.fixture(params=BACKENDS, ids=lambda native: "native" if native else "reference")
@@ -97,11 +104,13 @@ def test_the_newest_places_vote(corpora: Corpora) -> None:
 
 
 def test_no_draft_crosses_from_one_answer_into_the_next(corpora: Corpora) -> None:
-    corpora.learn("a", [5, 6])
-    corpora.learn("a", [7, 8, 5])
-    corpora.learn("a", [6, 9])
-    assert greedy(corpora.open("a", [5, 6])) == NOTHING
-    assert greedy(corpora.open("a", [8, 5])) == NOTHING
+    for answer in ([4, 5], [6, 7, 8], [9, 9]):
+        corpora.learn("a", answer)
+    assert greedy(corpora.open("a", [4, 5])) == NOTHING
+    assert greedy(corpora.open("a", [7, 8])) == NOTHING
+    # Where one answer ends and the next begins nothing matches, save each alone.
+    proposal = greedy(corpora.open("a", [5, 6]))
+    assert (proposal.tokens, proposal.match) == ([7, 8], 1)
 
 
 def test_the_draft_is_as_long_as_wished_and_never_longer_than_the_limit(corpora: Corpora) -> None:
@@ -121,6 +130,7 @@ def test_with_a_temperature_tokens_come_as_often_as_they_were_seen(corpora: Corp
     for token in [1] * 12 + [2] * 4:
         corpora.learn("a", [5, 6, token])
     memory = corpora.open("a", [5, 6])
+    let_noise_vote(corpora)
     count = 2000
     ones = sum(drawn(memory, seed).tokens == [1] for seed in range(count))
     assert abs(ones / count - 0.75) < 4 * (0.75 * 0.25 / count) ** 0.5
@@ -131,6 +141,7 @@ def test_with_a_temperature_the_verifiers_noise_decides(corpora: Corpora) -> Non
     for token in (1, 2, 3, 4):
         corpora.learn("a", [8, 9, token])
     memory = corpora.open("a", [8, 9])
+    let_noise_vote(corpora)
     logits = torch.full((1, 16), -1e9)
     logits[0, 1:5] = 0
     for seed in range(200):
@@ -182,9 +193,22 @@ def test_the_native_path_drafts_what_the_reference_drafts(capacity: int, actions
         else:
             draw, most = value
             found, expected = (propose([memory], [draw], [most])[0] for memory in memories)
-            assert (found.tokens, found.match) == (expected.tokens, expected.match)
+            assert found._replace(shares=[]) == expected._replace(shares=[])
             assert found.shares == pytest.approx(expected.shares, rel=1e-12)
         assert len({tuple(each.tokens for each in corpora.status()) for corpora in both}) == 1
+
+
+def test_noise_votes_where_it_has_drafted_better(corpora: Corpora) -> None:
+    for token in [1] * 3 + [2] * 2:
+        corpora.learn("a", [5, 6, token])
+    memory, later, last = (corpora.open("a", [5, 6]) for _ in range(3))
+    seed = next(seed for seed in range(99) if drawn(memory, seed).rivals is not None)
+    assert drawn(memory, seed) == Proposal([1], 2, drawn(memory, seed).shares, Rivals(1, 2))
+    memory.extend([2])
+    assert drawn(later, seed).tokens == [2]
+    later.extend([1])
+    assert drawn(last, seed).tokens == [1]
+    assert greedy(last).rivals is None
 
 
 @needs_native
@@ -207,26 +231,27 @@ def test_the_native_index_survives_growth_and_many_laps(
         for text in asking:
             text.extend(stream[count // 2 : count // 2 + 5])
         assert len(quick) == len(slow)
-        (found,) = fast.propose([asking[0]], [quick], [None], [9])
-        (expected,) = plain.propose([asking[1]], [slow], [None], [9])
+        (found,) = fast.propose([Ask(asking[0], quick, None, 9, drawn=False)])
+        (expected,) = plain.propose([Ask(asking[1], slow, None, 9, drawn=False)])
         assert (found.tokens, found.match) == (expected.tokens, expected.match)
 
 
 def test_a_corpus_stays_within_its_bound(native: bool) -> None:
-    """Every answer is new, which is what fills tables most."""
+    """Answers of noise over a vocabulary of an eighth: nearly every n-gram is new, which is what fills tables most."""
     capacity = 1 << 14
+    generator = random.Random(0)
     corpora = Corpora(native=native, capacity=capacity)
     sizes = []
-    for lap in range(4):
-        for start in range(0, capacity, 64):
-            first = (lap * capacity + start) * 7
-            corpora.learn("a", list(range(first, first + 63)))
+    for _ in range(4):
+        for _ in range(0, capacity, 64):
+            corpora.learn("a", generator.choices(range(capacity // 8), k=63))
         (corpus,) = corpora.status()
         assert corpus.tokens == capacity
         sizes.append(corpus.bytes)
-    assert len(set(sizes[1:])) == 1
+    assert max(sizes[1:]) <= 1.01 * min(sizes[1:])
     if native:
-        assert sizes[-1] <= 64 * capacity
+        assert len(set(sizes[1:])) == 1
+        assert sizes[-1] <= 52 * capacity
 
 
 def test_a_small_corpus_is_small() -> None:
