@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from engine.digest import base_digest
 from engine.offline import LocalEngine
+from tests.engine.constraining import EOS, TOKENIZER, VOCABULARY
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 160,
@@ -54,6 +56,14 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> ModelMaker:
 def model_dir(make_model: ModelMaker) -> Path:
     """The model most tests share."""
     return make_model()
+
+
+@pytest.fixture(scope="session")
+def talking_model(make_model: ModelMaker) -> Path:
+    """A random model with the starter's tokenizer, for grammars."""
+    directory = make_model(vocab_size=VOCABULARY, eos_token_id=EOS)
+    shutil.copy(TOKENIZER, directory)
+    return directory
 
 
 @pytest.fixture
