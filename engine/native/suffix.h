@@ -274,7 +274,7 @@ static double vote(Ballot &ballot, const Voters &own, const Voters &corpus, cons
 static int elect(Ballot &ballot, const SuffixRow &row, int drafted, double rest, double *share, int32_t *rivals) {
     Draw at = row.draw;
     at.position += drafted;
-    const uint64_t key = row_key(at);
+    const uint64_t key = row.drawn || rivals ? row_key(at) : 0;
     double sum = 0, drawn_sum = 0, best = 0, drawn_best = 0;
     int winner = 0, drawn_winner = 0;
     for (int k = 0; k < ballot.count; k++) {
@@ -368,14 +368,15 @@ int64_t whet_suffix_bytes(const Suffix *s) {
     return bytes;
 }
 
-// One draft per row: LONGEST tokens and shares a row, how many of them there are, the length of the match, and two
+// One draft per row: tokens and shares one row's after the other's, how many each has, the length of the match, and two
 // rivals (-1: none).
 void whet_suffix_propose(const SuffixRow *rows, int count, const int32_t *fresh, int32_t *tokens, double *shares,
                          int32_t *drafted, int32_t *matches, int32_t *rivals) {
     for (int i = 0; i < count; i++) {
         whet_suffix_extend(rows[i].own, fresh, rows[i].fresh);
         fresh += rows[i].fresh;
-        drafted[i] = draft(rows[i], tokens + i * LONGEST, shares + i * LONGEST, matches + i, rivals + 2 * i);
+        drafted[i] = draft(rows[i], tokens, shares, matches + i, rivals + 2 * i);
+        tokens += drafted[i], shares += drafted[i];
     }
 }
 }

@@ -89,19 +89,20 @@ def propose(asks: Sequence[Ask]) -> list[Proposal]:
     if not _buffers or _buffers[0].rows < len(asks):
         _buffers[:] = [Buffers(max(LEAST_ROWS, 2 * len(asks)))]
     buffers = _buffers[0]
-    rows = [row for row, ask in enumerate(asks) if ask.own.handle]
+    able = [ask for ask in asks if ask.own.handle]
     fresh: list[int] = []
-    for at, row in enumerate(rows):
-        own = asks[row].own
-        _write(buffers.asked, at * ROW.size, asks[row])
-        fresh += own.fresh
-        own.fresh = []
+    for at, ask in enumerate(able):
+        _write(buffers.asked, at * ROW.size, ask)
+        if ask.own.fresh:
+            fresh += ask.own.fresh
+            ask.own.fresh = []
     given = array("i", fresh)
-    _functions().whet_suffix_propose(buffers.read, len(rows), given.buffer_info()[0], *buffers.written)
-    if len(rows) == len(asks):
-        return [_read(buffers, at) for at in range(len(rows))]
-    found = {row: _read(buffers, at) for at, row in enumerate(rows)}
-    return [found.get(row, NOTHING) for row in range(len(asks))]
+    _functions().whet_suffix_propose(buffers.read, len(able), given.buffer_info()[0], *buffers.written)
+    found = _read(buffers, len(able))
+    if len(able) == len(asks):
+        return found
+    rest = iter(found)
+    return [next(rest) if ask.own.handle else NOTHING for ask in asks]
 
 
 def _write(asked: bytearray, at: int, ask: Ask) -> None:
@@ -117,18 +118,21 @@ def _write(asked: bytearray, at: int, ask: Ask) -> None:
     )
 
 
-def _read(buffers: Buffers, at: int) -> Proposal:
-    first = at * LONGEST
-    end = first + buffers.counts[at]
-    if end == first:
-        return NOTHING
-    plain, drawn = buffers.rivals[2 * at], buffers.rivals[2 * at + 1]
-    return Proposal(
-        buffers.tokens[first:end].tolist(),
-        buffers.matches[at],
-        buffers.shares[first:end].tolist(),
-        None if plain == drawn else Rivals(plain, drawn),
-    )
+def _read(buffers: Buffers, rows: int) -> list[Proposal]:
+    """What the call wrote; lists are made once for all rows, which is most of the time here."""
+    counts = buffers.counts[:rows].tolist()
+    total = sum(counts)
+    tokens, shares = buffers.tokens[:total].tolist(), buffers.shares[:total].tolist()
+    matches, rivals = buffers.matches[:rows].tolist(), buffers.rivals[: 2 * rows].tolist()
+    proposals = []
+    first = 0
+    for row, count in enumerate(counts):
+        end = first + count
+        plain, drawn = rivals[2 * row], rivals[2 * row + 1]
+        known = None if plain == drawn else Rivals(plain, drawn)
+        proposals.append(Proposal(tokens[first:end], matches[row], shares[first:end], known))
+        first = end
+    return proposals
 
 
 @cache

@@ -158,9 +158,9 @@ def propose(memories: Sequence[Memory], draws: Sequence[Draw | None], most: Sequ
     for memory, draw, wanted in zip(memories, draws, most, strict=True):
         kept = corpora.kept(memory.namespace)
         asks.append(
-            Ask(memory.own, None, draw, wanted, drawn=False)
+            Ask(memory.own, None, draw, wanted, False)
             if kept is None
-            else Ask(memory.own, kept.text, draw, wanted, drawn=kept.noise > 0)
+            else Ask(memory.own, kept.text, draw, wanted, kept.noise > 0)
         )
     proposals = corpora.backend.propose(asks)
     for memory, proposal in zip(memories, proposals, strict=True):
