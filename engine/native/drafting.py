@@ -56,13 +56,15 @@ class DraftJob(ctypes.Structure):
 
 
 class NativeDrafter:
-    """Slots in the library's layout, and buffers for as many rows as ever asked at once."""
+    """Slots in the library's layout, and buffers for as many rows as ever asked at once.
+
+    A slot is a row of addresses: filling one costs a step nothing, and new pages were touched by whoever prepared it.
+    """
 
     def __init__(self, decoder: NativeDecoder, limits: Limits, slots: int) -> None:
         self._decoder, self._limits = decoder, limits
         self._native = drafting_functions()
-        self._arena = Arena()
-        self._stacks = self._make_stacks(slots + 1)
+        self._held: dict[int, dict[str, torch.Tensor]] = {}
         self._slots = (HeadSlot * (slots + 1))()
         self._matrices = [(Matrix * limits.heads)() for _ in range(slots + 1)]
         self._room: list[torch.Tensor] = []
@@ -101,17 +103,13 @@ class NativeDrafter:
         }
         if speculator.condition_CVE is not None:
             parts["condition"] = speculator.condition_CVE.to(dtype)
-        return Ready(speculator, {name: part.contiguous() for name, part in parts.items()})
+        arena = Arena()
+        return Ready(speculator, {name: arena.copy(part) for name, part in parts.items()})
 
     def fill(self, slot: int, ready: Ready) -> None:
-        """Copy prepared heads into a slot, between two steps."""
+        """Point a slot at prepared heads, between two steps; what it held is let go."""
         speculator, parts = ready
-        at: dict[str, int] = {}
-        for name, stack in self._stacks.items():
-            if name in parts:
-                flat = parts[name].view(-1).view(stack.dtype)
-                stack[slot, : len(flat)].copy_(flat)
-                at[name] = stack[slot].data_ptr()
+        at = {name: part.data_ptr() for name, part in parts.items() if name not in ("error", "length")}
         hidden, dtype = self._limits.hidden, parts["weight"].dtype
         weight, bias, weights = at.pop("weight"), at.pop("bias"), self._matrices[slot]
         for head in range(speculator.heads):
@@ -133,10 +131,12 @@ class NativeDrafter:
             bf16=dtype == torch.bfloat16,
             **at,
         )
+        self._held[slot] = parts
 
     def clear(self, slot: int) -> None:
         """Draft nothing from a slot until it is filled again."""
         self._slots[slot].heads = 0
+        self._held.pop(slot, None)
 
     def propose(self, hidden_RE: torch.Tensor, asks: Sequence[Ask], floor: float = 0.0) -> list[Guess]:
         """One draft per ask; see TorchDrafter."""
@@ -161,26 +161,6 @@ class NativeDrafter:
             for at, count in zip(range(0, rows * stride, stride), self._counts[:rows], strict=True)
         ]
 
-    def _make_stacks(self, slots: int) -> dict[str, torch.Tensor]:
-        """Each [slots, elements of the largest speculator]; pages that no speculator ever fills cost no memory."""
-        heads, hidden, tokens = self._limits.heads, self._limits.hidden, self._limits.tokens
-        words, size = padded(self._limits.vocabulary), self._decoder.dtype.itemsize
-        sizes = {
-            "weight": (heads * hidden * hidden * size, torch.uint8),
-            "bias": (heads * hidden, torch.float32),
-            "condition": (heads * (words + 1) * hidden * size, torch.uint8),
-            "head": (words * hidden * size, torch.uint8),
-            "coarse": (words * hidden, torch.int8),
-            "scale": (words, torch.float32),
-            "shift": (words, torch.int32),
-            "tokens": (words, torch.int32),
-            "places": (tokens, torch.int32),
-            "confidence": (heads * hidden, torch.float32),
-            "confidence_last": (heads, torch.float32),
-            "confidence_bias": (heads, torch.float32),
-        }
-        return {name: self._arena.zeros((slots, padded(size)), kind) for name, (size, kind) in sizes.items()}
-
     def _dtype_of(self, speculator: Speculator) -> torch.dtype:
         """What its matrices are kept in: the engine's dtype, or bf16 where they came so and nothing is lost by it."""
         stored = (speculator.weight_KEE, speculator.head_VE, speculator.condition_CVE)
@@ -204,7 +184,8 @@ class NativeDrafter:
             "scratch": self._decoder.threads * 5 * (words + 32),
             "survival": rows, "shrink": rows, "row": rows, "place": rows,
         }  # fmt: skip
-        self._room = [self._arena.zeros((size,), torch.float32) for size in sizes.values()]
+        arena = Arena()
+        self._room = [arena.zeros((size,), torch.float32) for size in sizes.values()]
         for name, room in zip(sizes, self._room, strict=True):
             setattr(job, name, room.data_ptr())
         self._rows = rows

@@ -19,6 +19,8 @@ def test_the_command_line_fills_the_configuration() -> None:
     assert (config.model, config.socket, config.artifacts) == (Path("m"), "ipc://s", Path("a"))
     assert (config.threads, config.kv_tokens, config.adapter_rank, config.precision) == (2, 512, 4, "fp32")
     assert config.step_tokens == EngineConfig(model=Path(), artifacts=Path()).step_tokens
+    assert config.speculation
+    assert not parse([*REQUIRED, "--no-speculation"]).speculation
 
 
 @pytest.mark.parametrize(
@@ -28,6 +30,10 @@ def test_the_command_line_fills_the_configuration() -> None:
         ["--adapter-slots", "1"],
         ["--threads", "-1"],
         ["--precision", "int3"],
+        ["--speculator-slots", "0"],
+        ["--speculator-heads", "0"],
+        ["--speculator-vocabulary", "8"],
+        ["--suffix-tokens", "100"],
         ["--no-such-option"],
     ],
 )
