@@ -10,11 +10,12 @@ HELLO = [{"role": "user", "content": "hello"}]
 
 def test_a_streamed_answer_is_the_whole_answer_in_pieces(real_world: World) -> None:
     client = real_world.openai()
-    whole = client.chat.completions.create(model="entities", messages=HELLO, max_tokens=24, seed=7)
+    # Streamed first: an answer that was given before is drafted whole, and comes in one piece.
     stream = client.chat.completions.create(
-        model="entities", messages=HELLO, max_tokens=24, seed=7, stream=True, stream_options={"include_usage": True}
+        model="entities", messages=HELLO, max_tokens=24, seed=7071, stream=True, stream_options={"include_usage": True}
     )
     chunks = list(stream)
+    whole = client.chat.completions.create(model="entities", messages=HELLO, max_tokens=24, seed=7071)
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == whole.choices[0].message.content
     assert len(text) == 24
@@ -25,6 +26,8 @@ def test_a_streamed_answer_is_the_whole_answer_in_pieces(real_world: World) -> N
     assert whole.usage is not None
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens == 24
     assert chunks[-1].usage.total_tokens == 24 + whole.usage.prompt_tokens
+    assert whole.usage.completion_tokens_details is not None
+    assert (whole.usage.completion_tokens_details.accepted_prediction_tokens or 0) > 12
 
 
 def test_a_seed_gives_the_same_answer_and_another_seed_another(real_world: World) -> None:
