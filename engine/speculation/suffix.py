@@ -18,7 +18,7 @@ SEPARATOR = -1
 GRAMS = (4, 2, 1)
 # The most places of a text that vote (newest first), the most tokens of a match that are counted, the longest draft.
 WALK, REACH, LONGEST = 16, 32, 64
-# What follows was found on the starter model's three applications; README of benchmarks says how much each is worth.
+# What follows was found on the starter model's three applications; benchmarks/NOTES.md says what each is worth.
 # The part of the votes that the request's own places have beside a corpus: (matches shorter than, part); and what they
 # have when they agree in more than a token and the corpus does not.
 TRUST = ((2, 0.3), (4, 0.4), (8, 0.5), (REACH + LONGEST + 1, 0.6))
