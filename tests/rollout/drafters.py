@@ -1,16 +1,17 @@
 """Heads and logged traffic for the tests of their rollout: rows only, no weights."""
 
+import random
 from collections.abc import Iterable
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy import update
 
-from services.store import deployments, speculators
+from services.store import deployments, projects, speculators
 from services.store.base import Sessions, uuid7
-from services.store.models import Artifact, Deployment, DeploymentEvent, Interaction
-from services.store.speculation import Heads
+from services.store.models import Artifact, Deployment, DeploymentEvent, Interaction, Project
+from services.store.speculation import Arm, Heads, arm_of, read_config
 from services.store.speculators import Decision
 from tests.rollout.conftest import World
 
@@ -104,3 +105,48 @@ def set_back(world: World, kind: str, to: datetime) -> None:
             .where(DeploymentEvent.project_id == world.project_id, DeploymentEvent.kind == kind)
             .values(at=to)
         )
+
+
+def configure(world: World, **speculation: object) -> None:
+    with world.sessions.begin() as session:
+        projects.configure(session, session.get_one(Project, world.project_id), {"speculation": speculation})
+
+
+# Tokens a step and decode tokens/s of an arm.
+Speeds = dict[Arm, tuple[float, float]]
+EVEN: Speeds = {"baseline": (1.0, 60.0), "suffix": (2.0, 100.0), "live": (2.0, 100.0), "canary": (2.0, 100.0)}
+
+
+class Traffic:
+    """Logged answers of a project, shared out between the arms as a gateway does it."""
+
+    def __init__(self, world: World, begin: datetime, *, seed: int = 0) -> None:
+        self.world = world
+        self.at = begin
+        self._choose = random.Random(seed)
+
+    def land(self, count: int, speeds: Speeds, *, every: float = 1.0, accepted: float = 0.6, **columns: object) -> None:
+        """`count` answers, one each `every` seconds. `accepted` of the heads' drafted tokens come out."""
+        with self.world.sessions() as session:
+            config = read_config(session.get_one(Project, self.world.project_id).config)
+        deployed = drafting(self.world)
+        rows = []
+        for _ in range(count):
+            self.at += timedelta(seconds=every)
+            request = uuid7(self.at.timestamp())
+            arm = arm_of(request, config, deployed)
+            values = self._values(arm, deployed.of(arm), speeds[arm], accepted)
+            rows.append(interaction(self.world.project_id, self.at, request=request, **(values | columns)))
+        land(self.world.sessions, rows)
+
+    def _values(self, arm: Arm, digest: str | None, speed: tuple[float, float], accepted: float) -> dict[str, Any]:
+        choose, tokens = self._choose, self._choose.randint(30, 70)
+        length, rate = max(1.0, choose.gauss(speed[0], 0.3)), speed[1] * choose.lognormvariate(0, 0.2)
+        steps = max(1, round(tokens / length))
+        told: dict[str, Any] = {"steps": steps, "suffix": counts(steps // 2, (tokens - steps) // 2)}
+        if digest is not None:
+            told["heads"] = counts(12, sum(choose.random() < accepted for _ in range(12)))
+        return {
+            "tokens": tokens, "speculated": arm != "baseline", "speculator_digest": digest,
+            "speculation": None if arm == "baseline" else told, "latency_ms": 20.0 + 1000 * (tokens - 1) / rate,
+        }  # fmt: skip

@@ -12,17 +12,20 @@ import pytest
 
 from services.store.models import Run
 from tests.rollout.conftest import World
+from tests.rollout.drafters import heads
 from worker.rollout.collect import collect_orphans
 
 KNOWN, ORPHAN, YOUNG, OTHER = "a" * 64, "b" * 64, "c" * 64, "d" * 64
 
 
-def make(root: Path, name: str, *, hours: float, run: UUID | None = None, manifest: str | None = None) -> Path:
+def make(
+    root: Path, name: str, *, hours: float, run: UUID | None = None, manifest: str | None = None, kind: str = "adapter"
+) -> Path:
     directory = root / name
     directory.mkdir()
     (directory / "adapter_model.safetensors").write_bytes(b"weights")
     if run is not None:
-        manifest = json.dumps({"kind": "adapter", "run": str(run)})
+        manifest = json.dumps({"kind": kind, "run": str(run)})
     if manifest is not None:
         (directory / "manifest.json").write_text(manifest)
     then = time.time() - hours * 3600
@@ -55,6 +58,15 @@ def test_only_old_artefacts_without_a_row_are_removed(world: World, tmp_path: Pa
 
     assert collect(world, tmp_path) == [ORPHAN]
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [KNOWN, YOUNG]
+
+
+def test_heads_are_collected_and_kept_like_adapters(world: World, tmp_path: Path) -> None:
+    over = make_run(world, "failed", hours=25)
+    heads(world, KNOWN, state="retired")
+    for name in (KNOWN, ORPHAN):
+        make(tmp_path, name, hours=25, run=over, kind="speculator")
+
+    assert collect(world, tmp_path) == [ORPHAN]
 
 
 def test_artefacts_of_another_database_or_of_an_unfinished_run_stay(world: World, tmp_path: Path) -> None:

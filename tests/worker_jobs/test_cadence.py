@@ -63,14 +63,7 @@ class World:
 
 
 @pytest.fixture
-def world(sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> World:
-    def start(session: Session, project: Project, *, params: dict[str, Any], created_by: str, kind: str) -> Run:
-        run = Run(project_id=project.id, kind=kind, params=params, created_by=created_by)
-        session.add(run)
-        session.flush()
-        return run
-
-    monkeypatch.setattr(runs, "start", start)
+def world(sessions: Sessions) -> World:
     return World(sessions)
 
 
