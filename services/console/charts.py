@@ -221,4 +221,4 @@ def label(value: float) -> str:
     """A tick's label without needless digits."""
     if value and abs(value) < 1e-4:
         return f"{value:.0e}".replace("e-0", "e−").replace("e-", "e−")
-    return f"{value:,.4g}".replace("-", "−")
+    return (f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:,.4g}").replace("-", "−")

@@ -72,6 +72,12 @@ def test_a_chart_of_any_numbers_stays_inside_its_frame(points: list[tuple[float,
         assert -1 <= y <= line.height + 1
 
 
+def test_ticks_are_labelled_without_needless_digits() -> None:
+    assert [charts.label(value) for value in (0.0, 0.25, -1.5, 7500.0, 10_000.0, -250_000.0, 2e-5)] == [
+        "0", "0.25", "−1.5", "7,500", "10,000", "−250,000", "2e−5",
+    ]  # fmt: skip
+
+
 def test_a_forest_always_shows_zero_and_the_margin() -> None:
     drawn = charts.forest([(0.5, 0.4, 0.6)], margin=-0.03)
     row = drawn.rows[0]
