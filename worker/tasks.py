@@ -24,9 +24,11 @@ from worker import logs
 from worker.curation.build import build_job
 from worker.curation.sample import sample_job
 from worker.gate.evaluate import evaluate_job
+from worker.gate.speculator_job import evaluate_speculator_job
 from worker.rollout.speculator import deploy_speculator_job
 from worker.rollout.swap import deploy_job
 from worker.training.run import train_job
+from worker.training.speculator import speculator_job
 
 Handler = Callable[[Lease, Settings], None]
 
@@ -55,6 +57,8 @@ HANDLERS: Mapping[str, Handler] = {
     "train": train_job,
     "evaluate": evaluate_job,
     "deploy": deploy_job,
+    "train.speculator": speculator_job,
+    "evaluate.speculator": evaluate_speculator_job,
     "deploy.speculator": deploy_speculator_job,
 }
 

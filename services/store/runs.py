@@ -1,11 +1,11 @@
-"""Training runs: parameters checked at the door, one unfinished run a project, and what a run reports on the way.
+"""Training runs: parameters checked at the door, one unfinished run of a sort a project, and what runs report.
 
 A run crosses several jobs (dataset.build, train, evaluate, deploy); `run.job_id` is the one that carries it now.
 """
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,6 +20,7 @@ from services.store.models import Job, Project, Revision, Run, RunEvent
 UNFINISHED = ("queued", "running")
 DEFAULT_DATASET = "golden"
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Params = TypeVar("Params", bound=BaseModel)
 EVERY_LINEAR: tuple[Target, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -40,15 +41,33 @@ class TrainParams(BaseModel):
     targets: tuple[Target, ...] = Field(EVERY_LINEAR, min_length=1)
 
 
+class SpeculatorParams(BaseModel):
+    """How heads are trained. Defaults are those of benchmarks/results/heads.md."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    heads: int = Field(4, ge=1, le=16, description="Tokens drafted at most.")
+    vocabulary: int = Field(1024, ge=16, le=131_072, description="Words that can be drafted, the most frequent ones.")
+    conditioning: Literal["none", "hydra"] = Field("hydra", description="Whether heads are told the token before.")
+    lr: float = Field(1e-2, gt=0, le=0.1)
+    epochs: float = Field(3.0, gt=0, le=100)
+    max_tokens: int = Field(250_000, ge=1000, le=100_000_000, description="Tokens read, prompts included.")
+    min_requests: int = Field(50, ge=16, le=1_000_000, description="Logged requests it takes to begin.")
+    seed: int = Field(0, ge=0, le=2**31 - 1)
+
+
 def check_params(project: Project, params: dict[str, Any]) -> TrainParams:
     """Defaults, then the project's `train` config, then `params`. Raises InvalidRequest naming the parameter."""
-    chosen = {**project.config.get("train", {}), **params}
+    return _checked(TrainParams, {**project.config.get("train", {}), **params})
+
+
+def _checked(kind: type[Params], chosen: dict[str, Any]) -> Params:
     try:
-        return TrainParams.model_validate(chosen)
+        return kind.model_validate(chosen)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        known = ", ".join(TrainParams.model_fields)
+        known = ", ".join(kind.model_fields)
         hint = f" (known: {known})" if first["type"] == "extra_forbidden" else ""
         raise InvalidRequest(f"training parameter {name}: {first['msg']}{hint}", param=name) from error
 
@@ -65,10 +84,13 @@ def start(
 ) -> Run:
     """A queued run and its first job: train on `revision`, or build a fresh one of `dataset` before that.
 
-    Raises InvalidRequest for bad parameters, Conflict while another run of the project is unfinished.
+    A run of kind "speculator" trains heads on the log instead. Raises InvalidRequest for bad parameters, Conflict while
+    another run of the project and of this sort is unfinished.
     """
+    if kind == "speculator":
+        return _start_speculator(session, project, params, created_by)
     if kind != "sft":
-        raise InvalidRequest(f"runs of kind {kind} cannot be started here; only sft", param="kind")
+        raise InvalidRequest(f"runs of kind {kind} cannot be started here; only sft and speculator", param="kind")
     checked = check_params(project, params)
     settle(session, project.id)
     run = Run(
@@ -85,6 +107,16 @@ def start(
         hand_over(session, run, "dataset.build", payload)
     else:
         hand_over(session, run, "train", {"run_id": str(run.id)})
+    add_event(session, run.id, "phase", {"phase": "queued", "by": created_by})
+    return run
+
+
+def _start_speculator(session: Session, project: Project, params: dict[str, Any], created_by: str) -> Run:
+    checked = _checked(SpeculatorParams, params)
+    settle(session, project.id)
+    run = Run(project_id=project.id, kind="speculator", params=checked.model_dump(mode="json"), created_by=created_by)
+    _insert_alone(session, run)
+    hand_over(session, run, "train.speculator", {"run_id": str(run.id)})
     add_event(session, run.id, "phase", {"phase": "queued", "by": created_by})
     return run
 

@@ -36,19 +36,20 @@ class World:
         """One served interaction with its body."""
         interaction_id = uuid7((at or datetime.now(UTC)).timestamp())
         values: dict[str, Any] = {
-            "origin": "live", "base_digest": "base", "generation": 1, "namespace": "n",
+            "project_id": self.project_id, "origin": "live", "base_digest": "base", "generation": 1, "namespace": "n",
             "endpoint": "/v1/chat/completions", "stream": False, "finish_reason": "stop", "prompt_tokens": 3,
             "completion_tokens": 2, "cached_tokens": 0, "drafted_tokens": 0, "accepted_tokens": 0,
             "group_key": group or prompt, "config_hash": "c", "started_at": uuid7_time(interaction_id),
         }  # fmt: skip
         body: dict[str, Any] = {
-            "messages": list(messages or [{"role": "user", "content": prompt}]), "parameters": {}, "output": output,
-            "prompt_token_ids": fields.pop("prompt_token_ids", []), "token_ids": [], "token_logprobs": [],
-            "prompt_hash": "p", "template_hash": fields.pop("template_hash", "t"),
+            "messages": list(messages or [{"role": "user", "content": prompt}]), "output": output,
+            "parameters": fields.pop("parameters", {}), "prompt_token_ids": fields.pop("prompt_token_ids", []),
+            "token_ids": fields.pop("token_ids", []), "token_logprobs": [], "prompt_hash": "p",
+            "template_hash": fields.pop("template_hash", "t"),
             "tokenizer_hash": fields.pop("tokenizer_hash", "k"), "spool_version": 1,
         }  # fmt: skip
         with self.sessions.begin() as session:
-            session.add(Interaction(id=interaction_id, project_id=self.project_id, **(values | fields)))
+            session.add(Interaction(id=interaction_id, **(values | fields)))
             session.add(InteractionBody(id=interaction_id, **body))
         self.interactions.append(interaction_id)
         return interaction_id

@@ -15,12 +15,12 @@ from engine.speculation.loading import Speculator
 from engine.states import Answered, answer_states
 from worker.training import artifact, head_files, head_loop
 from worker.training.choosing import choose, split
-from worker.training.head_data import Request, effective_head, frequent, make_batch, places_of
+from worker.training.head_data import effective_head, frequent, make_batch, places_of
 from worker.training.head_loop import Loop, Material, Pace, fit_confidence, per_request
 from worker.training.head_model import Heads, _Distance, drafts
 from worker.training.heads import train, write_requests
 from worker.training.process import Refused
-from worker.training.spec import HeadsProgress, HeadsSpec, Report
+from worker.training.spec import HeadsProgress, HeadsSpec, Report, Request
 
 VOCABULARY = 358  # of the tiny model
 

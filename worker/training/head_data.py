@@ -6,26 +6,15 @@ Suffixes as in worker/training/head_model.py.
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-import msgspec
 import numpy as np
 import torch
 
 from engine.layers.sampler import Draw, row_keys
 from engine.messages import Sampling
 from worker.training.head_model import Batch
+from worker.training.spec import Request
 
 CPU = torch.device("cpu")
-
-
-class Request(msgspec.Struct, frozen=True):
-    """One logged prompt and answer, as token ids, with what drew it. `group` names whose sessions stand together."""
-
-    prompt: list[int]
-    answer: list[int]
-    temperature: float = 0.0
-    seed: int = 0
-    choice: int = 0
-    group: str = ""
 
 
 def frequent(answers: Iterable[Sequence[int]], most: int, vocabulary: int) -> torch.Tensor:

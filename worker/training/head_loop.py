@@ -12,9 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from worker.training.head_data import Request, by_tokens, make_batch, places_of
+from worker.training.head_data import by_tokens, make_batch, places_of
 from worker.training.head_model import Batch, Heads, drafts, lengths, loss, targets
 from worker.training.process import Refused
+from worker.training.spec import Request
 
 WARMUP, CLIP, DECAY = 0.04, 1.0, 0.01
 # Looks at the held-out answers, and how many in a row may find nothing better.

@@ -25,13 +25,12 @@ from engine.speculation.loading import Speculator
 from engine.states import Answered, answer_states
 from worker.training import head_files
 from worker.training.choosing import Split, choose, split
-from worker.training.head_data import Request, effective_head, frequent, places_of
+from worker.training.head_data import effective_head, frequent, places_of
 from worker.training.head_loop import Loop, Material, Pace, fit_confidence, per_request
 from worker.training.head_model import Heads
 from worker.training.process import Refused, serve
-from worker.training.spec import HeadsProgress, HeadsSpec, Report, Stage, decode_heads_spec
+from worker.training.spec import REPORT, HeadsProgress, HeadsSpec, Report, Request, Stage, decode_heads_spec
 
-REPORT = "report.json"
 # States kept in memory; what does not fit is not trained on.
 STATES_BYTES = 1 << 30
 LEAST_REQUESTS = 16

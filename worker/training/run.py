@@ -6,12 +6,10 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from uuid import UUID
 
 import structlog
 from sqlalchemy import select
-from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from engine.digest import base_digest
@@ -19,12 +17,12 @@ from engine.text.tokenizer import Tokenizer
 from services.settings import Settings
 from services.store import datasets, failpoints, runs
 from services.store.jobs import JobCancelled, JobFailed, Lease
-from services.store.models import Example, InteractionBody, Run
+from services.store.models import Example, InteractionBody
 from services.store.runs import TrainParams
-from worker.training import artifact, child
+from worker.training import artifact, attempt
 from worker.training.preflight import Preflight, check
 from worker.training.rows import Row
-from worker.training.spec import Progress, ReferenceRow, Report, Spec
+from worker.training.spec import ReferenceRow, Spec
 
 REFERENCE_ROWS = 64
 
@@ -48,10 +46,10 @@ def train_job(lease: Lease, settings: Settings) -> None:
     try:
         _train(lease, settings, run_id)
     except JobCancelled:
-        _finish(lease, run_id, "cancelled", "cancelled", None)
+        attempt.finish(lease, run_id, "cancelled", "cancelled", None)
         raise
     except JobFailed as error:
-        _finish(lease, run_id, "failed", "failed", str(error))
+        attempt.finish(lease, run_id, "failed", "failed", str(error))
         raise
 
 
@@ -59,7 +57,7 @@ def _train(lease: Lease, settings: Settings, run_id: UUID) -> None:
     order = _begin(lease, run_id)
     if order is None:
         return
-    _sweep(lease, settings)
+    attempt.sweep(lease, settings)
     model, tokenizer = _base_model(settings, order.params)
     ready, examples = _preflight(lease, order, tokenizer)
     _stop_if_cancelled(lease)
@@ -67,7 +65,7 @@ def _train(lease: Lease, settings: Settings, run_id: UUID) -> None:
     work = settings.home / "runs" / str(run_id) / str(lease.fence)
     work.mkdir(parents=True, exist_ok=True)
     base = base_digest(model)
-    _run_trainer(lease, order, _spec(settings, order, model, base, work, ready.rows, examples), work)
+    attempt.run_trainer(lease, run_id, _spec(settings, order, model, base, work, ready.rows, examples), work)
     failpoints.reach("train.trained")
     built = artifact.describe(
         work / "adapter",
@@ -97,15 +95,6 @@ def _begin(lease: Lease, run_id: UUID) -> Order | None:
         revision = datasets.get_revision(session, run.revision_id)
         params = TrainParams.model_validate(run.params)
         return Order(run_id, run.project_id, revision.id, revision.digest, params)
-
-
-def _sweep(lease: Lease, settings: Settings) -> None:
-    """What earlier attempts, also those of runs that are over, have left on disk."""
-    root = settings.home / "runs"
-    with lease.sessions() as session:
-        unfinished = session.scalars(select(Run.id).where(Run.state.in_(runs.UNFINISHED)))
-        artifact.sweep_work(root, keep={str(run_id) for run_id in unfinished})
-    artifact.sweep_work(root / lease.payload["run_id"], keep={str(lease.fence)})
 
 
 def _base_model(settings: Settings, params: TrainParams) -> tuple[Path, Tokenizer]:
@@ -165,40 +154,6 @@ def _spec(
     )
 
 
-def _run_trainer(lease: Lease, order: Order, spec: Spec, work: Path) -> None:
-    """Raises JobCancelled, JobFailed, TrainerDied (worth another attempt), LostLease."""
-    _enter(lease, order.run_id, "training")
-    try:
-        finished = child.run(
-            spec,
-            work,
-            on_report=lambda report: _record(lease, order.run_id, report),
-            stop=lambda: lease.lost.is_set() or lease.cancelled(),
-        )
-    except child.TrainerRefused as error:
-        raise JobFailed(f"the trainer refused: {error}") from error
-    except child.TrainerDied as error:
-        with lease.transaction() as session:
-            runs.add_event(session, order.run_id, "log", {"line": str(error), "tail": error.tail})
-        if error.killed:
-            raise
-        raise JobFailed(str(error)) from error
-    if not finished:
-        with lease.transaction():  # raises LostLease when that is why
-            raise JobCancelled
-
-
-def _record(lease: Lease, run_id: UUID, report: Report) -> None:
-    """Minutes of training are not thrown away for a progress row that Postgres could not take."""
-    payload: dict[str, Any] = {name: getattr(report, name) for name in report.__struct_fields__}
-    kind, step = ("progress", report.step) if isinstance(report, Progress) else ("log", None)
-    try:
-        with lease.transaction() as session:
-            runs.add_event(session, run_id, kind, payload, step=step)
-    except OperationalError as error:
-        log.warning("progress not stored", error=str(error), **payload)
-
-
 def _hand_over(lease: Lease, order: Order, built: artifact.Built) -> None:
     with lease.transaction() as session:
         run = runs.get(session, order.run_id)
@@ -209,16 +164,6 @@ def _hand_over(lease: Lease, order: Order, built: artifact.Built) -> None:
         lease.succeed(session)
 
 
-def _enter(lease: Lease, run_id: UUID, phase: str) -> None:
-    with lease.transaction() as session:
-        runs.enter_phase(session, runs.get(session, run_id), phase)
-
-
 def _stop_if_cancelled(lease: Lease) -> None:
     if lease.cancelled():
         raise JobCancelled
-
-
-def _finish(lease: Lease, run_id: UUID, state: Any, phase: str, error: str | None) -> None:  # noqa: ANN401
-    with lease.transaction() as session:
-        runs.finish(session, runs.get(session, run_id), state, phase, error)

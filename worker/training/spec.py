@@ -4,6 +4,7 @@ from typing import Any
 
 import msgspec
 
+REPORT = "report.json"  # what the trainer of heads measured, beside what it wrote
 REFUSED = 3  # exit status: a retry would refuse again
 
 
@@ -56,6 +57,17 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True, tag="stage"):
 
     name: str
     detail: dict[str, Any] = {}
+
+
+class Request(msgspec.Struct, frozen=True):
+    """One logged prompt and answer, as token ids, with what drew it. `group` names whose sessions stand together."""
+
+    prompt: list[int]
+    answer: list[int]
+    temperature: float = 0.0
+    seed: int = 0
+    choice: int = 0
+    group: str = ""
 
 
 class HeadsSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,0 +1,75 @@
+"""What the training jobs of both kinds of runs do alike: sweep, run the trainer process, report, end the run."""
+
+from pathlib import Path
+from typing import Any, Literal
+from uuid import UUID
+
+import structlog
+from sqlalchemy import select
+from sqlalchemy.exc import OperationalError
+
+from services.settings import Settings
+from services.store import runs
+from services.store.jobs import JobCancelled, JobFailed, Lease
+from services.store.models import Run
+from worker.training import artifact, child
+from worker.training.spec import HeadsProgress, HeadsSpec, Progress, Report, Spec
+
+log = structlog.get_logger()
+
+
+def sweep(lease: Lease, settings: Settings, keep: str = "") -> None:
+    """Remove what earlier attempts, also those of runs that are over, have left on disk; `keep` outlives attempts."""
+    root = settings.home / "runs"
+    with lease.sessions() as session:
+        unfinished = session.scalars(select(Run.id).where(Run.state.in_(runs.UNFINISHED)))
+        artifact.sweep_work(root, keep={str(run_id) for run_id in unfinished})
+    artifact.sweep_work(root / lease.payload["run_id"], keep={str(lease.fence), keep})
+
+
+def run_trainer(lease: Lease, run_id: UUID, spec: Spec | HeadsSpec, work: Path) -> None:
+    """Raises JobCancelled, JobFailed, TrainerDied (worth another attempt), LostLease."""
+    enter(lease, run_id, "training")
+    try:
+        finished = child.run(
+            spec,
+            work,
+            on_report=lambda report: record(lease, run_id, report),
+            stop=lambda: lease.lost.is_set() or lease.cancelled(),
+        )
+    except child.TrainerRefused as error:
+        raise JobFailed(f"the trainer refused: {error}") from error
+    except child.TrainerDied as error:
+        with lease.transaction() as session:
+            runs.add_event(session, run_id, "log", {"line": str(error), "tail": error.tail})
+        if error.killed:
+            raise
+        raise JobFailed(str(error)) from error
+    if not finished:
+        with lease.transaction():  # raises LostLease when that is why
+            raise JobCancelled
+
+
+def record(lease: Lease, run_id: UUID, report: Report) -> None:
+    """Minutes of training are not thrown away for a progress row that Postgres could not take."""
+    payload: dict[str, Any] = {name: getattr(report, name) for name in report.__struct_fields__}
+    kind, step = ("progress", report.step) if isinstance(report, Progress | HeadsProgress) else ("log", None)
+    try:
+        with lease.transaction() as session:
+            runs.add_event(session, run_id, kind, payload, step=step)
+    except OperationalError as error:
+        log.warning("progress not stored", error=str(error), **payload)
+
+
+def enter(lease: Lease, run_id: UUID, phase: str) -> None:
+    """The run is at work on `phase`."""
+    with lease.transaction() as session:
+        runs.enter_phase(session, runs.get(session, run_id), phase)
+
+
+def finish(
+    lease: Lease, run_id: UUID, state: Literal["succeeded", "failed", "cancelled"], phase: str, error: str | None
+) -> None:
+    """End the run."""
+    with lease.transaction() as session:
+        runs.finish(session, runs.get(session, run_id), state, phase, error)
