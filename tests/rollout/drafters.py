@@ -8,9 +8,9 @@ from uuid import UUID
 
 from sqlalchemy import update
 
-from services.store import deployments, projects, speculators
-from services.store.base import Sessions, uuid7
-from services.store.models import Artifact, Deployment, DeploymentEvent, Interaction, Project
+from services.store import deployments, partitions, projects, speculators
+from services.store.base import Sessions, uuid7, uuid7_time
+from services.store.models import Artifact, Deployment, DeploymentEvent, Interaction, InteractionBody, Project
 from services.store.speculation import Arm, Heads, arm_of, read_config
 from services.store.speculators import Decision
 from tests.rollout.conftest import World
@@ -92,9 +92,12 @@ def interaction(
     return Interaction(**{**values, **columns})
 
 
-def land(sessions: Sessions, rows: Iterable[Interaction]) -> None:
+def land(sessions: Sessions, rows: Iterable[Interaction | InteractionBody]) -> None:
+    """Also what happened last month, or will in the test's time to come."""
+    made = list(rows)
     with sessions.begin() as session:
-        session.add_all(list(rows))
+        partitions.ensure(session, since=uuid7_time(min(row.id for row in made)))
+        session.add_all(made)
 
 
 def set_back(world: World, kind: str, to: datetime) -> None:

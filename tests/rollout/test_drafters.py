@@ -18,7 +18,7 @@ from services.store.models import InteractionBody
 from services.store.speculation import Heads
 from tests.engine.speculators import random_speculator
 from tests.rollout.conftest import EngineUnderTest, World
-from tests.rollout.drafters import BECAUSE, drafting, go_live, heads, history, interaction
+from tests.rollout.drafters import BECAUSE, drafting, go_live, heads, history, interaction, land
 from worker.rollout import drafters
 from worker.rollout.reconcile import Reconciler
 
@@ -179,10 +179,7 @@ def answer(
         id=row.id, messages=[], parameters={"model": model}, output="", prompt_token_ids=[], token_ids=token_ids,
         token_logprobs=[], prompt_hash="", template_hash="", tokenizer_hash="", spool_version=1,
     )  # fmt: skip
-    with sessions.begin() as session:
-        session.add(row)
-        session.flush()
-        session.add(body)
+    land(sessions, [row, body])
 
 
 def test_a_restarted_engine_learns_the_past_answers_of_each_project_and_no_others(setting: Setting) -> None:
