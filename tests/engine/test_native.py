@@ -1,6 +1,7 @@
 """The C++ path against the torch path it replaces: the same numbers, in any company and on any number of threads."""
 
 import os
+import platform
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ from engine.layers import sampler
 from engine.layers.sampler import Draw
 from engine.messages import Sampling
 from engine.models.registry import read_spec
-from engine.native import build, sampling
+from engine.native import build, decoder, sampling
 from engine.native.build import NoNative
 from engine.native.decoder import unsupported
+from engine.native.library import functions
 from engine.native.weights import interleave, quantize
 from engine.runner.build import build_forward
 from engine.runner.forward import Forward
@@ -311,6 +313,25 @@ def no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path
     build.library.cache_clear()
     yield tmp_path
     build.library.cache_clear()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86 instruction sets")
+def test_a_cpu_with_narrower_vectors_gives_the_torch_paths_states_too(
+    no_library: Path, monkeypatch: pytest.MonkeyPatch, model_dir: Path, make_forward: Make
+) -> None:
+    wide = "avx512f" in Path("/proc/cpuinfo").read_text()
+    below = "-march=x86-64-v3" if wide else "-march=x86-64-v2"
+    flags = tuple(below if flag == "-march=native" else flag for flag in build.FLAGS)
+    expected = play(make_forward(model_dir, native=False))
+    monkeypatch.setattr(build, "FLAGS", flags)
+    narrow = functions.__wrapped__()
+    assert narrow.whet_instructions() == (b"avx2" if wide else b"generic")
+    monkeypatch.setattr(decoder, "functions", lambda: narrow)
+    assert furthest(play(make_forward(model_dir)), expected) < 1e-4
+    precisions: list[tuple[Precision, float]] = [("bf16", 0.02), ("int8", 0.06)]
+    for precision, share in precisions:
+        found = play(make_forward(model_dir, precision=precision))
+        assert all((a - b).norm() < share * b.norm() for a, b in zip(found, expected, strict=True)), precision
 
 
 def test_without_a_compiler_torch_serves_and_int8_is_refused(
