@@ -34,12 +34,15 @@ def add_commands(app: typer.Typer) -> None:
 def train(
     project: Project,
     dataset: Annotated[str, typer.Option(help="Which dataset to learn from.")] = "golden",
-    param: Annotated[list[str] | None, typer.Option(help="name=value, such as epochs=2; repeatable.")] = None,
+    param: Annotated[
+        list[str] | None, typer.Option("--param", "--set", help="name=value, such as epochs=2; repeatable.")
+    ] = None,
+    kind: Annotated[str, typer.Option(help="`sft` trains an adapter, `speculator` heads on the log.")] = "sft",
     follow: Annotated[bool, typer.Option(help="Stay until the run ends.")] = True,
 ) -> None:
-    """Build a revision, train, gate and swap. Exit code 1 unless the run succeeds."""
+    """Build a revision (or read the log), train, gate and swap. Exit code 1 unless the run succeeds."""
     client = AdminClient(Settings())
-    body = {"params": _parameters(param or []), "dataset": dataset}
+    body = {"params": _parameters(param or []), "dataset": dataset, "kind": kind}
     run = client.post(f"/api/p/{project}/runs", body)
     print(f"run {run['id']} started")
     if follow and follow_run(client, run["id"])["state"] != "succeeded":
@@ -182,7 +185,8 @@ def follow_run(client: AdminClient, run_id: str) -> dict[str, Any]:
             if run["state"] in FINAL and not run["events"]:
                 break
             time.sleep(POLL_SECONDS if run["state"] not in FINAL else 0)
-    _print(f"[bold]{run['state']}[/bold]: {run['phase']}  adapter {short(run['artifact_digest'])}")
+    made = "heads" if run["kind"] == "speculator" else "adapter"
+    _print(f"[bold]{run['state']}[/bold]: {run['phase']}  {made} {short(run['artifact_digest'])}")
     if run["error"]:
         _print(run["error"], markup=False)
     for reason in (run["evaluation"] or {}).get("reasons", []):
@@ -198,6 +202,9 @@ def _show_event(progress: Progress, task: TaskID, event: dict[str, Any]) -> None
     elif event["kind"] == "progress":
         numbers = " ".join(f"{name} {value:.4g}" for name, value in payload.items() if isinstance(value, int | float))
         progress.update(task, completed=event["step"], total=payload.get("steps"), numbers=numbers)
+    elif event["kind"] == "gate" and "decision" in payload:
+        for reason in payload["reasons"]:
+            progress.console.print(f"  {reason}", markup=False, highlight=False)
     elif "line" in payload:
         progress.console.print(str(payload["line"]), markup=False, highlight=False)
 
