@@ -72,7 +72,7 @@ static float soften(float *scores, int from, int to) {
     return sum(total);
 }
 
-// `some` vectors of the heads' outputs, beginning with vector `v`.
+// V vectors of each query's output, the first of them vector `v`.
 template <class A, int N, int V>
 static void mix_some(const Pages<A> &pages, const float *scores, size_t stride, const float *sums, int from, int to, int v,
                      uint8_t *const *out) {
