@@ -288,8 +288,9 @@ class Corpus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepCost(msgspec.Struct, frozen=True, kw_only=True):
-    """Milliseconds of a step of so many tokens whose rows have so much context: what drafting is weighed with."""
+    """Milliseconds of a step of so many rows and tokens behind so much context: what drafting is weighed with."""
 
+    rows: int
     tokens: int
     context: int
     milliseconds: float

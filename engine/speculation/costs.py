@@ -1,7 +1,7 @@
-"""What a step costs: milliseconds by its tokens and the context behind them, measured at start and kept up to date.
+"""What a step costs: milliseconds by its rows, its tokens and the context behind them.
 
 Tokens that a step verifies are nearly free on hardware that waits for memory and dear on hardware that waits for
-arithmetic: where the line runs is measured, not assumed.
+arithmetic: where the line runs is measured at start and corrected by every real step, not assumed.
 """
 
 import time
@@ -11,100 +11,123 @@ from itertools import pairwise
 
 from engine.messages import StepCost
 
-# Share of a new observation, and how far from what was expected it may lie: beyond that the machine did other work.
-WEIGHT, ODD = 0.05, 4.0
-REFRESH_STEPS = 64
-REPEATS = 3
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+# Costs are told apart by the rows of a step and by the mean context behind them, at most so many.
+ROWS, CONTEXTS = (1, 4, 16, 64), (128, 768)
+# Share of a new observation: in the whole line, because the machine became slower or faster, and in the nearest points.
+# One that is further off than ODD times what was expected says something about the machine's other work.
+WHOLE, NEAR, ODD = 0.02, 0.05, 3.0
+REFRESH_STEPS = 32
+REPEATS = 2
 # Start-up must not wait for a large model's largest steps: the rest is extrapolated.
-MEASURE_SECONDS = 0.5
+MEASURE_SECONDS = 0.8
+# What a step costs beyond the forward and the sampler, until real steps tell.
+OVERHEAD_SECONDS = 1e-4
 
-Measure = Callable[[int, int], None]
+Measure = Callable[[int, int, int], None]
+
+
+class Line:
+    """Seconds of steps with about so many rows and so much context, by tokens: measured points, linear between."""
+
+    def __init__(self, rows: int, context: int, most: int) -> None:
+        self.rows, self.context, self._most = rows, context, most
+        self.sizes = [size for size in SIZES if min(rows, most) <= size < most] + [most]
+        self.points = [1e-3 * (1 + size / 16) for size in self.sizes]
+        self.known = 0
+        self.table: list[float] = []
+        self._seen = 0
+        self.refresh()
+
+    def measured(self, seconds: float) -> None:
+        """The next point."""
+        self.points[self.known] = seconds + OVERHEAD_SECONDS
+        self.known += 1
+
+    def extrapolate(self, like: "Line | None") -> None:
+        """Points that were too dear to measure: another line's rises if it got further, else the last slope."""
+        for column in range(max(1, self.known), len(self.points)):
+            size, before = self.sizes[column], self.sizes[column - 1]
+            other = like.sizes.index(size) if like is not None and size in like.sizes else 0
+            if like is not None and 0 < other < like.known:
+                rise = like.points[other] - like.points[other - 1]
+            else:
+                start = max(0, column - 2)
+                run = self.sizes[column - 1] - self.sizes[start]
+                slope = (self.points[column - 1] - self.points[start]) / run if run else self.points[0] / 16
+                rise = max(0.0, slope) * (size - before)
+            self.points[column] = self.points[column - 1] + rise
+        self.refresh()
+
+    def learn(self, tokens: int, seconds: float) -> None:
+        """A real step of this size took so long."""
+        ratio = min(max(seconds / self.table[tokens], 1 / ODD), ODD)
+        right = bisect_left(self.sizes, tokens)
+        left = max(0, right - 1) if self.sizes[right] != tokens else right
+        gap = max(1, self.sizes[right] - self.sizes[left])
+        for column in range(len(self.points)):
+            near = 1 - abs(self.sizes[column] - tokens) / gap if column in (left, right) else 0.0
+            self.points[column] *= 1 + (WHOLE + NEAR * near) * (ratio - 1)
+        self._seen += 1
+        if self._seen % REFRESH_STEPS == 0:
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Entry by number of tokens, never falling; those below the first point repeat it."""
+        rising: list[float] = []
+        for seconds in self.points:
+            rising.append(max(seconds, rising[-1]) if rising else seconds)
+        dense = [rising[0]] * (self.sizes[0] + 1)
+        for (size, low), (upper, high) in pairwise(zip(self.sizes, rising, strict=True)):
+            dense += [low + (high - low) * (at - size) / (upper - size) for at in range(size + 1, upper + 1)]
+        self.table = dense
 
 
 class StepCosts:
-    """Seconds of steps of 1 .. `most` tokens at a few lengths of context; monotone in tokens, linear between points."""
+    """Seconds of steps of 1 .. `most` tokens."""
 
-    def __init__(self, most: int, contexts: list[int]) -> None:
+    def __init__(self, most: int) -> None:
         self._most = most
-        self._sizes = [size for size in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256) if size < most]
-        self._sizes.append(most)
-        self._contexts = contexts
-        self._points = [[1e-3 * (1 + size / 16) for size in self._sizes] for _ in contexts]
-        self._tables: list[list[float]] = []
-        self._seen = 0
-        self._refresh()
+        self._lines = [Line(rows, context, most) for rows in ROWS for context in CONTEXTS]
 
     def measure(self, run: Measure, seconds: float = MEASURE_SECONDS) -> None:
-        """Time `run(tokens, context)` at every point, cheapest first, for about so long; the rest follows the slope."""
+        """Time `run(rows, tokens, context)` at every point, small steps first, for about so long."""
+        run(1, 1, CONTEXTS[0])
         began = time.perf_counter()
-        known = [0] * len(self._contexts)
-        for column, size in enumerate(self._sizes):
-            for line, context in enumerate(self._contexts):
-                if known[line] == column and time.perf_counter() - began < seconds:
-                    self._points[line][column] = min(_timed(run, size, context) for _ in range(REPEATS))
-                    known[line] += 1
-        for line, count in enumerate(known):
-            self._extrapolate(line, max(count, 1), known)
-        self._refresh()
+        for size in [*SIZES, self._most]:
+            for line in self._lines:
+                due = line.known < len(line.sizes) and line.sizes[line.known] == size
+                if due and time.perf_counter() - began < seconds:
+                    line.measured(min(_timed(run, line, size) for _ in range(REPEATS)))
+        furthest = max(self._lines, key=lambda line: line.sizes[line.known - 1] if line.known else 0)
+        for line in self._lines:
+            line.extrapolate(furthest if line is not furthest else None)
 
-    def table(self, context: float) -> list[float]:
-        """Seconds by number of tokens, for rows with about so much context; entry 0 is that of one token."""
-        return self._tables[min(bisect_left(self._contexts, context), len(self._contexts) - 1)]
+    def table(self, rows: int, context: float) -> list[float]:
+        """Seconds by number of tokens, for steps with about so many rows and so much context."""
+        return self._line(rows, context).table
 
-    def learn(self, tokens: int, context: float, seconds: float) -> None:
-        """A real step of this size took so long."""
-        if tokens > self._most:
-            return
-        line = min(bisect_left(self._contexts, context), len(self._contexts) - 1)
-        ratio = min(max(seconds / self._tables[line][tokens], 1 / ODD), ODD)
-        right = bisect_left(self._sizes, tokens)
-        points = self._points[line]
-        for column, size in ((right, self._sizes[right]), (right - 1, self._sizes[right - 1])):
-            # The nearer point learns more.
-            near = 1.0 - min(1.0, abs(size - tokens) / max(1, self._sizes[right] - self._sizes[right - 1]))
-            if column >= 0 and (near or size == tokens):
-                points[column] *= 1 + WEIGHT * near * (ratio - 1)
-        self._seen += 1
-        if self._seen % REFRESH_STEPS == 0:
-            self._refresh()
+    def learn(self, rows: int, tokens: int, context: float, seconds: float) -> None:
+        """A real step took so long."""
+        if tokens <= self._most:
+            self._line(rows, context).learn(tokens, seconds)
 
     def report(self) -> list[StepCost]:
         """The points, for people to read."""
         return [
-            StepCost(tokens=size, context=context, milliseconds=round(1000 * seconds, 4))
-            for context, points in zip(self._contexts, self._points, strict=True)
-            for size, seconds in zip(self._sizes, points, strict=True)
+            StepCost(rows=line.rows, tokens=size, context=line.context, milliseconds=round(1000 * seconds, 4))
+            for line in self._lines
+            for size, seconds in zip(line.sizes, line.points, strict=True)
         ]
 
-    def _extrapolate(self, line: int, known: int, all_known: list[int]) -> None:
-        """Points that were too dear to measure: those of another context if it got further, else the last slope."""
-        points = self._points[line]
-        further = next((other for other, count in enumerate(all_known) if count > known), None)
-        for column in range(known, len(points)):
-            if further is not None and column < all_known[further]:
-                points[column] = points[column - 1] + self._points[further][column] - self._points[further][column - 1]
-                continue
-            last, before = (column - 1, column - 2) if column > 1 else (0, 0)
-            rise = points[last] - points[before]
-            run = self._sizes[last] - self._sizes[before]
-            slope = rise / run if run else points[0] / 16
-            points[column] = points[column - 1] + max(0.0, slope) * (self._sizes[column] - self._sizes[column - 1])
-
-    def _refresh(self) -> None:
-        self._tables = [self._dense(points) for points in self._points]
-
-    def _dense(self, points: list[float]) -> list[float]:
-        """Entry by number of tokens (entry 0 repeats that of 1), never falling."""
-        rising: list[float] = []
-        for seconds in points:
-            rising.append(max(seconds, rising[-1]) if rising else seconds)
-        dense = [rising[0]] * 2
-        for (size, low), (upper, high) in pairwise(zip(self._sizes, rising, strict=True)):
-            dense += [low + (high - low) * (at - size) / (upper - size) for at in range(size + 1, upper + 1)]
-        return dense
+    def _line(self, rows: int, context: float) -> Line:
+        """The nearest line from above: 5 rows are more like 4 than like 16, 10 more like 16."""
+        row = min(range(len(ROWS)), key=lambda at: abs(ROWS[at] - rows) / ROWS[at])
+        column = min(bisect_left(CONTEXTS, context / 2), len(CONTEXTS) - 1)
+        return self._lines[row * len(CONTEXTS) + column]
 
 
-def _timed(run: Measure, tokens: int, context: int) -> float:
+def _timed(run: Measure, line: Line, tokens: int) -> float:
     began = time.perf_counter()
-    run(tokens, context)
+    run(line.rows, tokens, line.context)
     return time.perf_counter() - began

@@ -31,8 +31,7 @@ LEAD_TOKENS = 4
 HOPELESS, PROBE_STEPS = 0.97, 64
 # What learning past responses may take of a step.
 STUDY_SECONDS = 0.001
-# Lengths of context that step costs are told apart by. They change slowly: not every step need be looked at.
-CONTEXTS = [64, 256, 1024]
+# Costs change slowly: not every step need be looked at.
 LEARN_STEPS = 4
 
 
@@ -81,7 +80,7 @@ class Drafting:
     def plan(self, rows: list[Row], step_tokens: int) -> list[Row]:
         """The rows with drafts behind those that should have one; with them the step has at most `step_tokens`."""
         self._steps += 1
-        able = [index for index, row in enumerate(rows) if may_draft(row)] if self._active else []
+        able = [index for index, row in enumerate(rows) if self._asked(row)] if self._active else []
         if not able:
             return rows
         batch = Batch.of(rows, self.costs, step_tokens)
@@ -94,6 +93,7 @@ class Drafting:
         planned = list(rows)
         self._drafted, before = False, self._drafted
         for index, (one, length) in zip(able, self.policy.select(tries, batch, drafting=before), strict=True):
+            state_of(rows[index].sequence).count(drafted=length > 0)
             if one is not None and length:
                 planned[index] = self._with_draft(rows[index], one.tokens[:length])
                 self._drafted = True
@@ -141,7 +141,8 @@ class Drafting:
         """A step of these rows took so long, all in all. Steps that read prompts say nothing about generating."""
         if self._steps % LEARN_STEPS == 0 and all(row.samples for row in rows):
             tokens = sum(row.length for row in rows)
-            self.costs.learn(tokens, sum(row.sequence.computed for row in rows) / len(rows), seconds)
+            context = sum(row.sequence.computed for row in rows) / len(rows)
+            self.costs.learn(len(rows), tokens, context, seconds)
 
     def end(self, sequence: Sequence, *, learn: bool) -> None:
         """Let go of what a sequence holds; its answer joins its namespace's corpus."""
@@ -161,6 +162,10 @@ class Drafting:
         for lesson in self._lessons:
             if lesson.namespace == namespace:
                 lesson.responses.clear()
+
+    def _asked(self, row: Row) -> bool:
+        """Whether the drafters are asked about this row in this step."""
+        return may_draft(row) and (self.policy.eager or not state_of(row.sequence).rests())
 
     def _with_draft(self, row: Row, tokens: list[int]) -> Row:
         """The row with as many of these tokens behind it as there are blocks for."""
@@ -253,7 +258,7 @@ def make_drafting(
     """Everything that drafts for one engine of `positions` positions, its costs measured."""
     corpora = Corpora(native=config.native, capacity=config.suffix_tokens)
     proposing = Proposing(corpora, Speculators(runner.forward, config, base, wake))
-    costs = StepCosts(config.step_tokens, CONTEXTS)
+    costs = StepCosts(config.step_tokens)
     if config.speculation:
         costs.measure(rehearsal(runner, scheduler.pool, positions))
     return Drafting(proposing, costs, scheduler, policy=Adaptive(), active=config.speculation)

@@ -28,7 +28,7 @@ class Batch(NamedTuple):
         """Count a step's rows."""
         tokens = sum(row.length for row in rows)
         context = sum(row.sequence.computed for row in rows) / len(rows)
-        return cls(tokens, sum(row.samples for row in rows), costs.table(context), most)
+        return cls(tokens, sum(row.samples for row in rows), costs.table(len(rows), context), most)
 
     @property
     def room(self) -> int:

@@ -10,28 +10,25 @@ from engine.runner.runner import Runner
 from engine.scheduling.scheduler import Row
 from engine.sequence import Sequence
 
-# Rows of a measured step verify up to so many tokens each.
-ROW_TOKENS = 8
 
-
-def rehearsal(runner: Runner, pool: BlockPool, positions: int) -> Callable[[int, int], None]:
-    """A function of (tokens, context) that computes and samples such a step. It writes to blocks nobody holds yet."""
+def rehearsal(runner: Runner, pool: BlockPool, positions: int) -> Callable[[int, int, int], None]:
+    """A function of (rows, tokens, context) that computes and samples such a step. It writes to blocks nobody holds."""
     sampling = Sampling(temperature=0.0, seed=0, max_tokens=1)
-    blocks, block_size = pool.total, pool.block_size
+    blocks, size = pool.total, pool.block_size
 
-    def run(tokens: int, context: int) -> None:
-        context = max(0, min(context, positions, blocks * block_size) - ROW_TOKENS)
-        rows, free = [], blocks
-        for start in range(0, tokens, ROW_TOKENS):
-            length = min(ROW_TOKENS, tokens - start)
-            request = Generate(id="", prompt=[0] * (context + 1), sampling=sampling)
-            sequence = Sequence(b"", request, 0, positions)
-            sequence.computed = context
-            needed = -(-(context + length) // block_size)
+    def run(rows: int, tokens: int, context: int) -> None:
+        made, free = [], blocks
+        rows = min(rows, tokens)
+        for number in range(rows):
+            length = tokens // rows + (number < tokens % rows)
+            start = max(0, min(context, positions - length, blocks * size - length))
+            sequence = Sequence(b"", Generate(id="", prompt=[0] * (start + 1), sampling=sampling), 0, positions)
+            sequence.computed = start
+            needed = -(-(start + length) // size)
             # Rows of a large step share what the cache holds.
-            table = np.arange(free - needed, free) % blocks + 1
-            sequence.table, free = table.astype(np.int64), free - needed
-            rows.append(Row(sequence, length, (0,) * (length - 1)))
-        runner.step(rows)
+            sequence.table = (np.arange(free - needed, free) % blocks + 1).astype(np.int64)
+            free -= needed
+            made.append(Row(sequence, length, (0,) * (length - 1)))
+        runner.step(made)
 
     return run

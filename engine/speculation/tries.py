@@ -12,6 +12,8 @@ from engine.speculation.acceptance import Counts
 from engine.speculation.corpora import Memory
 
 MOST_DRAFTED = 16
+# Proposals in a row that may be worth nothing before fewer are asked for, down to one in so many steps.
+PATIENCE, LONGEST_REST = 4, 15
 
 
 class Try(NamedTuple):
@@ -38,9 +40,22 @@ class Speculation:
     fed: int = 0
     tries: list[Try] = field(default_factory=list)
     branch: Branch | None = None
+    # Proposals in a row of which nothing was verified, and how many steps are not asked about because of that.
+    misses: int = 0
+    rest: int = 0
     # Drafts that the last step verified, and the slot of the heads among them, to be reported.
     drafts: list[Draft] = field(default_factory=list)
     slot: int = 0
+
+    def rests(self) -> bool:
+        """Whether this step passes without asking: text that was not foreseen for long rarely is in the next step."""
+        self.rest -= 1
+        return self.rest >= 0
+
+    def count(self, *, drafted: bool) -> None:
+        """A proposal was asked for, and something of it verified or not."""
+        self.misses = 0 if drafted else self.misses + 1
+        self.rest = 0 if self.misses < PATIENCE else min(LONGEST_REST, 1 << (self.misses - PATIENCE))
 
 
 def state_of(sequence: Sequence) -> Speculation:

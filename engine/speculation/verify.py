@@ -30,7 +30,8 @@ def verify(rows: Many[Row], sampled: Sampled) -> list[Verified]:
 
 
 def _accepted(drafted: tuple[int, ...], first: int, sampled: Sampled) -> int:
+    """Tokens that came out. A place with a fault is not gone to: without a draft the next step may find none there."""
     for count, token in enumerate(drafted):
-        if sampled.token_ids[first + count] != token or sampled.faults[first + count] is not None:
+        if sampled.token_ids[first + count] != token or sampled.faults[first + count + 1] is not None:
             return count
     return len(drafted)

@@ -197,18 +197,18 @@ class Always:
 class Falling(StepCosts):
     """Steps that cost the less the more they compute: every branch pays."""
 
-    def table(self, context: float) -> list[float]:
+    def table(self, rows: int, context: float) -> list[float]:
         """Half for every token more."""
         return [0.5**tokens for tokens in range(self._most + 1)]
 
-    def learn(self, tokens: int, context: float, seconds: float) -> None:
+    def learn(self, rows: int, tokens: int, context: float, seconds: float) -> None:
         """Nothing to learn."""
 
 
 def force(core: Engine, *drafters: Drafter, policy: Always | None = None) -> None:
     """Draft in every step: with these in the places of suffix and heads, or with those the engine has."""
     core.drafting.policy = policy or Always()
-    core.drafting.costs = Falling(core.config.step_tokens, [1])
+    core.drafting.costs = Falling(core.config.step_tokens)
     proposing: Any = core.drafting._proposing
     proposing.__dict__.pop("ask", None)
     if not drafters:
