@@ -1,6 +1,7 @@
 """The gate for heads as a pure function: what it must promote, what it must refuse, and what it predicts."""
 
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,9 +12,9 @@ from worker.gate.speculator import Cost, Drafter, Held, drafting_ms, goodput, ju
 from worker.gate.speculator_job import evidence, judge_report, middling
 
 # A machine that waits for memory: sixteen tokens cost little more than one.
-CHEAP = [Cost(1, 1.0), Cost(16, 1.3), Cost(64, 2.0)]
+CHEAP = [Cost(1, 1, 1.0), Cost(1, 16, 1.3), Cost(1, 64, 2.0)]
 # One that waits for arithmetic.
-DEAR = [Cost(1, 1.0), Cost(16, 16.0), Cost(64, 64.0)]
+DEAR = [Cost(1, 1, 1.0), Cost(1, 16, 16.0), Cost(1, 64, 64.0)]
 GOOD = Drafter((0.8, 0.6, 0.4, 0.3), {1: 0.05, 16: 0.1})
 POOR = Drafter((0.5, 0.2, 0.1, 0.05), {1: 0.05, 16: 0.1})
 
@@ -96,24 +97,29 @@ def test_without_a_table_of_costs_only_yield_decides() -> None:
 def test_goodput_is_never_below_not_drafting(chances: list[float], milliseconds: float) -> None:
     survival = sorted(chances, reverse=True)
     for rows in (1, 16):
-        assert goodput(rows, Drafter(survival, {1: milliseconds}), DEAR) >= 1000 * rows / step_ms(rows, DEAR) - 1e-9
+        assert (
+            goodput(rows, Drafter(survival, {1: milliseconds}), DEAR) >= 1000 * rows / step_ms(rows, rows, DEAR) - 1e-9
+        )
 
 
 def test_goodput_is_tokens_over_time() -> None:
     always = Drafter((1.0,), {1: 0.5})
 
-    assert goodput(1, always, [Cost(1, 1.0), Cost(2, 1.0)]) == pytest.approx(1000 * 2 / 1.5)
+    assert goodput(1, always, [Cost(1, 1, 1.0), Cost(1, 2, 1.0)]) == pytest.approx(1000 * 2 / 1.5)
 
 
 def test_steps_between_and_beyond_the_measured_are_linear() -> None:
-    assert step_ms(1, CHEAP) == 1.0
-    assert step_ms(40, CHEAP) == pytest.approx(1.65)
-    assert step_ms(112, CHEAP) == pytest.approx(2.7)
+    assert step_ms(1, 1, CHEAP) == 1.0
+    assert step_ms(1, 40, CHEAP) == pytest.approx(1.65)
+    assert step_ms(1, 112, CHEAP) == pytest.approx(2.7)
+    by_rows = [*CHEAP, Cost(16, 16, 3.0), Cost(16, 64, 6.0)]
+    assert step_ms(12, 64, by_rows) == 6.0
+    assert step_ms(2, 64, by_rows) == 2.0
     assert drafting_ms(4, GOOD) == 0.1
     assert drafting_ms(99, GOOD) == 0.1
 
 
-def measured(incumbent: bool) -> dict[str, object]:
+def measured(incumbent: bool) -> dict[str, Any]:
     rows = [
         {"group": "", "tokens": 40, "temperature": 0.0, "candidate": row.candidate, "incumbent": row.incumbent}
         for row in held(40, 3.0, 2.0)
@@ -129,10 +135,10 @@ def measured(incumbent: bool) -> dict[str, object]:
 
 def test_the_trainers_report_and_the_engines_table_are_what_is_judged() -> None:
     table = [
-        StepCost(tokens=tokens, context=context, milliseconds=tokens * 0.1 + context / 1000)
+        StepCost(rows=1, tokens=tokens, context=context, milliseconds=tokens * 0.1 + context / 1000)
         for tokens in (1, 16, 64) for context in (64, 512, 2048)
     ]  # fmt: skip
-    assert middling(table)[0] == Cost(1, 0.1 + 0.512)
+    assert middling(table)[0] == Cost(1, 1, 0.1 + 0.512)
 
     first, better = judge_report(measured(incumbent=False), table), judge_report(measured(incumbent=True), table)
 

@@ -38,8 +38,9 @@ class Drafter:
 
 
 class Cost(NamedTuple):
-    """Milliseconds of a step of so many tokens."""
+    """Milliseconds of a step of so many tokens in so many rows."""
 
+    rows: int
     tokens: int
     milliseconds: float
 
@@ -108,17 +109,19 @@ def _goodputs(load: int, candidate: Drafter, incumbent: Drafter | None, costs: S
 
 def goodput(rows: int, drafter: Drafter, costs: Sequence[Cost]) -> float:
     """Tokens a second that so many rows get at the best number of drafts, none included."""
-    best, alive = rows / step_ms(rows, costs), 1.0
+    best, alive = rows / step_ms(rows, rows, costs), 1.0
     for count, chance in enumerate(drafter.survival, start=1):
         alive += chance
-        spent = step_ms(rows * (1 + count), costs) + count * drafting_ms(rows, drafter)
+        spent = step_ms(rows, rows * (1 + count), costs) + count * drafting_ms(rows, drafter)
         best = max(best, rows * alive / spent)
     return 1000 * best
 
 
-def step_ms(tokens: int, costs: Sequence[Cost]) -> float:
-    """A step of so many tokens: linear between the measured ones, and beyond the last by its slope."""
-    points = sorted(costs)
+def step_ms(rows: int, tokens: int, costs: Sequence[Cost]) -> float:
+    """A step of so many tokens, by what was measured with the likest number of rows: linear between two sizes, and
+    beyond the last by its slope."""
+    likest = min((cost.rows for cost in costs), key=lambda known: max(known / rows, rows / known))
+    points = sorted(cost for cost in costs if cost.rows == likest)
     if tokens <= points[0].tokens or len(points) == 1:
         return points[0].milliseconds
     after = next((place for place, point in enumerate(points) if point.tokens >= tokens), len(points) - 1)

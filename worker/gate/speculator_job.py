@@ -71,10 +71,10 @@ def _drafter(measured: Mapping[str, Any], name: str) -> Drafter:
 
 def middling(costs: list[StepCost]) -> list[Cost]:
     """The engine's table at its middle length of context."""
-    by_tokens: dict[int, list[float]] = defaultdict(list)
+    found: dict[tuple[int, int], list[float]] = defaultdict(list)
     for cost in costs:
-        by_tokens[cost.tokens].append(cost.milliseconds)
-    return [Cost(tokens, median(values)) for tokens, values in sorted(by_tokens.items())]
+        found[cost.rows, cost.tokens].append(cost.milliseconds)
+    return [Cost(rows, tokens, median(values)) for (rows, tokens), values in sorted(found.items())]
 
 
 def _conclude(lease: Lease, run_id: UUID, measured: Mapping[str, Any], verdict: Verdict) -> None:
