@@ -74,9 +74,10 @@ class GrammarMatcher:
         """How many of a draft's tokens would be admitted, in order. Nothing changes."""
         if self.complete or self.error:
             return 0
-        end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
+        odd = (place for place, token in enumerate(tokens) if token in stops or not self._knows(token))
+        end = next(odd, len(tokens))
         count = self._matcher.validate_tokens(list(tokens[:end]))
-        if count < end or end == len(tokens):
+        if count < end or end == len(tokens) or tokens[end] not in stops:
             return count
         return count + int(self._accepting_behind(tokens[:end]))
 
@@ -92,6 +93,8 @@ class GrammarMatcher:
         False when the draft is not admitted: nothing said about what follows it would mean anything. `early` asks for
         no stop yet; where nothing else is admitted, the grammar wins.
         """
+        if not all(map(self._knows, drafted)):
+            return False
         taken = self._matcher.try_consume_tokens(list(drafted)) if drafted else 0
         if taken == len(drafted):
             self._matcher.unsafe_compute_mask_ptr(words_W.ctypes.data, words_W.nbytes)
@@ -99,6 +102,10 @@ class GrammarMatcher:
         if taken:
             self._matcher.rollback(taken)
         return taken == len(drafted)
+
+    def _knows(self, token: int) -> bool:
+        """Models pad their vocabulary; only to be asked about such an id is an error for ever."""
+        return 0 <= token < self._vocab_size
 
     def _accepting_behind(self, tokens: Sequence[int]) -> bool:
         taken = self._matcher.try_consume_tokens(list(tokens))
@@ -122,14 +129,16 @@ def mask_(logits_RV: torch.Tensor, looks: Sequence[Lookahead]) -> dict[int, str]
     """Minus infinity on every token the grammars do not admit, for all rows at once.
 
     Rows without a grammar, or behind a draft that is not admitted, stay as they are. Returns why, for each row that has
-    no token left or whose grammar cannot go on. All matchers must be of one tokenizer.
+    no token left, whose draft is not admitted or whose grammar cannot go on. All matchers must be of one tokenizer.
     """
     if not looks:
         return {}
     words_PW = np.zeros((len(looks), looks[0].matcher.words), dtype=np.uint32)
+    astray = set()
     for look, words_W in zip(looks, words_PW, strict=True):
         if not look.matcher.fill(words_W, look.drafted, look.stops, look.early):
             words_W.fill(ALL)
+            astray.add(look.row)
     allowed_PV = unpack(words_PW, logits_RV.shape[1])
     forbidden_PV = torch.from_numpy(~allowed_PV).to(logits_RV.device)
     if len(looks) == len(logits_RV):
@@ -137,11 +146,11 @@ def mask_(logits_RV: torch.Tensor, looks: Sequence[Lookahead]) -> dict[int, str]
     else:
         rows_P = torch.tensor([look.row for look in looks], device=logits_RV.device)
         logits_RV.index_copy_(0, rows_P, logits_RV.index_select(0, rows_P).masked_fill_(forbidden_PV, float("-inf")))
-    return {
-        look.row: f"the grammar cannot go on: {look.matcher.error or 'it admits no token here'}"
-        for look, allowed_V in zip(looks, allowed_PV, strict=True)
-        if look.matcher.error or not allowed_V.any()
-    }
+    problems = dict.fromkeys(astray, "the draft is not admitted")
+    for look, allowed_V in zip(looks, allowed_PV, strict=True):
+        if look.matcher.error or not allowed_V.any():
+            problems[look.row] = f"the grammar cannot go on: {look.matcher.error or 'it admits no token here'}"
+    return problems
 
 
 def _edit_stops(words_W: Words, stops: Collection[int], *, admitted: bool, early: bool) -> None:

@@ -15,13 +15,15 @@ def rehearsal(runner: Runner, pool: BlockPool, positions: int) -> Callable[[int,
     """A function of (rows, tokens, context) that computes and samples such a step. It writes to blocks nobody holds."""
     sampling = Sampling(temperature=0.0, seed=0, max_tokens=1)
     blocks, size = pool.total, pool.block_size
+    longest = min(positions, blocks * size)
 
     def run(rows: int, tokens: int, context: int) -> None:
         made, free = [], blocks
-        rows = min(rows, tokens)
+        # No row is longer than a sequence can be.
+        rows = min(tokens, max(rows, -(-tokens // longest)))
         for number in range(rows):
             length = tokens // rows + (number < tokens % rows)
-            start = max(0, min(context, positions - length, blocks * size - length))
+            start = min(context, longest - length)
             sequence = Sequence(b"", Generate(id="", prompt=[0] * (start + 1), sampling=sampling), 0, positions)
             sequence.computed = start
             needed = -(-(start + length) // size)

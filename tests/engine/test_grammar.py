@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import jsonschema
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -290,6 +291,22 @@ def test_a_rolled_back_matcher_equals_one_that_never_went_ahead(
     assert not ahead.complete
 
 
+@pytest.mark.parametrize("unknown", [KNOWN, VOCABULARY - 1, VOCABULARY, 2**40, -1])
+def test_a_draft_of_ids_that_no_text_has_is_not_admitted_and_leaves_nothing_behind(
+    compiler: GrammarCompiler, backend: tokenizers.Tokenizer, unknown: int
+) -> None:
+    matcher, fresh = compiler.compile(regex("ab{3}")), compiler.compile(regex("ab{3}"))
+    letter = backend.encode("a").ids[0]
+    assert matcher.validate([letter, unknown, letter]) == 1
+    assert matcher.validate([letter, unknown], (unknown,)) == 1
+    words_PW = np.zeros((2, matcher.words), dtype=np.uint32)
+    assert not matcher.fill(words_PW[0], (letter, unknown))
+    assert not matcher.error
+    assert matcher.fill(words_PW[0], (letter,))
+    assert fresh.fill(words_PW[1], (letter,))
+    assert (words_PW[0] == words_PW[1]).all()
+
+
 def test_drafts_are_validated_to_their_first_inadmissible_token(
     compiler: GrammarCompiler, backend: tokenizers.Tokenizer
 ) -> None:
@@ -309,6 +326,8 @@ def test_places_behind_a_draft_draw_what_they_draw_once_it_is_accepted(
     draft = tuple(backend.encode('{"name": "Bo", "age": 12').ids)
     ahead = constrained(compiler.compile(schema(PERSON)), presence_penalty=1.0)
     logits = torch.randn(len(draft) + 1, VOCABULARY, generator=torch.Generator().manual_seed(1))
+    # The draft comes: places behind one that did not are left out.
+    logits[range(len(draft)), draft] += 40
     together = draw_at([Place(ahead, draft[:count]) for count in range(len(draft) + 1)], logits.clone())
     assert list(together.faults) == [None] * (len(draft) + 1)
     walking = constrained(compiler.compile(schema(PERSON)), presence_penalty=1.0)
@@ -320,14 +339,14 @@ def test_places_behind_a_draft_draw_what_they_draw_once_it_is_accepted(
     assert draw_at([Place(walking)], logits[-1:].clone()).token_ids[0] == together.token_ids[-1]
 
 
-def test_behind_a_draft_that_is_not_admitted_nothing_fails_and_nothing_is_kept(
+def test_behind_a_draft_that_is_not_admitted_is_a_fault_of_that_place_alone(
     compiler: GrammarCompiler, backend: tokenizers.Tokenizer
 ) -> None:
     sequence = constrained(compiler.compile(regex("[0-9]{3}")))
     one, letter = backend.encode("1").ids[0], backend.encode("x").ids[0]
     places = [Place(sequence), Place(sequence, (letter,)), Place(sequence, (letter, one)), Place(sequence, (one, EOS))]
     drawn = draw_at(places, torch.randn(4, VOCABULARY))
-    assert list(drawn.faults) == [None] * 4
+    assert [fault is None for fault in drawn.faults] == [True, False, False, False]
     assert run([sequence]) == ["stop"]
     assert re.fullmatch("[0-9]{3}", backend.decode(sequence.tokens[2:]))
 
