@@ -10,8 +10,9 @@ from engine.models.spec import DecoderSpec
 
 # Below this many parameters a second thread gains nothing (measured on the starter model's shape).
 ONE_THREAD_PARAMETERS = 50_000_000
-# Steps of a small model that are shorter than this stay on one thread: the other cores have a gateway to run.
-SOLO_TOKENS = 48
+# Steps of a small model that are shorter than this stay on one thread: the other cores have a gateway to run. Both are
+# about a millisecond's work, the second without AVX-512.
+SOLO_TOKENS, SOLO_TOKENS_NARROW = 48, 8
 CPU_BLOCK, CUDA_BLOCK = 16, 256
 
 
@@ -57,7 +58,8 @@ def choose_pool(config: EngineConfig, spec: DecoderSpec) -> Pool:
     if config.threads:
         return Pool(config.threads, 0)
     small = parameters(spec) < ONE_THREAD_PARAMETERS
-    return Pool(len(os.sched_getaffinity(0)), SOLO_TOKENS if small else 0)
+    solo = SOLO_TOKENS if torch.cpu.get_capabilities().get("avx512_f") else SOLO_TOKENS_NARROW
+    return Pool(len(os.sched_getaffinity(0)), solo if small else 0)
 
 
 def block_size(device: torch.device) -> int:

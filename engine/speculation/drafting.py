@@ -176,8 +176,8 @@ class Drafting:
 
     def _branches(self, planned: list[Row], able: list[int], tries: list[list[Try]], batch: Batch) -> list[Row]:
         """Second drafts, verified beside the first where that raises the rate: both share the noise, and the prefix."""
-        tokens = sum(row.length for row in planned)
-        expected = batch.expected + sum(
+        tokens = batch.tokens + sum(len(row.drafted) for row in planned)
+        expected = batch.tokens + sum(
             sum(tried(each, planned[index]).survival[: len(planned[index].drafted)])
             for index, each in zip(able, tries, strict=True)
             if planned[index].drafted

@@ -16,29 +16,29 @@ HYSTERESIS = 1.05
 
 
 class Batch(NamedTuple):
-    """A step as it is without drafts: its tokens, what they yield, and seconds by tokens; `most` tokens at most."""
+    """A step as it is without drafts: the tokens it yields, seconds by tokens that yield one or are drafted, and room.
+
+    Prompts that are read in the same step are left out: their tokens must be computed anyhow, and a step made long by
+    them does not make a drafted token cheaper than the later step that it may save.
+    """
 
     tokens: int
-    expected: int
     costs: list[float]
-    most: int
+    room: int
 
     @classmethod
     def of(cls, rows: Many[Row], costs: StepCosts, most: int) -> "Batch":
-        """Count a step's rows."""
-        tokens = sum(row.length for row in rows)
-        context = sum(row.sequence.computed for row in rows) / len(rows)
-        return cls(tokens, sum(row.samples for row in rows), costs.table(len(rows), context), most)
-
-    @property
-    def room(self) -> int:
-        """Drafted tokens that the step can take."""
-        return self.most - self.tokens
+        """Count a step's rows, of which some sample; with drafts it may have `most` tokens."""
+        sampling = [row for row in rows if row.samples]
+        context = sum(row.sequence.computed for row in sampling) / len(sampling)
+        table = costs.table(len(sampling), context)
+        room = min(most - sum(row.length for row in rows), len(table) - 1 - len(sampling))
+        return cls(len(sampling), table, room)
 
     @property
     def seconds_per_token(self) -> float:
         """What one more emitted token is worth."""
-        return self.costs[self.tokens] / max(1, self.expected)
+        return self.costs[self.tokens] / self.tokens
 
     @property
     def floor(self) -> float:
@@ -79,8 +79,8 @@ def lengths(survivals: Many[list[float]], batch: Batch, *, drafting: bool) -> li
     `survivals[i][j]` is the probability that row i's drafted tokens 0 .. j are all accepted.
     """
     base, costs = batch.tokens, batch.costs
-    best = batch.expected / costs[base] * (1.0 if drafting else HYSTERESIS)
-    taken, expected = 0, float(batch.expected)
+    best = base / costs[base] * (1.0 if drafting else HYSTERESIS)
+    taken, expected = 0, float(base)
     if len(survivals) == 1:
         order = [(-chance, 0, place) for place, chance in enumerate(survivals[0])]
     else:
@@ -100,7 +100,7 @@ def lengths(survivals: Many[list[float]], batch: Batch, *, drafting: bool) -> li
 
 def branch_pays(gain: float, extra: int, tokens: int, expected: float, batch: Batch) -> bool:
     """Whether a second draft beside the first raises the batch's rate: `gain` tokens for `extra` computed."""
-    if tokens + extra > batch.most:
+    if tokens + extra > batch.tokens + batch.room:
         return False
     return (expected + gain) / batch.costs[tokens + extra] > expected / batch.costs[tokens] * HYSTERESIS
 
