@@ -20,6 +20,10 @@ from engine.runner.graphs import GraphedForward, capturable
 from engine.runner.placement import block_size, choose_device, choose_dtype, choose_pool, choose_threads
 
 
+# Tokens a row of a captured step: one, or one and up to 4 or 16 drafted ones.
+DRAFTED_TIERS = (1, 5, 17)
+
+
 def build_forward(config: EngineConfig, spec: DecoderSpec, *, blocks: int, positions: int) -> Forward:
     """Load the model. Raises UnsupportedModel, and ValueError when the precision asked for cannot be had."""
     device, threads = choose_device(config), choose_threads(config, spec)
@@ -41,7 +45,8 @@ def build_forward(config: EngineConfig, spec: DecoderSpec, *, blocks: int, posit
     cache = KVCache(spec, blocks, block_size(device), dtype, device)
     attention = choose_attention(spec, cache, device)
     if isinstance(attention, VarlenAttention) and capturable(spec):
-        return GraphedForward(decoder, cache, attention, rows=config.max_running, longest=positions)
+        fresh = DRAFTED_TIERS if config.speculation else (1,)
+        return GraphedForward(decoder, cache, attention, rows=config.max_running, longest=positions, fresh=fresh)
     return TorchForward(decoder, cache, attention)
 
 
