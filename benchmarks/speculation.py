@@ -93,9 +93,9 @@ class Bench:
         return self._compare([[ask] for ask in asks], 1)
 
     def crowd(self, concurrency: int) -> Cell:
-        """Streams of the three applications at once, in blocks of three times as many requests."""
+        """Streams of the three applications at once, in blocks of at least as many requests."""
         learnt = self.requests
-        size = 3 * concurrency if concurrency < 64 else 96
+        size = max(concurrency, min(3 * concurrency, 48))
         blocks = []
         for number in range(self.pairs):
             mixed = [
@@ -120,7 +120,7 @@ class Bench:
     def hindsight(self, name: str, concurrency: int) -> Cell:
         """The policy against every fixed (drafter, length), also in turns; the best of them is chosen afterwards."""
         chosen = [name] if name != "mixed" else list(APPLICATIONS)
-        size = 1 if concurrency == 1 else 2 * concurrency
+        size = 1 if concurrency == 1 else max(8, concurrency)
         each = -(-size // len(chosen))
         policy, totals = Adaptive(), {}
         rates: dict[str, list[tuple[float, float]]] = {}
