@@ -18,11 +18,14 @@ from examples.loop.people import App
 from examples.loop.picture import draw
 from examples.loop.platform import Platform, PlatformError, platform
 from examples.loop.report import Gaps, Report, collect
+from examples.loop.turbo import Turbo
 from services.settings import Settings
 from services.store.base import make_sessions
 from services.store.models import Interaction, Project
 
 ROOT = Path(__file__).parents[1]
+# Prompts timed at each stage, a third of them without drafts.
+PROBES = 24
 STAGES = {
     "start": "start Postgres, Redis, engine, gateway, console, worker",
     "review": "two reviewers correct live answers",
@@ -30,6 +33,8 @@ STAGES = {
     "evaluate": "gate: candidate against what serves",
     "deploy": "verified, flipped",
     "serving": "traffic on the new weights",
+    "heads": "Turbo: heads trained for the new weights",
+    "trial": "Turbo: heads tried on a share of the traffic",
 }
 STAGE_OF_PHASE = {"evaluating": "evaluate", "refused": "evaluate", "staging": "deploy", "live": "deploy"}
 
@@ -43,6 +48,8 @@ class Display:
         self._current = ""
 
     def tell(self, progress: Progress) -> None:
+        if progress.stage == "probe":
+            return
         stage = progress.stage if progress.stage in STAGES else STAGE_OF_PHASE.get(progress.stage, "train")
         self._started.setdefault(stage, time.monotonic())
         self._progress[stage] = progress
@@ -98,7 +105,7 @@ def main() -> int:
 
 def _loop(console: Console) -> tuple[Report, App]:
     display = Display()
-    plan = Plan()
+    plan = Plan(probe=PROBES)
     with Live(display, console=console, refresh_per_second=4):
         display.tell(Progress("start", 0, 0))
         with platform() as running:
@@ -151,6 +158,18 @@ def rows(report: Report, app: App) -> list[tuple[str, str]]:
         ("weights served, before → after", f"{_short(report.digest_before)} → {_short(report.digest_after)}"),
         ("last correction → live", "not deployed" if live is None else f"{live:.0f} s"),
         ("gate", report.decision),
+        *turbo_rows(report.turbo),
+    ]
+
+
+def turbo_rows(turbo: Turbo) -> list[tuple[str, str]]:
+    """Decode rates of one stream: medians, quartiles, and beside them those of the same time without drafts."""
+    named = [(f"tokens/s of one stream, {stage.title}", str(stage.rates)) for stage in turbo.stages]
+    return [
+        *named,
+        ("tokens/s a stream in live traffic, base", str(turbo.before)),
+        ("tokens/s a stream in live traffic, adapter", str(turbo.after)),
+        ("heads", turbo.heads),
     ]
 
 

@@ -11,18 +11,34 @@ from uuid import UUID
 
 import httpx
 
+from examples.grammars.common import Message, stream
+from examples.grammars.simulate import APPLICATIONS
 from examples.loop.people import App, Reviewer
 from examples.loop.platform import Platform
+from examples.loop.turbo import PROBE
 
 REVIEW_SECONDS = 240
 UNFINISHED = ("queued", "running")
+# Enough plain answers to compare with, and a trial that a minute's traffic decides. Heads are trained once, when the
+# new weights have answered for a while: the usual cadence, by tokens, could begin in the middle of the adapter's run.
+SPECULATION = {
+    "baseline_share": 0.33,
+    "canary_share": 0.45,
+    "canary_requests": 20,
+    "first_tokens": 1_000_000_000,
+}
+WARM_REQUESTS = 50
+PROBE_SEED = 1
+# Gateways hear of a change within a second; some traffic with live heads then comes before the probe.
+GATEWAY_SECONDS = 6.0
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """One loop. `judgements` is where the reviewers stop: held-out items take two of them.
 
-    Traffic comes at `review_rate` requests a second until the reviewers are done, then at `rate`.
+    Traffic comes at `review_rate` requests a second until the reviewers are done, then at `rate`. With `probe` above 0
+    so many prompts are timed one after the other at each stage, and heads are trained and tried for the new weights.
     """
 
     application: str = "entities"
@@ -36,6 +52,9 @@ class Plan:
     calm_seconds: float = 20.0
     run_seconds: float = 420.0
     train: dict[str, Any] | None = None
+    probe: int = 0
+    heads_seconds: float = 120.0
+    trial_seconds: float = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +83,8 @@ def configure(platform: Platform, plan: Plan) -> None:
     }
     if plan.train:
         config["train"] = plan.train
+    if plan.probe:
+        config["speculation"] = SPECULATION
     with platform.admin() as admin:
         admin.patch(f"/api/projects/{plan.application}", json={"config": config}).raise_for_status()
 
@@ -128,21 +149,53 @@ def train(platform: Platform, plan: Plan, tell: Tell) -> UUID:
         answer = admin.post(f"/api/p/{plan.application}/runs", json={})
         answer.raise_for_status()
         run_id = UUID(answer.json()["id"])
-        deadline = time.monotonic() + plan.run_seconds
-        step, steps, seen = 0, 0, 0
-        while time.monotonic() < deadline:
-            run = admin.get(f"/api/runs/{run_id}", params={"after": seen}).raise_for_status().json()
-            for event in run["events"]:
-                seen = event["id"]
-                if event["kind"] == "phase":
-                    step, steps = 0, 0
-                if event["kind"] == "progress":
-                    step, steps = event["payload"].get("step", 0), event["payload"].get("steps", 0)
+        for run, step, steps in _events(admin, run_id, plan.run_seconds):
             tell(Progress(run["phase"], step, steps))
             if run["state"] not in UNFINISHED:
                 return run_id
-            time.sleep(0.4)
     raise LoopError(f"run {run_id} had not ended after {plan.run_seconds:.0f} s")
+
+
+def _events(admin: httpx.Client, run_id: UUID, seconds: float) -> Iterator[tuple[dict[str, Any], int, int]]:
+    """The run as it is now, with its phase's step and steps, again and again for so long."""
+    deadline = time.monotonic() + seconds
+    step, steps, seen = 0, 0, 0
+    while time.monotonic() < deadline:
+        run = admin.get(f"/api/runs/{run_id}", params={"after": seen}).raise_for_status().json()
+        for event in run["events"]:
+            seen = event["id"]
+            if event["kind"] == "phase":
+                step, steps = 0, 0
+            if event["kind"] == "progress":
+                step, steps = event["payload"].get("step", 0), event["payload"].get("steps", 0)
+        yield run, step, steps
+        time.sleep(0.4)
+
+
+def train_heads(platform: Platform, plan: Plan, tell: Tell) -> bool:
+    """Train heads for what serves now; whether they passed the gate. A run that takes too long is cancelled."""
+    with platform.admin() as admin:
+        answer = admin.post(f"/api/p/{plan.application}/runs", json={"kind": "speculator"})
+        run_id = UUID(answer.raise_for_status().json()["id"])
+        for run, step, steps in _events(admin, run_id, plan.heads_seconds):
+            tell(Progress("heads", step, steps))
+            if run["state"] not in UNFINISHED:
+                return bool(run["state"] == "succeeded" and run["phase"] in ("canary", "live"))
+        admin.post(f"/api/runs/{run_id}/cancel")
+    return False
+
+
+def try_heads(platform: Platform, plan: Plan, tell: Tell) -> bool:
+    """Wait for the trial's verdict on traffic, for a bounded time; whether the heads are live."""
+    started = time.monotonic()
+    with platform.admin() as admin:
+        while (passed := time.monotonic() - started) < plan.trial_seconds:
+            tell(Progress("trial", int(passed), int(plan.trial_seconds)))
+            heads = admin.get(f"/api/p/{plan.application}/speculator").raise_for_status().json()
+            if heads["canary"] is None:
+                return heads["live"] is not None
+            time.sleep(1)
+    return False
 
 
 def wait_shipped(count_rows: Callable[[], int], sent: int) -> None:
@@ -158,16 +211,72 @@ def run_loop(platform: Platform, plan: Plan, tell: Tell) -> tuple[UUID, App]:
     """Traffic from first to last; review, train and swap meanwhile. The app comes back stopped, with its counts."""
     configure(platform, plan)
     app = App(platform.gateway_url, platform.app_key, plan.application, clients=plan.clients, rate=plan.review_rate)
+    probe = Probe(app, plan, tell)
+    probe.run("start")
     app.start()
     try:
+        if plan.probe:
+            _wait_sent(app, WARM_REQUESTS)
+            probe.run("warm")
         with reviewers(platform, plan) as people:
             review(people, plan, tell)
         app.rate = plan.rate
         run_id = train(platform, plan, tell)
-        _linger(plan, tell)
+        _serve_new(platform, plan, tell, app, probe)
     finally:
         app.stop()
     return run_id, app
+
+
+class Probe:
+    """The same measurement at every stage: unseen prompts, one stream at a time, while the app is quiet.
+
+    No prompt comes twice, in or between stages: the suffix drafter would have its answer by heart.
+    """
+
+    def __init__(self, app: App, plan: Plan, tell: Tell) -> None:
+        self._app, self._count, self._tell = app, plan.probe, tell
+        self._prompts = stream(APPLICATIONS[plan.application], "held_out", PROBE_SEED)
+        self._sent: set[str] = set()
+
+    def run(self, stage: str) -> None:
+        """Send this stage's prompts; the log tells them by their user."""
+        if not self._count:
+            return
+        with self._app.quiet():
+            for number in range(self._count):
+                self._tell(Progress("probe", number, self._count))
+                self._app.ask(self._next(), f"{PROBE}{stage}")
+
+    def _next(self) -> list[Message]:
+        while (prompt := str((messages := next(self._prompts).messages)[-1])) in self._sent:
+            pass
+        self._sent.add(prompt)
+        return messages
+
+
+def _serve_new(platform: Platform, plan: Plan, tell: Tell, app: App, probe: Probe) -> None:
+    """Traffic on what serves now; with heads of its own, where they are wanted and worth it."""
+    app.rate = plan.review_rate if plan.probe else plan.rate
+    _linger(plan, tell)
+    if not plan.probe:
+        return
+    probe.run("adapted")
+    app.rate = plan.rate
+    passed = train_heads(platform, plan, tell)
+    app.rate = plan.review_rate
+    if passed and try_heads(platform, plan, tell):
+        time.sleep(GATEWAY_SECONDS)
+        probe.run("heads")
+
+
+def _wait_sent(app: App, count: int) -> None:
+    """Until the app has had so many answers."""
+    deadline = time.monotonic() + REVIEW_SECONDS
+    while app.counts.sent < count:
+        if time.monotonic() > deadline:
+            raise LoopError(f"the app had {app.counts.sent} answers after {REVIEW_SECONDS} s")
+        time.sleep(0.05)
 
 
 def _linger(plan: Plan, tell: Tell) -> None:

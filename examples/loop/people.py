@@ -5,11 +5,12 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import httpx
-from openai import OpenAI, OpenAIError
+from openai import OpenAI, OpenAIError, omit
 from openai.types.chat import ChatCompletionMessageParam
 
 from examples.grammars.common import Example, Message, stream
@@ -45,6 +46,9 @@ class App:
         self._prompts = stream(APPLICATIONS[application], "train", seed)
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        self._open = threading.Event()
+        self._open.set()
+        self._busy = 0
         self._openai = OpenAI(base_url=f"{gateway_url}/v1", api_key=key, max_retries=0, timeout=60)
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(clients)]
 
@@ -59,13 +63,26 @@ class App:
             thread.join(60)
         self._openai.close()
 
-    def ask(self, messages: list[Message]) -> str:
-        """One streamed request; counted, and raised again when it fails."""
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """No traffic meanwhile, once the requests in flight have ended."""
+        self._open.clear()
+        deadline = time.monotonic() + 60
+        while self._busy and time.monotonic() < deadline:
+            time.sleep(0.01)
+        try:
+            yield
+        finally:
+            self._open.set()
+
+    def ask(self, messages: list[Message], user: str | None = None) -> str:
+        """One streamed request; counted, and raised again when it fails. `user` is logged with it."""
         typed = cast(list[ChatCompletionMessageParam], messages)
         try:
             chunks = self._openai.chat.completions.create(
-                model=self._application, messages=typed, stream=True, temperature=0, max_tokens=MAX_TOKENS
-            )
+                model=self._application, messages=typed, stream=True, temperature=0, max_tokens=MAX_TOKENS,
+                user=user if user is not None else omit,
+            )  # fmt: skip
             text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
         except (OpenAIError, httpx.HTTPError) as error:
             with self._lock:
@@ -83,6 +100,9 @@ class App:
                 self.ask(example.messages)
             except (OpenAIError, httpx.HTTPError):
                 time.sleep(0.5)
+            finally:
+                with self._lock:
+                    self._busy -= 1
 
     def _examples(self) -> Iterator[Example]:
         while not self._stop.is_set():
@@ -91,7 +111,18 @@ class App:
                 due = max(self._next, time.monotonic())
                 self._next = due + 1 / self.rate
             self._stop.wait(due - time.monotonic())
+            self._enter()
             yield example
+
+    def _enter(self) -> None:
+        """Wait while it is to be quiet; who is counted as busy before the door shuts is waited for."""
+        while True:
+            self._open.wait()
+            with self._lock:
+                self._busy += 1
+                if self._open.is_set():
+                    return
+                self._busy -= 1
 
 
 class Reviewer:

@@ -2,6 +2,7 @@
 
 from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
 
 import matplotlib as mpl
 import numpy as np
@@ -12,22 +13,26 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from examples.loop.report import Report, Served, wilson
+from examples.loop.turbo import Timed
 
 INK, FAINT, GOOD, BAD, MARK = "#1c2430", "#8a94a3", "#0f8a6d", "#c2562d", "#3b5bdb"
 BINS = 40
+
+Row = TypeVar("Row", Served, Timed)
 
 
 def draw(report: Report, path: Path) -> None:
     """Write the picture; the format follows the file's suffix (.png or .svg)."""
     mpl.rcParams |= {"font.size": 10, "axes.edgecolor": FAINT, "text.color": INK, "axes.labelcolor": INK,
                      "xtick.color": FAINT, "ytick.color": FAINT, "svg.hashsalt": "whet"}  # fmt: skip
-    figure, (quality, latency) = plt.subplots(
-        2, 1, figsize=(9, 5.4), sharex=True, height_ratios=(3, 2), layout="constrained"
+    figure, (quality, latency, speed) = plt.subplots(
+        3, 1, figsize=(9, 7.6), sharex=True, height_ratios=(3, 2, 3), layout="constrained"
     )
     start = report.served[0].started
     _quality(quality, report, start)
     _latency(latency, report, start)
-    for axis in (quality, latency):
+    _speed(speed, report, start)
+    for axis in (quality, latency, speed):
         axis.spines[["top", "right"]].set_visible(False)
         axis.axvspan(
             _seconds(report.training_started_at, start), _seconds(report.training_finished_at, start),
@@ -36,6 +41,11 @@ def draw(report: Report, path: Path) -> None:
         axis.axvline(_seconds(report.last_correction_at, start), color=FAINT, linewidth=1, linestyle=":")
         if report.swapped_at:
             axis.axvline(_seconds(report.swapped_at, start), color=MARK, linewidth=1.2)
+        if report.turbo.heads_live_at:
+            axis.axvline(_seconds(report.turbo.heads_live_at, start), color=GOOD, linewidth=1.2)
+    speed.set_xlabel(
+        f"seconds since the first request · {report.rows:,} requests, {report.rows_not_finished_well} failed"
+    )
     figure.savefig(path, dpi=144, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
 
@@ -81,12 +91,41 @@ def _latency(axis: Axes, report: Report, start: datetime) -> None:
     axis.yaxis.set_major_formatter(ScalarFormatter())
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set_ylabel("longest pause\nin a stream, ms")
-    axis.set_xlabel(
-        f"seconds since the first request · {report.rows:,} requests, {report.rows_not_finished_well} failed"
-    )
 
 
-def _bins(served: list[Served], start: datetime) -> list[tuple[float, list[Served]]]:
+def _speed(axis: Axes, report: Report, start: datetime) -> None:
+    """Decode rate of every stream: medians in time bins, with drafts and without; the probes stand out."""
+    for drafted, colour, label in ((True, GOOD, "with drafts"), (False, FAINT, "without drafts")):
+        rows = [row for row in report.turbo.timed if row.drafted is drafted]
+        axis.scatter(
+            [_seconds(row.finished, start) for row in rows], [row.rate for row in rows],
+            s=4, color=colour, alpha=0.25, linewidths=0,
+        )  # fmt: skip
+        binned = _bins(rows, start)
+        medians = [float(np.median([row.rate for row in rows])) for _, rows in binned]
+        axis.plot([middle for middle, _ in binned], medians, color=colour, linewidth=1.6, label=label)
+        for stage in report.turbo.stages:
+            rates = stage.rates.drafted if drafted else stage.rates.plain
+            if rates:
+                reach = [[rates.median - rates.low], [rates.high - rates.median]]
+                axis.errorbar(
+                    [_seconds(stage.at, start)], [rates.median], reach,
+                    fmt="D", markersize=5, color=colour, ecolor=colour, markeredgecolor=INK,
+                )  # fmt: skip
+    if report.turbo.timed:
+        axis.set_ylim(0, 1.15 * float(np.percentile([row.rate for row in report.turbo.timed], 99)))
+        axis.legend(loc="lower left", fontsize=8, frameon=False, ncols=2)
+    for stage in report.turbo.stages:
+        axis.annotate(
+            stage.name, (_seconds(stage.at, start), 1), xycoords=("data", "axes fraction"), xytext=(0, -2),
+            textcoords="offset points", fontsize=8, color=MARK, ha="center", va="top",
+        )  # fmt: skip
+    axis.set_ylabel("tokens a second\nof one stream")
+
+
+def _bins(served: list[Row], start: datetime) -> list[tuple[float, list[Row]]]:
+    if not served:
+        return []
     times = np.array([_seconds(row.finished, start) for row in served])
     edges = np.linspace(0, times.max() + 1e-6, BINS + 1)
     which = np.digitize(times, edges) - 1

@@ -11,6 +11,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from examples.grammars.simulate import APPLICATIONS
+from examples.loop.turbo import FINISHED_WELL, Turbo, measure
 from services.store.models import (
     Annotation,
     DeploymentEvent,
@@ -23,7 +24,6 @@ from services.store.models import (
     RunEvent,
 )
 
-FINISHED_WELL = ("stop", "length")
 SWAP_MARGIN = timedelta(seconds=2)
 
 
@@ -97,6 +97,7 @@ class Report:
     train_examples: int
     corrections: int
     served: list[Served]
+    turbo: Turbo
 
     @property
     def seconds_to_live(self) -> float | None:
@@ -142,6 +143,7 @@ def collect(session: Session, run_id: UUID, application: str) -> Report:
         training_finished_at=training[1],
         swapped_at=flip.at if flip else None,
         served=served,
+        turbo=measure(session, run.project_id),
         **_learned_from(session, run),
     )
 
