@@ -27,6 +27,8 @@ SPECULATION = {
     "canary_requests": 20,
     "first_tokens": 1_000_000_000,
 }
+# Some hundred requests, the new weights' first: a minute on two cores, and still enough held out to judge by.
+HEADS = {"max_tokens": 80_000}
 WARM_REQUESTS = 50
 PROBE_SEED = 1
 # Gateways hear of a change within a second; some traffic with live heads then comes before the probe.
@@ -175,7 +177,7 @@ def _events(admin: httpx.Client, run_id: UUID, seconds: float) -> Iterator[tuple
 def train_heads(platform: Platform, plan: Plan, tell: Tell) -> bool:
     """Train heads for what serves now; whether they passed the gate. A run that takes too long is cancelled."""
     with platform.admin() as admin:
-        answer = admin.post(f"/api/p/{plan.application}/runs", json={"kind": "speculator"})
+        answer = admin.post(f"/api/p/{plan.application}/runs", json={"kind": "speculator", "params": HEADS})
         run_id = UUID(answer.raise_for_status().json()["id"])
         for run, step, steps in _events(admin, run_id, plan.heads_seconds):
             tell(Progress("heads", step, steps))

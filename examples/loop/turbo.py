@@ -160,21 +160,22 @@ def _heads(session: Session, project_id: UUID) -> tuple[str, datetime | None]:
         return "not trained", None
     if run.artifact_digest is None or run.phase not in ("canary", "live"):
         return f"{run.phase}, not tried on traffic: {_why(session, run)}", None
-    event = session.scalars(
+    events = session.scalars(
         select(DeploymentEvent)
         .where(
             DeploymentEvent.project_id == project_id, DeploymentEvent.kind.in_(ENDINGS),
             (DeploymentEvent.to_digest == run.artifact_digest) | (DeploymentEvent.from_digest == run.artifact_digest),
         )
         .order_by(DeploymentEvent.id)
-    ).first()  # fmt: skip
+    ).all()  # fmt: skip
     name = f"heads {run.artifact_digest[:12]}"
-    if event is None:
+    if not events:
         return f"{name} on trial, undecided when the demo ended", None
-    if event.kind != "speculator_live":
-        return f"{name} not promoted: {event.reason}", None
-    passed = (event.at - run.created_at).total_seconds()
-    return f"{name} live {passed:.0f} s after their training began{_lengths(event)}", event.at
+    if events[0].kind != "speculator_live":
+        return f"{name} not promoted: {events[0].reason}", None
+    passed = (events[0].at - run.created_at).total_seconds()
+    later = f"; then left: {events[-1].reason}" if len(events) > 1 else ""
+    return f"{name} live {passed:.0f} s after their training began{_lengths(events[0])}{later}", events[0].at
 
 
 def _lengths(event: DeploymentEvent) -> str:
@@ -186,4 +187,6 @@ def _lengths(event: DeploymentEvent) -> str:
 def _why(session: Session, run: Run) -> str:
     gate = session.scalars(select(RunEvent).where(RunEvent.run_id == run.id, RunEvent.kind == "gate")).first()
     reasons = [str(reason) for reason in gate.payload["reasons"]] if gate else []
+    if run.state == "cancelled":
+        return "took longer than the demo waits"
     return run.error or "; ".join(reasons[:1]) or run.state
