@@ -136,7 +136,9 @@ class Engine:
         self.outbox = [(receiver, message) for receiver, message in self.outbox if receiver != client]
 
     def forget(self, client: bytes, message: Forget) -> None:
-        """Drop what is cached of a namespace; answered with Done."""
+        """Drop what is kept of a namespace, and keep nothing of its requests in flight; answered with Done."""
+        for sequence in self._sequences.values():
+            sequence.learns = sequence.learns and sequence.request.namespace != message.namespace
         if self.scheduler.prefix is not None:
             self.scheduler.prefix.forget(message.namespace)
         self.drafting.forget(message.namespace)

@@ -42,6 +42,8 @@ class Sequence:
     speculation: object | None = None
     drafted: int = 0
     accepted: int = 0
+    # Whether its answer may join its namespace's corpus; not once that was forgotten.
+    learns: bool = field(init=False)
     # A request for a vector: what it asked for and, while it runs, what makes the vector.
     pool: Pool | None = None
     pooler: object | None = None
@@ -59,6 +61,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
+        self.learns = self.request.learn
         self.stops = frozenset(self.request.sampling.stop_token_ids)
         sampling = self.request.sampling
         penalised = sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1

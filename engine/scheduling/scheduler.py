@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.memory.blocks import BlockPool
+from engine.memory.blocks import NULL_BLOCK, BlockPool
 from engine.memory.prefix import Node, PrefixCache
 from engine.scheduling.queue import Queue
 from engine.sequence import Sequence, by_rank
@@ -164,10 +164,8 @@ class Scheduler:
 
     def adopt(self, sequence: Sequence, branch: Branch) -> None:
         """Go on with a branch: its blocks take the place of the sequence's own."""
-        old = sequence.blocks[branch.first :]
-        del sequence.blocks[branch.first :]
+        self._shorten(sequence, branch.first)
         self._give(sequence, branch.blocks)
-        self.pool.give_back(old)
 
     def prune(self, branch: Branch | None) -> None:
         """Let go of a branch that nobody goes on with."""
@@ -200,7 +198,7 @@ class Scheduler:
         short = [each for each in self.running if len(each.tokens) > len(each.blocks) * size]
         for sequence in short:
             while sequence.table is not None and len(sequence.tokens) > len(sequence.blocks) * size:
-                if self.pool.free:
+                if self.pool.free or self._reclaim():
                     self._give(sequence, self._take(1))
                 else:
                     self._preempt(self.running[-1])
@@ -218,7 +216,8 @@ class Scheduler:
                 if len(held) == MOST_HELD:
                     return
                 continue
-            if not self._fits(head, found) and not self._make_room(head, found):
+            fits = self._fits(head, found) or (self._reclaim() and self._fits(head, found))
+            if not fits and not self._make_room(head, found):
                 return
             self._begin(head, found)
 
@@ -263,6 +262,21 @@ class Scheduler:
             sequence.started = time.perf_counter()
             sequence.cached_tokens = sequence.computed
             self.waiting.charge(sequence, sequence.missing)
+
+    def _reclaim(self) -> bool:
+        """Take back what running sequences took for drafts that did not come; whether anything was."""
+        before = self.pool.free
+        for sequence in self.running:
+            self._shorten(sequence, self.pool.needed(len(sequence.tokens)))
+        return self.pool.free > before
+
+    def _shorten(self, sequence: Sequence, count: int) -> None:
+        """Keep the first `count` blocks. The table forgets the others: what they will hold next is not to be read."""
+        assert sequence.table is not None, "only running sequences hold blocks"
+        if len(sequence.blocks) > count:
+            self.pool.give_back(sequence.blocks[count:])
+            del sequence.blocks[count:]
+            sequence.table[count:] = NULL_BLOCK
 
     def _take(self, count: int) -> list[int]:
         taken = self.pool.take(count)

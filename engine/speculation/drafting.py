@@ -147,7 +147,7 @@ class Drafting:
     def end(self, sequence: Sequence, *, learn: bool) -> None:
         """Let go of what a sequence holds; its answer joins its namespace's corpus."""
         state, request = sequence.speculation, sequence.request
-        if learn and self._active and request.learn and sequence.produced > 1:
+        if learn and self._active and sequence.learns and sequence.produced > 1:
             self.corpora.learn(request.namespace, sequence.tokens[-(sequence.produced + LEAD_TOKENS) :])
         if isinstance(state, Speculation):
             if state.memory is not None:
