@@ -155,6 +155,9 @@ class Engine:
     def load_speculator(self, client: bytes, message: LoadSpeculator) -> None:
         """Answered with Done when the heads draft, or why they do not."""
         answer = self._answer(client, message.id)
+        if not self.config.speculation:
+            answer("this engine runs with --no-speculation: it drafts nothing")
+            return
         self.drafting.speculators.load(message.digest, message.path, message.replaces, answer)
 
     def unload_speculator(self, client: bytes, message: UnloadSpeculator) -> None:
@@ -163,7 +166,11 @@ class Engine:
 
     def learn(self, client: bytes, message: Learn) -> None:
         """Past responses join a namespace's suffix corpus; answered with Done when all have."""
-        self.drafting.study(message.namespace, message.responses, self._answer(client, message.id))
+        answer, size = self._answer(client, message.id), self.forward.spec.vocab_size
+        if any(response and not 0 <= min(response) <= max(response) < size for response in message.responses):
+            answer(f"token ids must lie between 0 and {size - 1}: these were said by another model")
+        else:
+            self.drafting.study(message.namespace, message.responses if self.config.speculation else [], answer)
 
     def step(self) -> bool:
         """Let in who need not wait any more, then compute one batch. False when there was nothing to compute."""
@@ -177,7 +184,7 @@ class Engine:
             rows = self.drafting.plan(rows, self.config.step_tokens)
             self._prepare()
             self._apply(self.runner.step(rows))
-            self.drafting.timed(rows, time.perf_counter() - began)
+            self.drafting.timed(time.perf_counter() - began)
         except Exception as error:
             # A step that fails must not take the engine down: its rows get an answer, the others go on. When it failed
             # before there were rows nobody knows who is to blame, and the next step would fail like it: all end.
@@ -212,9 +219,9 @@ class Engine:
             pid=os.getpid(),
             labels=list(self.forward.spec.labels),
             speculators=self.drafting.speculators.table(),
-            speculators_total=self.drafting.speculators.total,
+            speculators_total=self.drafting.speculators.total if self.config.speculation else 0,
             corpora=self.drafting.corpora.status(),
-            costs=self.drafting.costs.report(),
+            costs=self.drafting.costs.report() if self.config.speculation else [],
         )
 
     def close(self) -> None:
@@ -400,7 +407,7 @@ class Engine:
         assert not sequence.ended, "a request has one ending"
         sequence.ended = True
         del self._sequences[sequence.client, sequence.request.id]
-        self.drafting.end(sequence, learn=isinstance(ending, Finished) and ending.reason in ("stop", "length"))
+        self.drafting.end(sequence, learn=isinstance(ending, Finished) and ending.reason != "error")
         self.scheduler.remove(sequence)
         self.admission.leave(sequence)
         self._deadlines.leave(sequence)

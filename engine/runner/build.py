@@ -19,7 +19,6 @@ from engine.runner.forward import Forward, TorchForward
 from engine.runner.graphs import GraphedForward, capturable
 from engine.runner.placement import block_size, choose_device, choose_dtype, choose_pool, choose_threads
 
-
 # Tokens a row of a captured step: one, or one and up to 4 or 16 drafted ones.
 DRAFTED_TIERS = (1, 5, 17)
 

@@ -12,11 +12,13 @@ from itertools import pairwise
 from engine.messages import StepCost
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-# Costs are told apart by the rows of a step and by the mean context behind them, at most so many.
-ROWS, CONTEXTS = (1, 4, 16, 64), (128, 768)
-# Share of a new observation: in the whole line, because the machine became slower or faster, and in the nearest points.
+# Costs are told apart by the rows of a step and by the mean context behind them. Each number of rows comes with the
+# fewest that are nearer to it than to another: its line's first size.
+ROWS, CONTEXTS = {1: 1, 4: 2, 16: 6, 64: 24}, (128, 768)
+# Share of a new observation: in the whole line, because the machine became slower or faster, and more in the nearest
+# points. Sizes that are never seen must move along, or drafting would look dear after a slow start and never be tried.
 # One that is further off than ODD times what was expected says something about the machine's other work.
-WHOLE, NEAR, ODD = 0.02, 0.05, 3.0
+WHOLE, NEAR, ODD = 0.05, 0.02, 3.0
 REFRESH_STEPS = 32
 REPEATS = 2
 # Start-up must not wait for a large model's largest steps: the rest is extrapolated.
@@ -32,7 +34,7 @@ class Line:
 
     def __init__(self, rows: int, context: int, most: int) -> None:
         self.rows, self.context, self._most = rows, context, most
-        self.sizes = [size for size in SIZES if min(rows, most) <= size < most] + [most]
+        self.sizes = [size for size in SIZES if ROWS[rows] <= size < most] + [most]
         self.points = [1e-3 * (1 + size / 16) for size in self.sizes]
         self.known = 0
         self.table: list[float] = []
@@ -46,6 +48,8 @@ class Line:
 
     def extrapolate(self, like: "Line | None") -> None:
         """Points that were too dear to measure: another line's rises if it got further, else the last slope."""
+        if not self.known and like is not None:
+            self.points[0] = like.cost(self.sizes[0])
         for column in range(max(1, self.known), len(self.points)):
             size, before = self.sizes[column], self.sizes[column - 1]
             other = like.sizes.index(size) if like is not None and size in like.sizes else 0
@@ -61,16 +65,28 @@ class Line:
 
     def learn(self, tokens: int, seconds: float) -> None:
         """A real step of this size took so long."""
-        ratio = min(max(seconds / self.table[tokens], 1 / ODD), ODD)
-        right = bisect_left(self.sizes, tokens)
-        left = max(0, right - 1) if self.sizes[right] != tokens else right
-        gap = max(1, self.sizes[right] - self.sizes[left])
+        # Against the points themselves: the table is older, and a loop that answers late swings.
+        step = min(max(seconds / self.cost(tokens), 1 / ODD), ODD) - 1
+        left, right, share = self._between(tokens)
+        near = {left: 1 - share, right: share} if left != right else {left: 1.0}
         for column in range(len(self.points)):
-            near = 1 - abs(self.sizes[column] - tokens) / gap if column in (left, right) else 0.0
-            self.points[column] *= 1 + (WHOLE + NEAR * near) * (ratio - 1)
+            self.points[column] *= 1 + (WHOLE + NEAR * near.get(column, 0.0)) * step
         self._seen += 1
         if self._seen % REFRESH_STEPS == 0:
             self.refresh()
+
+    def cost(self, tokens: int) -> float:
+        """Seconds by the points as they are now."""
+        left, right, share = self._between(tokens)
+        return self.points[left] * (1 - share) + self.points[right] * share
+
+    def _between(self, tokens: int) -> tuple[int, int, float]:
+        """The points around a size, and how far it is from the left one towards the right one."""
+        right = min(bisect_left(self.sizes, tokens), len(self.sizes) - 1)
+        left = max(0, right - 1)
+        if tokens >= self.sizes[right] or right == left:
+            return right, right, 0.0
+        return left, right, (tokens - self.sizes[left]) / (self.sizes[right] - self.sizes[left])
 
     def refresh(self) -> None:
         """Entry by number of tokens, never falling; those below the first point repeat it."""
@@ -121,8 +137,8 @@ class StepCosts:
         ]
 
     def _line(self, rows: int, context: float) -> Line:
-        """The nearest line from above: 5 rows are more like 4 than like 16, 10 more like 16."""
-        row = min(range(len(ROWS)), key=lambda at: abs(ROWS[at] - rows) / ROWS[at])
+        """The line of the nearest rows, and of a context that is at most twice its own."""
+        row = max(at for at, fewest in enumerate(ROWS.values()) if fewest <= max(1, rows))
         column = min(bisect_left(CONTEXTS, context / 2), len(CONTEXTS) - 1)
         return self._lines[row * len(CONTEXTS) + column]
 

@@ -2,7 +2,9 @@
 ahead.
 """
 
+import sys
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Many
@@ -22,7 +24,7 @@ from engine.speculation.manager import Speculators
 from engine.speculation.policy import Adaptive, Batch, Policy, branch_pays
 from engine.speculation.proposing import FAINT, Proposing
 from engine.speculation.rehearsal import rehearsal
-from engine.speculation.tries import Speculation, Try, may_draft, state_of, tried
+from engine.speculation.tries import Speculation, Try, may_draft, state_of
 from engine.speculation.verify import Verified
 
 # Prompt tokens that are learnt with a response, so that its first tokens can be drafted too.
@@ -43,6 +45,25 @@ class Lesson(NamedTuple):
     answer: Answer
 
 
+class Shape(NamedTuple):
+    """What a step's time is learnt for: its rows without second drafts, all its tokens, the mean context.
+
+    `generates`: every row samples. `planning` are the seconds that the drafts took before it.
+    """
+
+    rows: int
+    context: float
+    generates: bool
+    tokens: int = 0
+    planning: float = 0.0
+
+    @classmethod
+    def of(cls, rows: Many[Row]) -> "Shape":
+        """Look at the rows before they are computed: afterwards some sequences have ended."""
+        context = sum(row.sequence.computed for row in rows) / len(rows)
+        return cls(len(rows), context, all(row.samples for row in rows))
+
+
 class Drafting:
     """Proposes, chooses, and learns from what was verified. One engine's; knows no requests' lives."""
 
@@ -57,6 +78,7 @@ class Drafting:
         self._lessons: deque[Lesson] = deque()
         self._steps = 0
         self._drafted = False
+        self._shape: Shape | None = None
 
     @property
     def restless(self) -> bool:
@@ -80,21 +102,41 @@ class Drafting:
     def plan(self, rows: list[Row], step_tokens: int) -> list[Row]:
         """The rows with drafts behind those that should have one; with them the step has at most `step_tokens`."""
         self._steps += 1
-        able = [index for index, row in enumerate(rows) if self._asked(row)] if self._active else []
+        began = time.perf_counter()
+        self._shape = Shape.of(rows) if self._active else None
+        try:
+            planned = self._plan(rows, step_tokens) if self._active else rows
+        except Exception:
+            # A draft is only a guess: whoever waits for an answer must not be told that guessing failed.
+            traceback.print_exc(file=sys.stderr)
+            planned = self._undo(rows)
+        if self._shape is not None:
+            tokens = sum(row.length for row in planned)
+            self._shape = self._shape._replace(tokens=tokens, planning=time.perf_counter() - began)
+        return planned
+
+    def _plan(self, rows: list[Row], step_tokens: int) -> list[Row]:
+        able = [index for index, row in enumerate(rows) if self._asked(row)]
         if not able:
             return rows
         batch = Batch.of(rows, self.costs, step_tokens)
-        hopeless = batch.floor >= HOPELESS and self._steps % PROBE_STEPS and not self.policy.eager
-        if batch.room <= 0 or hopeless:
+        probing = self._steps % PROBE_STEPS == 0
+        if batch.room <= len(able) or (batch.floor >= HOPELESS and not probing and not self.policy.eager):
             self._drafted = False
             return rows
         asking = [rows[index] for index in able]
         tries = self._proposing.ask(asking, batch.seconds_per_token, eager=self.policy.eager)
         planned = list(rows)
         self._drafted, before = False, self._drafted
-        for index, (one, length) in zip(able, self.policy.select(tries, batch, drafting=before), strict=True):
-            state_of(rows[index].sequence).count(drafted=length > 0)
+        selected = self.policy.select(tries, batch, drafting=before)
+        if probing and not any(length for _, length in selected):
+            # What a step that verifies costs must be seen now and then, or it is believed dear for ever.
+            selected = [(each[0], 1) if each else (None, 0) for each in tries]
+        for index, (one, length) in zip(able, selected, strict=True):
+            state = state_of(rows[index].sequence)
+            state.count(drafted=length > 0)
             if one is not None and length:
+                state.chosen = one
                 planned[index] = self._with_draft(rows[index], one.tokens[:length])
                 self._drafted = True
         if self._drafted and self.policy.branches:
@@ -125,7 +167,12 @@ class Drafting:
         if not isinstance(state, Speculation):
             return [], ""
         self._proposing.score(state.tries, emitted)
-        drafts, slot = state.drafts, state.slot
+        # What stands behind a token that ended the answer was not said.
+        drafts = [
+            Draft(one.drafter, one.drafted, min(one.accepted, len(emitted)) if one.won else one.accepted, one.won)
+            for one in state.drafts
+        ]
+        slot = state.slot
         state.tries, state.drafts, state.slot = [], [], 0
         for draft in drafts:
             sequence.drafted += draft.drafted
@@ -137,12 +184,11 @@ class Drafting:
         if self._active:
             self._proposing.remember(verified, hidden_RE)
 
-    def timed(self, rows: Many[Row], seconds: float) -> None:
-        """A step of these rows took so long, all in all. Steps that read prompts say nothing about generating."""
-        if self._steps % LEARN_STEPS == 0 and all(row.samples for row in rows):
-            tokens = sum(row.length for row in rows)
-            context = sum(row.sequence.computed for row in rows) / len(rows)
-            self.costs.learn(len(rows), tokens, context, seconds)
+    def timed(self, seconds: float) -> None:
+        """The planned step took so long, all in all. Steps that read prompts say nothing about generating."""
+        shape = self._shape
+        if shape is not None and shape.generates and self._steps % LEARN_STEPS == 0:
+            self.costs.learn(shape.rows, shape.tokens, shape.context, seconds - shape.planning)
 
     def end(self, sequence: Sequence, *, learn: bool) -> None:
         """Let go of what a sequence holds; its answer joins its namespace's corpus."""
@@ -163,6 +209,17 @@ class Drafting:
             if lesson.namespace == namespace:
                 lesson.responses.clear()
 
+    def _undo(self, rows: list[Row]) -> list[Row]:
+        """The step without drafts, whatever was prepared for some."""
+        for row in rows:
+            state = row.sequence.speculation
+            if isinstance(state, Speculation):
+                self._scheduler.prune(state.branch)
+                state.branch, state.tries = None, []
+        self._scheduler.copies = []
+        self._drafted = False
+        return rows
+
     def _asked(self, row: Row) -> bool:
         """Whether the drafters are asked about this row in this step."""
         return may_draft(row) and (self.policy.eager or not state_of(row.sequence).rests())
@@ -178,23 +235,25 @@ class Drafting:
         """Second drafts, verified beside the first where that raises the rate: both share the noise, and the prefix."""
         tokens = batch.tokens + sum(len(row.drafted) for row in planned)
         expected = batch.tokens + sum(
-            sum(tried(each, planned[index]).survival[: len(planned[index].drafted)])
-            for index, each in zip(able, tries, strict=True)
-            if planned[index].drafted
+            sum(chosen.survival[: len(planned[index].drafted)])
+            for index in able
+            if planned[index].drafted and (chosen := state_of(planned[index].sequence).chosen) is not None
         )
         branches = []
         for index, each in zip(able, tries, strict=True):
             row = planned[index]
             if len(each) < 2 or not row.drafted or row.length != 1 + len(row.drafted):
                 continue
-            first = tried(each, row)
+            state = state_of(row.sequence)
+            first = state.chosen
             second = each[1] if first is each[0] else each[0]
+            assert first is not None, "a drafted row has its proposal"
             gain, length = second_gain(first, second, len(row.drafted))
             if length and branch_pays(gain, 1 + length, tokens, expected, batch):
                 branch = self._scheduler.fork(row.sequence, 1 + length)
                 if branch is None:
                     continue
-                state_of(row.sequence).branch = branch
+                state.branch, state.second = branch, second
                 branches.append(Row(row.sequence, 1 + length, tuple(second.tokens[:length]), branch.table))
                 tokens, expected = tokens + 1 + length, expected + gain
         return branches
@@ -247,7 +306,8 @@ def second_gain(first: Try, second: Try, length: int) -> tuple[float, int]:
 def _note(verified: Verified, *, won: bool) -> None:
     """Keep what is to be reported of a verified draft."""
     state = state_of(verified.row.sequence)
-    one = tried(state.tries, verified.row)
+    one = state.chosen if verified.row.branch is None else state.second
+    assert one is not None, "a drafted row has its proposal"
     state.drafts.append(Draft(one.drafter, len(verified.row.drafted), verified.accepted, won))
     state.slot = state.slot or one.slot
 

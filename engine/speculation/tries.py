@@ -1,6 +1,5 @@
 """A draft for one row, and what a sequence keeps for its drafts."""
 
-from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -34,11 +33,14 @@ class Try(NamedTuple):
 
 @dataclass(eq=False)
 class Speculation:
-    """What a sequence keeps for its drafts: `fed` of its tokens are in its memory; `tries` are this step's."""
+    """What a sequence keeps for its drafts: `fed` of its tokens are in its memory; `tries` are this step's, of which
+    `chosen` is verified, and `second` beside it in `branch`."""
 
     memory: Memory | None = None
     fed: int = 0
     tries: list[Try] = field(default_factory=list)
+    chosen: Try | None = None
+    second: Try | None = None
     branch: Branch | None = None
     # Proposals in a row of which nothing was verified, and how many steps are not asked about because of that.
     misses: int = 0
@@ -64,11 +66,6 @@ def state_of(sequence: Sequence) -> Speculation:
     if not isinstance(state, Speculation):
         state = sequence.speculation = Speculation()
     return state
-
-
-def tried(tries: Many[Try], row: Row) -> Try:
-    """The proposal whose beginning a row drafts."""
-    return next(one for one in tries if tuple(one.tokens[: len(row.drafted)]) == row.drafted)
 
 
 def may_draft(row: Row) -> bool:
