@@ -316,3 +316,11 @@ def test_the_newest_tenth_is_held_out_and_the_gates_part_stops_nothing() -> None
     assert parts.train == list(range(270))
     assert sorted(parts.stop + parts.judge) == list(range(270, 300))
     assert len(parts.judge) == 20
+
+
+def test_enough_is_held_out_to_judge_by_as_soon_as_there_are_enough_requests() -> None:
+    for count in (60, 61, 150, 299):
+        parts = split(count)
+        assert (len(parts.stop), len(parts.judge)) == (10, 20)
+        assert len(parts.train) == count - 30
+    assert len(split(40).train) == 20

@@ -23,17 +23,19 @@ from services.store.jobs import JobCancelled, Lease
 from services.store.models import Artifact, ErasureRequest, Job, Run, RunEvent
 from services.store.traffic import Size
 from tests.curation.world import World
+from worker.gate import speculator
 from worker.training.child import TrainerDied
+from worker.training.choosing import split
 from worker.training.speculator import choose_rows, speculator_job
 
-QUICK = {"heads": 2, "vocabulary": 64, "epochs": 2, "min_requests": 20}
+QUICK = {"heads": 2, "vocabulary": 64, "epochs": 2, "min_requests": 60}
 
 
 @pytest.fixture(scope="module")
 def answers(tiny_model: Path) -> list[tuple[list[int], list[int]]]:
     """What the tiny model says to some prompts, greedily."""
     tokenizer = Tokenizer.load(tiny_model)
-    prompts = [tokenizer.encode_chat([{"role": "user", "content": f"say number {index}"}]) for index in range(32)]
+    prompts = [tokenizer.encode_chat([{"role": "user", "content": f"say number {index}"}]) for index in range(64)]
     with LocalEngine(tiny_model, precision="fp32", threads=1, speculation=False) as engine:
         done = engine.generate(prompts, Sampling(temperature=0.0, seed=0, max_tokens=16))
     return [(prompt, answer.token_ids) for prompt, answer in zip(prompts, done, strict=True)]
@@ -44,7 +46,7 @@ def log(world: World, tiny_model: Path, answers: list[tuple[list[int], list[int]
     """Write the answers into the log as the model's live traffic, or as something else."""
     tokenizer = Tokenizer.load(tiny_model)
 
-    def write(count: int = 32, **changes: object) -> list[UUID]:
+    def write(count: int = 64, **changes: object) -> list[UUID]:
         made = []
         for index, (prompt, answer) in enumerate(answers[:count]):
             fields: dict[str, object] = {
@@ -123,7 +125,7 @@ def test_a_run_reads_the_log_and_hands_heads_to_the_gate(
     assert manifest["vocabulary"] == file_digest(tiny_settings.model_path / "tokenizer.json")
     assert (manifest["adapter"], manifest["base"]) == (None, base_digest(tiny_settings.model_path))
     assert (manifest["shape"]["heads"], manifest["shape"]["vocabulary"]) == (2, 64)
-    assert manifest["window"]["interactions"] == 32
+    assert manifest["window"]["interactions"] == 64
     assert manifest["window"]["first"] <= manifest["window"]["last"]
     assert {"step", "steps", "loss", "tau", "tokens_per_second", "eta"} <= events(world, run.id, "progress")[
         0
@@ -184,13 +186,13 @@ def test_too_little_traffic_refuses_the_run_in_words_before_any_compute(
     assert (done.state, done.phase) == ("succeeded", "refused")
     assert done.error is not None
     assert "8 live requests can be learned from" in done.error
-    assert "heads need 20" in done.error
+    assert "heads need 60" in done.error
 
 
 def test_rows_without_token_ids_refuse_the_run(
     world: World, tiny_settings: Settings, log: Callable[..., list[UUID]]
 ) -> None:
-    log(32, token_ids=[])
+    log(64, token_ids=[])
     run = start(world)
 
     attempt(world, run, tiny_settings)
@@ -203,7 +205,7 @@ def test_a_killed_trainer_and_a_second_attempt_leave_one_artefact(
     world: World, tiny_settings: Settings, log: Callable[..., list[UUID]]
 ) -> None:
     log()
-    run = start(world, epochs=100, heads=4)
+    run = start(world, epochs=30, heads=4)
 
     def kill() -> None:
         deadline = time.monotonic() + 120
@@ -285,11 +287,21 @@ def test_parameters_are_checked_and_one_run_of_heads_goes_beside_one_of_an_adapt
 
 
 def test_answers_of_the_adapter_being_served_come_first_and_stand_last() -> None:
-    rows = [Size(UUID(int=i), 10, "old" if i % 2 else "now") for i in range(20)]
+    rows = [Size(UUID(int=i), 10, "old" if i % 2 else "now") for i in range(200)]
 
-    chosen = choose_rows(rows, "now", 130, 0)
+    chosen = choose_rows(rows, "now", 1030, 0)
 
-    assert [row.adapter for row in chosen] == ["old"] * 3 + ["now"] * 10
-    assert [row.id.int for row in chosen[:3]] == [15, 17, 19]  # the newest of the others fill up
-    assert sum(row.tokens for row in choose_rows(rows, "now", 55, 0)) <= 55
-    assert {row.adapter for row in choose_rows(rows, "now", 55, 0)} == {"now"}
+    assert [row.adapter for row in chosen] == ["old"] * 3 + ["now"] * 100
+    assert [row.id.int for row in chosen[:3]] == [195, 197, 199]  # the newest of the others fill up
+
+
+def test_what_is_read_keeps_to_the_budget_and_long_prompts_still_leave_enough_to_judge_by() -> None:
+    short = [Size(UUID(int=i), 10, "old" if i % 2 else "now") for i in range(800)]
+    chosen = choose_rows(short, "now", 2000, 0)
+    assert sum(row.tokens for row in chosen) <= 2000
+    assert {row.adapter for row in chosen} == {"now"}
+
+    long = [Size(UUID(int=i), 100_000, "now") for i in range(500)]
+    parts = split(len(choose_rows(long, "now", 250_000, 0)))
+    assert len(parts.judge) >= speculator.LEAST_REQUESTS
+    assert len(parts.stop) >= 10

@@ -5,7 +5,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 HELD_OUT = 0.1
-LEAST_HELD_OUT = 8
+# Two thirds of it is what the gate needs to judge (worker/gate/speculator.py).
+LEAST_HELD_OUT = 30
+# So few requests leave a judged part that is large enough, so each costs such a share of the budget at most.
+ENOUGH = 2 * LEAST_HELD_OUT
 
 
 class Split(NamedTuple):
@@ -18,6 +21,7 @@ class Split(NamedTuple):
 
 def choose(sizes: Sequence[int], budget: int, seed: int) -> list[int]:
     """Indices of requests (oldest first) worth `budget` tokens: half the newest, half a uniform draw from the rest.
+    `sizes` are what `costs` makes of their tokens.
 
     The newest alone would forget what comes once a month, the draw alone would learn last month's traffic.
     """
@@ -27,6 +31,11 @@ def choose(sizes: Sequence[int], budget: int, seed: int) -> list[int]:
     older = range(len(sizes) - len(newest))
     drawn = _fill(sorted(older, key=lambda index: _lot(seed, index)), sizes, budget - budget // 2)
     return sorted([*newest, *drawn])
+
+
+def costs(sizes: Sequence[int], budget: int) -> list[int]:
+    """What requests of so many tokens count for: however long prompts are, ENOUGH of them come within the budget."""
+    return [min(size, budget // ENOUGH) for size in sizes]
 
 
 def split(count: int) -> Split:

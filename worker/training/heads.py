@@ -24,7 +24,7 @@ from engine.offline import LocalEngine
 from engine.speculation.loading import Speculator
 from engine.states import Answered, answer_states
 from worker.training import head_files
-from worker.training.choosing import Split, choose, split
+from worker.training.choosing import Split, choose, costs, split
 from worker.training.head_data import effective_head, frequent, places_of
 from worker.training.head_loop import Loop, Material, Pace, fit_confidence, per_request
 from worker.training.head_model import Heads
@@ -104,7 +104,7 @@ def _chosen(spec: HeadsSpec) -> list[Request]:
     """What is trained on: within the token budget and within memory. Raises Refused when that is too little."""
     logged = [each for each in read_requests(Path(spec.rows_file)) if each.prompt and len(each.answer) > 1]
     sizes = [len(each.prompt) + len(each.answer) for each in logged]
-    requests = [logged[index] for index in choose(sizes, spec.max_tokens, spec.seed)]
+    requests = [logged[index] for index in choose(costs(sizes, spec.max_tokens), spec.max_tokens, spec.seed)]
     if len(requests) < LEAST_REQUESTS:
         raise Refused(f"{len(requests)} logged requests within the budget; heads need {LEAST_REQUESTS} at least")
     return requests

@@ -22,7 +22,7 @@ from services.store.jobs import JobCancelled, JobFailed, Lease
 from services.store.runs import SpeculatorParams
 from services.store.traffic import Answer, Size
 from worker.training import artifact, attempt
-from worker.training.choosing import choose
+from worker.training.choosing import choose, costs
 from worker.training.spec import REPORT, HeadsSpec, Request
 
 # Survives attempts, so that the next one goes on where a killed trainer was.
@@ -161,16 +161,17 @@ def choose_rows(known: Sequence[Size], adapter: str | None, budget: int, seed: i
     In the result its answers stand last, as the newest: heads are stopped and judged by what is served now.
     """
     own = [row for row in known if row.adapter == adapter]
-    chosen = [own[index] for index in choose([row.tokens for row in own], budget, seed)]
+    cost = dict(zip(known, costs([row.tokens for row in known], budget), strict=True))
+    chosen = [own[index] for index in choose([cost[row] for row in own], budget, seed)]
     if len(chosen) < len(own):
         return chosen
-    left = budget - sum(row.tokens for row in chosen)
+    left = budget - sum(cost[row] for row in chosen)
     others: list[Size] = []
     for row in reversed([row for row in known if row.adapter != adapter]):
-        if row.tokens > left:
+        if cost[row] > left:
             break
         others.append(row)
-        left -= row.tokens
+        left -= cost[row]
     return [*reversed(others), *chosen]
 
 
