@@ -51,7 +51,12 @@ class SpeculatorParams(BaseModel):
     conditioning: Literal["none", "hydra"] = Field("hydra", description="Whether heads are told the token before.")
     lr: float = Field(1e-2, gt=0, le=0.1)
     epochs: float = Field(3.0, gt=0, le=100)
-    max_tokens: int = Field(250_000, ge=1000, le=100_000_000, description="Tokens read, prompts included; a request counts for a 60th of them at most.")
+    max_tokens: int = Field(
+        500_000,
+        ge=1000,
+        le=100_000_000,
+        description="Tokens read, prompts included; a request counts for a 60th of them at most.",
+    )
     min_requests: int = Field(60, ge=60, le=1_000_000, description="Logged requests it takes to begin.")
     seed: int = Field(0, ge=0, le=2**31 - 1)
 

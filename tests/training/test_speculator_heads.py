@@ -11,7 +11,6 @@ from engine.digest import base_digest, file_digest
 from engine.layers.sampler import Draw, sample
 from engine.messages import Sampling
 from engine.offline import LocalEngine
-from engine.speculation.loading import Speculator
 from engine.states import Answered, answer_states
 from worker.training import artifact, head_files, head_loop
 from worker.training.choosing import choose, split
@@ -153,6 +152,7 @@ def test_heads_learn_what_is_said_next_and_the_engine_reads_them(
     assert losses[-1] < losses[0]
     assert found["tau"]["greedy"] > 1.2
     assert found["incumbent_tau"] is None
+    assert set(found["drafting_ms"]["candidate"]) == {"1", "16"}
     assert json.loads((target / "report.json").read_text())["tau"] == found["tau"]
 
 
@@ -192,7 +192,7 @@ def test_warm_started_words_are_found_by_their_ids(head: torch.Tensor) -> None:
     assert champion.condition is not None
     torch.nn.init.normal_(champion.condition)
     torch.nn.init.normal_(champion.weight)
-    published = _published(champion, old_V)
+    published = head_files.as_speculator(champion, old_V)
     heads = Heads(head[new_V], 2, conditioning="hydra", recurrent=False)
 
     assert head_files.warm_start(heads, new_V, published, VOCABULARY)
@@ -202,15 +202,6 @@ def test_warm_started_words_are_found_by_their_ids(head: torch.Tensor) -> None:
     assert torch.equal(heads.condition[:, :2], champion.condition[:, 1:3])  # 5 and 9
     assert not heads.condition[:, 2].any()  # 11 is new
     assert torch.equal(heads.condition[:, 3], champion.condition[:, 3])  # every other word
-
-
-def _published(heads: Heads, tokens_V: torch.Tensor) -> Speculator:
-    return Speculator(
-        digest="d", adapter=None, recurrent=heads.recurrent, tokens_V=tokens_V.int(),
-        weight_KEE=heads.weight.detach(), bias_KE=heads.bias.detach(),
-        condition_CVE=None if heads.condition is None else heads.condition.detach(), head_VE=heads.head_VE,
-        confidence_KF=heads.confidence.detach(), confidence_bias_K=heads.confidence_bias.detach(),
-    )  # fmt: skip
 
 
 class Killed(BaseException):

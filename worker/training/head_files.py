@@ -59,6 +59,22 @@ def as_heads(speculator: Speculator) -> Heads:
     return heads
 
 
+def as_speculator(heads: Heads, tokens_V: torch.Tensor) -> Speculator:
+    """Trained heads as the engine would have read them."""
+    return Speculator(
+        digest="",
+        adapter=None,
+        recurrent=heads.recurrent,
+        tokens_V=tokens_V.int(),
+        weight_KEE=heads.weight.detach(),
+        bias_KE=heads.bias.detach(),
+        condition_CVE=None if heads.condition is None else heads.condition.detach(),
+        head_VE=heads.head_VE,
+        confidence_KF=heads.confidence.detach(),
+        confidence_bias_K=heads.confidence_bias.detach(),
+    )
+
+
 @torch.no_grad()
 def warm_start(heads: Heads, tokens_V: torch.Tensor, champion: Speculator, vocabulary: int) -> bool:
     """Begin where the champion ended, if it has as many heads of this kind; words are matched by their ids."""

@@ -28,6 +28,7 @@ from worker.training.choosing import Split, choose, costs, split
 from worker.training.head_data import effective_head, frequent, places_of
 from worker.training.head_loop import Loop, Material, Pace, fit_confidence, per_request
 from worker.training.head_model import Heads
+from worker.training.head_timing import drafting_ms
 from worker.training.process import Refused, serve
 from worker.training.spec import REPORT, HeadsProgress, HeadsSpec, Report, Request, Stage, decode_heads_spec
 
@@ -36,7 +37,6 @@ STATES_BYTES = 1 << 30
 LEAST_REQUESTS = 16
 TELL_SECONDS = 2.0
 KV_TOKENS = 32768
-TIMED, TIMED_ROWS = 20, (1, 16)
 
 Tell = Callable[[Report], None]
 
@@ -77,23 +77,34 @@ def train(spec: HeadsSpec, report: Tell = lambda _: None) -> dict[str, Any]:
     parts = split(len(requests))
     if spec.device == "cuda" and not torch.cuda.is_available():
         raise Refused("WHET_DEVICE is cuda, but torch sees no CUDA device")
-    material, head = _material(spec, requests, parts, report)
+    with _engine(spec) as engine:
+        material, head = _material(engine, spec, requests, parts, report)
+        found = _train(spec, engine, material, head, parts, report)
+    (Path(spec.out) / REPORT).write_text(json.dumps(found), encoding="utf-8")
+    report(Stage(name="saved", detail={"tau": found["tau"], "steps": found["steps"]}))
+    return found
+
+
+def _train(
+    spec: HeadsSpec, engine: LocalEngine, material: Material, head: torch.Tensor, parts: Split, report: Tell
+) -> dict[str, Any]:
+    """The heads into `spec.out`, and the report."""
     champion = _champion(spec, head, report)
     heads = Heads(head[material.tokens_V], spec.heads, conditioning=spec.conditioning, recurrent=RECURRENT)
     warm = champion is not None and head_files.warm_start(heads, material.tokens_V, champion, len(head))
-    report(Stage(name="loaded", detail={"requests": len(requests), "warm_start": warm}))
+    report(Stage(name="loaded", detail={"requests": len(material.requests), "warm_start": warm}))
     pace = Pace(spec.lr, spec.epochs, spec.batch_tokens, spec.seed)
     loop = Loop(heads, material, parts.train, parts.stop, pace, Path(spec.checkpoint) if spec.checkpoint else None)
     loop.run(_teller(report))
-    out = Path(spec.out)
-    head_files.save(heads, material.tokens_V, out)
+    # Rounded first: the confidence is about the heads that will draft.
+    head_files.save(heads, material.tokens_V, Path(spec.out))
     fit_confidence(heads, material, parts.train, spec.seed)
-    head_files.save(heads, material.tokens_V, out)
-    found = _measured(heads, champion, material, parts)
-    found |= {"requests": len(requests), "tokens": _tokens(requests), "steps": loop.step, "warm_start": warm}
-    (out / REPORT).write_text(json.dumps(found), encoding="utf-8")
-    report(Stage(name="saved", detail={"tau": found["tau"], "steps": loop.step}))
-    return found
+    head_files.save(heads, material.tokens_V, Path(spec.out))
+    found = _measured(engine, heads, champion, material, parts)
+    return found | {
+        "requests": len(material.requests), "tokens": _tokens(material.requests), "steps": loop.step,
+        "warm_start": warm,
+    }  # fmt: skip
 
 
 # Whether a head starts from the state of the one before it; the ablation in benchmarks/results/heads.md says no.
@@ -114,9 +125,8 @@ def _tokens(requests: Sequence[Request]) -> int:
     return sum(len(request.answer) for request in requests)
 
 
-def _material(spec: HeadsSpec, requests: list[Request], parts: Split, report: Tell) -> tuple[Material, torch.Tensor]:
-    """States of all requests, and the LM head [vocabulary, E] as the adapter leaves it."""
-    with LocalEngine(
+def _engine(spec: HeadsSpec) -> LocalEngine:
+    return LocalEngine(
         spec.model,
         precision=cast(Precision, spec.precision),
         device=cast(Device, spec.device),
@@ -125,20 +135,26 @@ def _material(spec: HeadsSpec, requests: list[Request], parts: Split, report: Te
         adapter_slots=2,
         adapter_rank=spec.adapter_rank,
         speculation=False,
-    ) as engine:
-        core = engine.core
-        adapter = engine.load_adapter(spec.adapter) if spec.adapter else None
-        resident = core.adapters.slots.get(adapter) if adapter else None
-        slot, hidden = resident.slot if resident else 0, core.forward.spec.hidden_size
-        if _tokens(requests) * 4 * hidden > STATES_BYTES:
-            raise Refused(f"states of {_tokens(requests)} answer tokens do not fit {STATES_BYTES >> 20} MiB of memory")
+    )
 
-        def logits(states: torch.Tensor) -> torch.Tensor:
-            return core.forward.logits(states.to(core.forward.device), [slot] * len(states)).float().cpu()
 
-        with torch.inference_mode():
-            head = effective_head(logits, hidden).clone()
-        states = _states(engine, requests, adapter, report)
+def _material(
+    engine: LocalEngine, spec: HeadsSpec, requests: list[Request], parts: Split, report: Tell
+) -> tuple[Material, torch.Tensor]:
+    """States of all requests, and the LM head [vocabulary, E] as the adapter leaves it. Raises Refused."""
+    core = engine.core
+    adapter = engine.load_adapter(spec.adapter) if spec.adapter else None
+    resident = core.adapters.slots.get(adapter) if adapter else None
+    slot, hidden = resident.slot if resident else 0, core.forward.spec.hidden_size
+    if _tokens(requests) * 4 * hidden > STATES_BYTES:
+        raise Refused(f"states of {_tokens(requests)} answer tokens do not fit {STATES_BYTES >> 20} MiB of memory")
+
+    def logits(states: torch.Tensor) -> torch.Tensor:
+        return core.forward.logits(states.to(core.forward.device), [slot] * len(states)).float().cpu()
+
+    with torch.inference_mode():
+        head = effective_head(logits, hidden).clone()
+    states = _states(engine, requests, adapter, report)
     answers = (requests[index].answer for index in parts.train)
     tokens_V = frequent(answers, spec.vocabulary, len(head))
     return Material(requests, states, tokens_V, places_of(tokens_V, len(head))), head.clone()
@@ -184,12 +200,18 @@ def _teller(report: Tell) -> Callable[[int, int, float, float | None, float], No
     return tell
 
 
-def _measured(heads: Heads, champion: Speculator | None, material: Material, parts: Split) -> dict[str, Any]:
+def _measured(
+    engine: LocalEngine, heads: Heads, champion: Speculator | None, material: Material, parts: Split
+) -> dict[str, Any]:
     """Candidate and incumbent on the requests that neither the training nor the stopping has seen."""
     ours, theirs = _judged(heads, material, parts.judge), None
     if champion is not None:
         words = material.drafting(champion.tokens_V.long())
         theirs = _judged(head_files.as_heads(champion), words, parts.judge)
+    timed: dict[str, Any] = {
+        "candidate": drafting_ms(engine.core.forward, head_files.as_speculator(heads, material.tokens_V))
+    }
+    timed["incumbent"] = drafting_ms(engine.core.forward, champion) if champion else None
     rows = [
         {
             "group": material.requests[index].group,
@@ -207,7 +229,7 @@ def _measured(heads: Heads, champion: Speculator | None, material: Material, par
     return {
         "tau": ours["tau"], "incumbent_tau": theirs["tau"] if theirs else None, "held_out": rows, "shape": shape,
         "survival": {"candidate": ours["survival"], "incumbent": theirs["survival"] if theirs else None},
-        "drafting_ms": {"candidate": ours["ms"], "incumbent": theirs["ms"] if theirs else None},
+        "drafting_ms": timed,
     }  # fmt: skip
 
 
@@ -217,27 +239,11 @@ def _judged(heads: Heads, material: Material, indices: Sequence[int]) -> dict[st
     survival = [_mean(column) for column in zip(*shared, strict=True)]
     tau = {"greedy": 1 + _mean([sum(shares) for shares in greedy]), "shared": 1 + sum(survival)}
     values = [1 + sum(shares) for shares in shared]
-    return {"values": values, "tau": tau, "survival": survival, "ms": _drafting_ms(heads)}
+    return {"values": values, "tau": tau, "survival": survival}
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / max(1, len(values))
-
-
-@torch.inference_mode()
-def _drafting_ms(heads: Heads) -> dict[str, float]:
-    """Milliseconds that one head takes for a batch of so many rows: its products on this machine, one thread."""
-    found = {}
-    for rows in TIMED_ROWS:
-        state = torch.randn(rows, heads.weight.shape[1])
-        previous = torch.zeros(rows, dtype=torch.long)
-        times = []
-        for _ in range(TIMED):
-            began = time.perf_counter()
-            heads.logits(0, heads.step(0, state, previous), previous).argmax(-1)
-            times.append(time.perf_counter() - began)
-        found[str(rows)] = 1000 * min(times)
-    return found
 
 
 if __name__ == "__main__":

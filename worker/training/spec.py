@@ -95,7 +95,7 @@ class HeadsSpec(msgspec.Struct, frozen=True, kw_only=True):
     epochs: float = 3.0
     batch_tokens: int = 512
     adapter_rank: int = 32
-    max_tokens: int = 250_000
+    max_tokens: int = 500_000
     seed: int = 0
 
 
