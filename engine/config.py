@@ -57,7 +57,7 @@ class EngineConfig:
         _require(self.speculator_slots >= 1, "--speculator-slots must be at least 1; --no-speculation drafts nothing")
         _require(self.speculator_heads >= 1, "--speculator-heads must be at least 1")
         _require(self.speculator_vocabulary >= 16, "--speculator-vocabulary must be at least 16")
-        _require(self.suffix_tokens >= 1024, "--suffix-tokens must be at least 1024")
+        _require(1024 <= self.suffix_tokens <= 1 << 28, "--suffix-tokens must lie between 1024 and 2^28")
         _require(self.max_context >= 0 and self.threads >= 0, "--max-context and --threads must not be negative")
 
 

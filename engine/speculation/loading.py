@@ -27,6 +27,8 @@ from engine.adapters.files import (
 )
 
 HEADS = "speculator.safetensors"
+# No training gets near it, and products of such numbers stay finite.
+LARGEST = 1e6
 CONDITIONINGS = ("none", "hydra")
 DTYPES = ("BF16", "F32")
 INTEGERS = ("I32",)
@@ -195,3 +197,5 @@ class SpeculatorReader:
         for name, tensor in tensors.items():
             if name != "tokens" and not bool(torch.isfinite(tensor.to(self.dtype)).all()):
                 raise SpeculatorRefused(f"{name} holds NaN or infinity")
+            if name != "tokens" and float(tensor.abs().max()) > LARGEST:
+                raise SpeculatorRefused(f"{name} holds numbers beyond {LARGEST:g}: products of them would overflow")

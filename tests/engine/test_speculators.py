@@ -131,6 +131,7 @@ def drop(name: str) -> Callable[[Tensors], None]:
 TENSOR_MISTAKES: dict[str, tuple[Callable[[Tensors], None], str]] = {
     "NaN": (broken("weight", float("nan")), "weight holds NaN or infinity"),
     "infinity": (broken("head", float("inf")), "head holds NaN or infinity"),
+    "huge": (broken("head", 1e21), "head holds numbers beyond"),
     "NaN confidence": (broken("confidence", float("nan")), "confidence holds NaN"),
     "foreign token": (broken("tokens", TOKENS), f"vocabulary of {TOKENS}"),
     "negative token": (put("tokens", lambda t: t["tokens"] - 1), "outside this model's vocabulary"),
