@@ -19,10 +19,11 @@ PAGE = 1000
 
 
 class Counts(NamedTuple):
-    """One drafter in one request: drafts verified and tokens of them that came out."""
+    """One drafter in one request: drafts verified, tokens of them that came out, and first tokens of them that did."""
 
     drafts: int = 0
     accepted: int = 0
+    first: int = 0
 
 
 class Request(NamedTuple):
@@ -151,4 +152,7 @@ def _request(row: Any) -> Request:  # noqa: ANN401 - a row of the query above
 
 
 def _counts(told: Mapping[str, Any] | None) -> Counts:
-    return Counts(int(told.get("drafts", 0)), sum(map(int, told.get("accepted", ())))) if told else Counts()
+    if not told:
+        return Counts()
+    accepted = [int(count) for count in told.get("accepted", ())]
+    return Counts(int(told.get("drafts", 0)), sum(accepted), accepted[0] if accepted else 0)

@@ -19,17 +19,29 @@ CONFIG = SpeculationConfig()
 
 
 def request(
-    choose: random.Random, at: float, *, length: float, rate: float, drafts: int = 0, accepted: float = 0.0
+    choose: random.Random,
+    at: float,
+    *,
+    length: float,
+    rate: float,
+    drafts: int = 0,
+    accepted: float = 0.0,
+    ahead: int = 1,
 ) -> Request:
     """An answer of about 50 tokens, `length` a step on average, as uneven as real ones are."""
     tokens = choose.randint(20, 80)
     own = max(1.0, choose.gauss(length, 0.3 * length))
-    got = sum(choose.random() < accepted for _ in range(drafts))
+    got = [_accepted(choose, ahead, accepted) for _ in range(drafts)]
     return Request(
         id=uuid7(), at=START + timedelta(seconds=at), speculator="h", tokens=tokens,
         steps=max(1, round(tokens / own)), rate=rate * choose.lognormvariate(0, 0.3),
-        suffix=Counts(), heads=Counts(drafts, got),
+        suffix=Counts(), heads=Counts(drafts, sum(got), sum(map(bool, got))),
     )  # fmt: skip
+
+
+def _accepted(choose: random.Random, ahead: int, chance: float) -> int:
+    """Tokens accepted of a draft so long, each with this chance where those before it were."""
+    return next((place for place in range(ahead) if choose.random() >= chance), ahead)
 
 
 def arm(choose: random.Random, count: int, *, length: float, rate: float, every: float = 1.0) -> list[Request]:
@@ -163,10 +175,10 @@ def test_good_live_heads_survive_a_thousand_looks() -> None:
 # --- death and drift --------------------------------------------------------------------------------------
 
 
-def drafted(accepted: Sequence[float], seed: int = 0, drafts: int = 12) -> list[Request]:
+def drafted(accepted: Sequence[float], seed: int = 0, drafts: int = 12, ahead: int = 1) -> list[Request]:
     choose = random.Random(seed)
     return [
-        request(choose, number, length=2, rate=100, drafts=drafts, accepted=chance)
+        request(choose, number, length=2, rate=100, drafts=drafts, accepted=chance, ahead=ahead)
         for number, chance in enumerate(accepted)
     ]  # fmt: skip
 
@@ -191,6 +203,15 @@ def test_drift_is_found_soon_and_never_without_it() -> None:
         assert not has_drifted(sunk[:600])
         assert has_drifted(sunk), seed
     assert has_drifted([*drafted([0.6] * 600), *drafted([0.3] * 100, 1)])
+
+
+def test_shorter_drafts_are_no_drift_and_less_acceptance_is() -> None:
+    """On a busy engine drafts are one token long instead of four; what each token is worth stays the same."""
+    for seed in range(5):
+        long = drafted([0.6] * 600, seed, ahead=4)
+        assert not has_drifted([*long, *drafted([0.6] * 2000, seed + 100)]), seed
+        assert has_drifted([*long, *drafted([0.4] * 300, seed + 100, ahead=4)]), seed
+        assert has_drifted([*long, *drafted([0.4] * 300, seed + 100)]), seed
 
 
 def test_heads_that_get_better_or_have_hardly_begun_do_not_drift() -> None:

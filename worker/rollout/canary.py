@@ -116,9 +116,10 @@ def is_dead(requests: Sequence[Request], drafter: Literal["heads", "suffix"]) ->
 
 
 def has_drifted(requests: Sequence[Request]) -> bool:
-    """Whether heads' accepted tokens a draft sank for good below those of their first requests (Page's CUSUM)."""
-    lengths = [one.heads.accepted / one.heads.drafts for one in requests if one.heads.drafts]
-    blocks = [fmean(lengths[start : start + BLOCK]) for start in range(0, len(lengths) - BLOCK + 1, BLOCK)]
+    """Whether heads' first drafted tokens are accepted less often, for good, than in their first requests (Page's
+    CUSUM). Accepted tokens a draft would sink with its length, which the engine chooses by its load."""
+    shares = [one.heads.first / one.heads.drafts for one in requests if one.heads.drafts]
+    blocks = [fmean(shares[start : start + BLOCK]) for start in range(0, len(shares) - BLOCK + 1, BLOCK)]
     reference, later = blocks[:REFERENCE_BLOCKS], blocks[REFERENCE_BLOCKS:]
     if not later:
         return False
