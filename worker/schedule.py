@@ -135,15 +135,16 @@ def _reason(
 ) -> str | None:
     """Why to train again now."""
     last = past[0]
-    if deployment.project_id in drifted:
-        return "the accepted length has drifted"
     trained_on = _trained_on(session, last)
     if trained_on is not None and trained_on.adapter != deployment.active_digest and not deployment.speculator_digest:
         return "another adapter serves now"
     failures = next((index for index, run in enumerate(past) if run.phase != "failed"), len(past))
     pause = timedelta(minutes=config.min_minutes * 2**failures)
-    if 0 < failures <= MOST_FAILURES and now - last.created_at >= pause:
+    rested = now - last.created_at >= pause
+    if 0 < failures <= MOST_FAILURES and rested:
         return f"the last training failed ({failures} of {MOST_FAILURES})"
+    if rested and deployment.project_id in drifted:
+        return "what heads draft is accepted less often than it was"
     before = trained_on.tokens if trained_on else response_tokens(session, last.project_id, until=last.created_at)
     fresh = response_tokens(session, last.project_id, since=last.created_at)
     if fresh >= (config.growth - 1) * max(before, config.first_tokens):

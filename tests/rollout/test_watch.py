@@ -204,6 +204,8 @@ def test_drift_is_told_until_the_next_training_and_then_measured_anew(world: Wor
         session.add(
             Run(project_id=world.project_id, kind="speculator", params={}, created_by="test", created_at=traffic.at)
         )
+    look(world, watch)
+    assert watch.drifted == set(), "also where nothing was asked since"
     traffic.land(600, EVEN, accepted=0.3)
     look(world, watch)
     assert watch.drifted == set()

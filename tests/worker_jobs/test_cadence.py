@@ -90,7 +90,7 @@ def test_never_two_trainings_at_once_and_none_within_a_quarter_of_an_hour(world:
     world.end_run(NOW)
     assert not world.step(NOW + 14 * MINUTE, drifted=True)
     assert world.step(NOW + 15 * MINUTE, drifted=True)
-    assert world.notes()[-1] == "the accepted length has drifted"
+    assert world.notes()[-1] == "what heads draft is accepted less often than it was"
 
 
 def test_the_next_heads_are_trained_when_the_traffic_grew_by_half(world: World) -> None:
@@ -167,6 +167,18 @@ def test_a_failed_training_is_tried_again_ever_later_and_three_times_at_most(wor
     world.end_run(at, state="failed", phase="failed")
     assert not world.step(at + timedelta(days=9))
     assert "(3 of 3)" in world.notes()[-1]
+
+
+def test_drift_waits_for_a_failed_training_as_everything_else_does(world: World) -> None:
+    world.say(60_000, NOW - timedelta(hours=3))
+    at = NOW
+    for pause in (30, 60, 120, 240):
+        assert world.step(at, drifted=True)
+        world.end_run(at, state="failed", phase="failed")
+        assert not world.step(at + (pause - 1) * MINUTE, drifted=True)
+        at += pause * MINUTE
+    assert not world.step(at)
+    assert world.step(at, drifted=True)
 
 
 @pytest.mark.parametrize("config", [{"enabled": False}, {"automatic": False}])

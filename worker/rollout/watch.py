@@ -75,7 +75,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.drifted: set[UUID] = set()
-        self._last: dict[UUID, tuple[Look, UUID | None]] = {}
+        self._last: dict[UUID, tuple[Look, UUID | None, datetime | None]] = {}
 
     def step(self, sessions: Sessions, now: datetime) -> None:
         """One look at each project; a decision that somebody else's change overtook is made again at the next."""
@@ -89,7 +89,8 @@ class Watch:
                 log.info("the heads changed meanwhile", project=look.slug, error=conflict.message)
 
     def _look(self, session: Session, look: Look, now: datetime) -> None:
-        mark = (look, speculation_log.last_id(session, look.project_id))
+        # A training that begins is news as well: drift is what it was started for.
+        mark = (look, speculation_log.last_id(session, look.project_id), _last_training(session, look.project_id))
         known, self._last[look.project_id] = self._last.get(look.project_id), mark
         heads = look.seen.heads
         if heads.canary is not None and _look_at_canary(session, look, heads.canary, now, fresh=known != mark):
@@ -192,10 +193,13 @@ def _raise_alarm(session: Session, look: Look, digest: str | None, who: str) -> 
 def _drifts(session: Session, look: Look, live: str) -> bool:
     """Against these heads' first requests, or those after the last training: what that did not mend, another won't."""
     began = look.began(session, "speculator_live", live)
-    trained = session.scalar(
-        select(func.max(Run.created_at)).where(Run.project_id == look.project_id, Run.kind == "speculator")
-    )
-    began = max(began, trained or began)
+    began = max(began, _last_training(session, look.project_id) or began)
     first = look.requests(session, began, 2 * REFERENCE_BLOCKS * BLOCK, newest=False)
     requests = {one.id: one for one in [*first, *look.requests(session, began)] if one.speculator == live}
     return has_drifted([requests[key] for key in sorted(requests)])
+
+
+def _last_training(session: Session, project_id: UUID) -> datetime | None:
+    return session.scalar(
+        select(func.max(Run.created_at)).where(Run.project_id == project_id, Run.kind == "speculator")
+    )
