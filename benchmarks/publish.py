@@ -40,13 +40,13 @@ def write(results: Results, page: Path, *, into_readme: bool) -> None:
         README.write_text(between_markers(README.read_text(), text))
 
 
-def between_markers(readme: str, text: str) -> str:
+def between_markers(readme: str, text: str, first: str = BEGIN, last: str = END) -> str:
     """README with the part between the markers replaced. Raises ValueError when it has none."""
-    head, begin, rest = readme.partition(BEGIN)
-    _, end, tail = rest.partition(END)
+    head, begin, rest = readme.partition(first)
+    _, end, tail = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"README has no {BEGIN} … {END}")
-    return f"{head}{BEGIN}\n{text}{END}{tail}"
+        raise ValueError(f"README has no {first} … {last}")
+    return f"{head}{first}\n{text}{last}{tail}"
 
 
 def render(runs: Sequence[Record], records: Sequence[Record]) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence as Many
 
 from engine.messages import Drafter
-from engine.speculation.policy import Batch
+from engine.speculation.policy import Batch, Policy
 from engine.speculation.tries import Try
 
 
@@ -14,7 +14,8 @@ class Fixed:
 
     def __init__(self, drafter: Drafter | None, length: int) -> None:
         self.drafter, self.length = drafter, length
-        self.eager = drafter == "heads"
+        # Neither a busy machine nor a drafter out of luck keeps a fixed choice from drafting.
+        self.eager = drafter is not None
 
     def select(
         self,
@@ -29,8 +30,8 @@ class Fixed:
         return [(one, min(self.length, room, len(one.tokens)) if one else 0) for one in chosen]
 
 
-def arms() -> dict[str, Fixed]:
+def arms() -> dict[str, Policy]:
     """Every fixed choice by its name."""
-    found = {"none": Fixed(None, 0)}
+    found: dict[str, Policy] = {"none": Fixed(None, 0)}
     found |= {f"suffix {length}": Fixed("suffix", length) for length in (2, 4, 8, 16)}
     return found | {f"heads {length}": Fixed("heads", length) for length in (1, 2, 4)}

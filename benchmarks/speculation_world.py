@@ -1,35 +1,28 @@
-"""What the speculation benchmark stands on: logged traffic, heads trained on it, and an engine whose clock is read."""
+"""What the speculation benchmark stands on: an engine in this process, whose clock is read at every message."""
 
 import random
-import subprocess
-import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import count, pairwise
 from pathlib import Path
-from typing import NamedTuple
-
-import msgspec
+from typing import Any, NamedTuple
 
 from benchmarks.figures import STARTER
 from engine.config import EngineConfig
 from engine.core import Engine
-from engine.digest import base_digest
-from engine.messages import Done, Finished, Generate, LoadSpeculator, Sampling, Tokens, encode
-from engine.speculation.manager import vocabulary_digest
+from engine.messages import Done, Finished, Generate, LoadAdapter, LoadSpeculator, Sampling, Tokens, encode
 from engine.text.tokenizer import Tokenizer
-from examples.grammars.common import stream
-from examples.grammars.simulate import APPLICATIONS
-from worker.training import artifact
-from worker.training.heads import write_requests
-from worker.training.spec import HeadsSpec, Request
-from worker.training.spec import encode as encode_spec
+from worker.training.spec import Request
 
 CLIENT = b"benchmark"
 LEAD_TOKENS = 4
+# Every application's heads at two sizes, those of the mixed batch, and one to swap with.
+SPECULATOR_SLOTS = 12
 MOST_TOKENS = 160
-TEMPERATURE = 0.7
+RESAMPLES = 1000
+# Tokens (or bytes, or requests) and the seconds they took.
+Rate = tuple[float, float]
 
 
 class Ask(NamedTuple):
@@ -55,6 +48,7 @@ class Told:
     counts: list[int] = field(default_factory=list)
     drafted: int = 0
     accepted: int = 0
+    failure: str = ""
 
     @property
     def decode(self) -> tuple[int, float]:
@@ -64,16 +58,18 @@ class Told:
     @property
     def longest_gap(self) -> float:
         """Seconds of the longest pause between two messages."""
-        return max((after - before for before, after in zip(self.times, self.times[1:], strict=False)), default=0.0)
+        return max((after - before for before, after in pairwise(self.times)), default=0.0)
 
 
 class World:
     """The engine in this process; what it says is encoded as its process would, and timed."""
 
     def __init__(self, model: Path, artifacts: Path, **options: object) -> None:
-        config = EngineConfig(model=model, artifacts=artifacts, prefix_cache=False, **options)  # type: ignore[arg-type]
-        self.core = Engine(config)
+        chosen: dict[str, Any] = {"prefix_cache": False, "speculator_slots": SPECULATOR_SLOTS, **options}
+        self.core = Engine(EngineConfig(model=model, artifacts=artifacts, **chosen))
         self.ends = Tokenizer.load(model).eos_ids if model == STARTER else ()
+        # What the engine said about loads, oldest first.
+        self.answers: list[Done] = []
         self._ids = count()
 
     def close(self) -> None:
@@ -85,18 +81,21 @@ class World:
         for request in requests:
             self.core.drafting.corpora.learn(namespace, request.prompt[-LEAD_TOKENS:] + request.answer)
 
-    def load(self, digest: str, replaces: str = "") -> None:
-        """Heads into a slot, now."""
-        self.core.load_speculator(CLIENT, LoadSpeculator(id="load", digest=digest, path=digest, replaces=replaces))
-        while not (done := [m for _, m in self.core.outbox if isinstance(m, Done)]):
-            self.core.step()
-            time.sleep(0.0002)
-        self.core.outbox.clear()
-        if done[0].error:
-            raise RuntimeError(done[0].error)
+    def load(self, digest: str) -> None:
+        """Heads into a slot, now. Raises RuntimeError when the engine refuses them."""
+        self._await(self.core.load_speculator, LoadSpeculator(id="load", digest=digest, path=digest))
 
-    def run(self, asks: Sequence[Ask], concurrency: int, each: Iterator[object] | None = None) -> list[Told]:
-        """All asks, `concurrency` at a time, the next as soon as one ends; `each` is advanced once a step."""
+    def load_adapter(self, digest: str, path: str) -> None:
+        """An adapter into a slot, now."""
+        self._await(self.core.load_adapter, LoadAdapter(id="load", digest=digest, path=path))
+
+    def run(
+        self, asks: Sequence[Ask], concurrency: int, each: Iterator[object] | None = None, *, strict: bool = True
+    ) -> list[Told]:
+        """All asks, `concurrency` at a time, the next as soon as one ends; `each` is advanced once a step.
+
+        Raises RuntimeError when one fails, unless not `strict`: then its `failure` says why.
+        """
         waiting = list(enumerate(asks))[::-1]
         told: dict[int, Told] = {}
         inside: dict[str, Told] = {}
@@ -110,7 +109,20 @@ class World:
             if each is not None:
                 next(each, None)
             self._collect(inside)
+        failed = [one.failure for one in told.values() if one.failure]
+        if failed and strict:
+            raise RuntimeError(f"{len(failed)} measured requests failed: {failed[0]}")
         return [told[number] for number in range(len(asks))]
+
+    def _await(self, order: Callable[[bytes, Any], None], message: LoadSpeculator | LoadAdapter) -> None:
+        known = len(self.answers)
+        order(CLIENT, message)
+        while len(self.answers) == known:
+            self.core.step()
+            self._collect({})
+            time.sleep(0.0002)
+        if self.answers[-1].error:
+            raise RuntimeError(f"{message.digest[:12]}: {self.answers[-1].error}")
 
     def _collect(self, inside: dict[str, Told]) -> None:
         for _, message in self.core.outbox:
@@ -123,9 +135,10 @@ class World:
                 one.drafted += sum(draft.drafted for draft in message.drafts)
                 one.accepted += sum(draft.accepted for draft in message.drafts if draft.won)
             elif isinstance(message, Finished):
-                if message.reason not in ("stop", "length"):
-                    raise RuntimeError(f"a measured request failed: {message.error}")
-                del inside[message.id]
+                one = inside.pop(message.id)
+                one.failure = "" if message.reason in ("stop", "length") else f"{message.reason}: {message.error}"
+            elif isinstance(message, Done):
+                self.answers.append(message)
         self.core.outbox.clear()
 
     def _request(self, name: str, ask: Ask) -> Generate:
@@ -144,74 +157,25 @@ class World:
         )
 
 
-def prompts(application: str, split: str, number: int, seed: int) -> list[list[int]]:
-    """Token ids of prompts of one of the starter's applications."""
-    tokenizer = Tokenizer.load(STARTER)
-    examples = islice(stream(APPLICATIONS[application], split, seed), number)  # type: ignore[arg-type]
-    return [tokenizer.encode_chat(example.messages) for example in examples]
+def decoding(told: Iterable[Told]) -> Rate:
+    """Tokens and seconds of decoding, over the streams."""
+    return total(one.decode for one in told)
 
 
-def traffic(work: Path, application: str, number: int, seed: int) -> list[Request]:
-    """Logged requests of an application: its train prompts, answered by the starter, every other one at 0.7."""
-    file = work / f"traffic-{application}-{number}-{seed}.json"
-    if not file.exists():
-        world = World(STARTER, work, kv_tokens=65536)
-        asks = [
-            Ask(prompt, application, temperature=TEMPERATURE * (index % 2), seed=index)
-            for index, prompt in enumerate(prompts(application, "train", number, seed))
-        ]
-        told = world.run(asks, 32)
-        world.close()
-        logged = [Request(a.prompt, t.tokens, a.temperature, a.seed) for a, t in zip(asks, told, strict=True)]
-        file.write_bytes(msgspec.json.encode(logged))
-    return msgspec.json.decode(file.read_bytes(), type=list[Request])
-
-
-class Trained(NamedTuple):
-    """Heads that were trained: their digest, how long from the first row read to the artefact, and tau."""
-
-    digest: str
-    seconds: float
-    tau: dict[str, float]
-
-
-def trained(work: Path, name: str, logged: list[Request], seed: int) -> Trained:
-    """Heads from these requests, by the trainer's own process as a job starts it."""
-    file = work / f"heads-{name}-{len(logged)}-{seed}.json"
-    if not file.exists():
-        room = work / f"train-{name}-{len(logged)}"
-        room.mkdir(exist_ok=True)
-        began = time.perf_counter()
-        write_requests(room / "rows.jsonl", logged)
-        spec = HeadsSpec(model=str(STARTER), rows_file=str(room / "rows.jsonl"), out=str(room / "out"), seed=seed)
-        (room / "out").mkdir(exist_ok=True)
-        (room / "spec.json").write_bytes(encode_spec(spec))
-        subprocess.run(
-            [sys.executable, "-m", "worker.training.heads", "--spec", str(room / "spec.json")],
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-        report = msgspec.json.decode((room / "out" / "report.json").read_bytes())
-        built = artifact.describe_speculator(
-            room / "out", base=base_digest(STARTER), vocabulary=vocabulary_digest(STARTER), adapter=None,
-            report=report, params={"seed": seed},
-        )  # fmt: skip
-        artifact.publish(room / "out", built, work)
-        file.write_bytes(
-            msgspec.json.encode({"digest": built.digest, "seconds": time.perf_counter() - began, "tau": report["tau"]})
-        )
-    return Trained(**msgspec.json.decode(file.read_bytes()))
-
-
-def interval(
-    pairs: Sequence[tuple[tuple[float, float], tuple[float, float]]], seed: int = 0
-) -> tuple[float, float, float]:
-    """Ratio of two rates over pairs of ((tokens, seconds), (tokens, seconds)), with its 95 % bootstrap interval."""
+def interval(pairs: Sequence[tuple[Rate, Rate]], seed: int = 0) -> tuple[float, float, float]:
+    """Ratio of two rates over all pairs, each with its own tokens and seconds; and its 95 % bootstrap interval."""
     draw = random.Random(seed)
+    again = sorted(ratio(draw.choices(pairs, k=len(pairs))) for _ in range(RESAMPLES))
+    return ratio(pairs), again[RESAMPLES // 40 - 1], again[-RESAMPLES // 40]
 
-    def ratio(chosen: Sequence[tuple[tuple[float, float], tuple[float, float]]]) -> float:
-        sums = [sum(pair[side][part] for pair in chosen) for side in (0, 1) for part in (0, 1)]
-        return (sums[0] / sums[1]) / (sums[2] / sums[3])
 
-    again = sorted(ratio(draw.choices(pairs, k=len(pairs))) for _ in range(1000))
-    return ratio(pairs), again[24], again[974]
+def ratio(pairs: Sequence[tuple[Rate, Rate]]) -> float:
+    """Rate of the first sides over rate of the second."""
+    ours, theirs = (total(pair[side] for pair in pairs) for side in (0, 1))
+    return (ours[0] / ours[1]) / (theirs[0] / theirs[1])
+
+
+def total(rates: Iterable[Rate]) -> Rate:
+    """Tokens and seconds, each added up."""
+    known = list(rates)
+    return sum(tokens for tokens, _ in known), sum(seconds for _, seconds in known)
