@@ -2,14 +2,15 @@
 
     python -m benchmarks.gpu [--directory DIR] [--layers 32] [--batch 64] [--prompt 128] [--tokens 256] [--no-peer]
 
-Prints one JSON object; ten minutes at most on one GPU with 40 GB of memory and 20 GB of disk in DIR (a temporary
-directory unless given). Without CUDA it says so and measures nothing.
+Prints one JSON object; a quarter of an hour at most on one GPU with 40 GB of memory and 20 GB of disk in DIR (a
+temporary directory unless given). Without CUDA it says so and measures nothing.
 
 - `floor_share`: speed at batch 1 over the bandwidth floor, the time to read every weight a token needs and the keys and
   values before it at the copy bandwidth measured in the same run. Goal 0.8.
 - `over_transformers`: tokens a second at `--batch` over transformers' continuous batching on the same weights, with
   prompts of the same length; the peer's figure is one run, from its first request to its last token. Goal 1.5.
 - `lora_share`: the same batch with four rank-16 adapters over none. Goal 0.85.
+- `speculation`: decode rate with drafts over that without, at forced acceptance (benchmarks/gpu_speculation.py).
 """
 
 import argparse
@@ -27,6 +28,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from benchmarks import gpu_speculation
 from benchmarks.adapters import write_adapter
 from benchmarks.figures import random_prompts
 from engine.config import Device
@@ -98,6 +100,8 @@ def whet(model: Path, root: Path, options: argparse.Namespace, bandwidth: float,
         plain = throughput(engine, model, options)
         digests = [engine.load_adapter(write_adapter(root, model, RANK, seed)) for seed in range(ADAPTERS)]
         adapted = throughput(engine, model, options, digests)
+        batches = [size for size in gpu_speculation.BATCHES if size <= options.batch]
+        forced = gpu_speculation.measure(engine, model, options.prompt, options.tokens, batches=batches)
     figures |= {
         "milliseconds_per_token_alone": round(single * 1e3, 3),
         "milliseconds_floor": round(floor * 1e3, 3),
@@ -105,6 +109,7 @@ def whet(model: Path, root: Path, options: argparse.Namespace, bandwidth: float,
         "tokens_per_second": round(plain, 1),
         "tokens_per_second_with_adapters": round(adapted, 1),
         "lora_share": round(adapted / plain, 3),
+        "speculation": forced,
         "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1),
     }
     release()
