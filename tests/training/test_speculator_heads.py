@@ -248,6 +248,31 @@ def test_a_killed_loop_goes_on_from_its_checkpoint_to_the_same_weights(
         assert torch.allclose(ours, theirs, atol=1e-6)
 
 
+def test_a_resumed_loop_holds_what_it_kept_for_as_good_as_it_was(
+    material: Material, head: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights of a checkpoint may be better than those kept at the last look: they must still be able to win."""
+    monkeypatch.setattr(head_loop, "CHECKPOINT_SECONDS", 0.0)
+    parts = split(len(material.requests))
+
+    def fresh() -> Loop:
+        heads = Heads(head[material.tokens_V], 2, conditioning="hydra", recurrent=False)
+        return Loop(heads, material, parts.train, parts.stop, Pace(1e-2, 4, 64, 0), tmp_path)
+
+    killed = fresh()
+    killed.best = killed._tau()
+    while killed._tau() <= killed.best:
+        killed._learn(killed._indices())
+    killed._save()
+    resumed = fresh()
+    resumed.steps = killed.step  # it comes back, and ends
+
+    resumed.run(lambda *_: None)
+
+    assert resumed.best == pytest.approx(killed.best)
+    assert resumed._tau() == pytest.approx(resumed.best)
+
+
 def test_a_checkpoint_of_another_training_is_not_continued(
     material: Material, head: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,6 +306,21 @@ def test_yield_is_counted_in_right_drafts_before_the_first_wrong_one(material: M
     shares = per_request(heads, material, range(6))
 
     assert all(a >= b >= c >= 0 for a, b, c in shares)
+
+
+def test_what_does_not_fit_memory_or_the_context_is_left_out_the_oldest_first(
+    tiny_model: Path, tmp_path: Path, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reports: list[Report] = []
+    answers = [len(request.answer) for request in requests]
+    monkeypatch.setattr("worker.training.heads.STATES_BYTES", 4 * 64 * sum(answers[-30:]))
+    endless = Request([1] * 100_000, [2, 3], 0.0, 0)
+
+    found = train(spec_for(tiny_model, tmp_path, [*requests, endless], epochs=0.1), reports.append)
+
+    assert (found["requests"], found["tokens"]) == (30, sum(answers[-30:]))
+    [told] = [report.detail for report in reports if getattr(report, "name", "") == "left out"]
+    assert told == {"longer_than_the_context": 1, "beyond_memory": len(requests) - 30}
 
 
 def test_too_few_requests_are_refused(tiny_model: Path, tmp_path: Path, requests: list[Request]) -> None:

@@ -77,8 +77,8 @@ class Loop:
 
     def run(self, tell: Tell) -> None:
         """Train to the end, or until the held-out answers say so; the heads are then the best that were seen."""
-        self._resume()
-        self.best = max(self.best, self._tau())
+        if not self._resume():
+            self.best = self._tau()
         every = max(1, self.steps // LOOKS)
         moment, tokens, total, count = time.monotonic(), 0, 0.0, 0
         while self.step < self.steps and self.missed < PATIENCE:
@@ -155,15 +155,15 @@ class Loop:
             found += [(i, "mean", state["exp_avg"]), (i, "square", state["exp_avg_sq"])]
         return found
 
-    def _resume(self) -> None:
-        """Go on from the checkpoint of an attempt that trained the same on as much."""
+    def _resume(self) -> bool:
+        """Go on from the checkpoint of an attempt that trained the same on as much, if there is one."""
         if self._file is None or not self._file.exists():
-            return
+            return False
         try:
             with safe_open(self._file, "pt") as file, torch.no_grad():
                 known = file.metadata() or {}
                 if known.get("name") != self._name:
-                    return
+                    return False
                 for i, parameter in enumerate(self.heads.drafting()):
                     parameter.copy_(file.get_tensor(f"now.{i}"))
                     self.kept[i] = file.get_tensor(f"best.{i}")
@@ -173,8 +173,9 @@ class Loop:
                         "exp_avg_sq": file.get_tensor(f"square.{i}"),
                     }
         except (SafetensorError, OSError):
-            return
+            return False
         self.step, self.best, self.missed = int(known["step"]), float(known["best"]), int(known["missed"])
+        return True
 
 
 def schedule(step: int, steps: int) -> float:

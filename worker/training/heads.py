@@ -32,7 +32,7 @@ from worker.training.head_timing import drafting_ms
 from worker.training.process import Refused, serve
 from worker.training.spec import REPORT, HeadsProgress, HeadsSpec, Report, Request, Stage, decode_heads_spec
 
-# States kept in memory; what does not fit is not trained on.
+# States kept in memory; the oldest requests that do not fit are not trained on.
 STATES_BYTES = 1 << 30
 LEAST_REQUESTS = 16
 TELL_SECONDS = 2.0
@@ -74,10 +74,11 @@ def train(spec: HeadsSpec, report: Tell = lambda _: None) -> dict[str, Any]:
     """
     torch.manual_seed(spec.seed)
     requests = _chosen(spec)
-    parts = split(len(requests))
     if spec.device == "cuda" and not torch.cuda.is_available():
         raise Refused("WHET_DEVICE is cuda, but torch sees no CUDA device")
     with _engine(spec) as engine:
+        requests = _fitting(engine, requests, report)
+        parts = split(len(requests))
         material, head = _material(engine, spec, requests, parts, report)
         found = _train(spec, engine, material, head, parts, report)
     (Path(spec.out) / REPORT).write_text(json.dumps(found), encoding="utf-8")
@@ -112,12 +113,27 @@ RECURRENT = False
 
 
 def _chosen(spec: HeadsSpec) -> list[Request]:
-    """What is trained on: within the token budget and within memory. Raises Refused when that is too little."""
+    """What is trained on, within the token budget."""
     logged = [each for each in read_requests(Path(spec.rows_file)) if each.prompt and len(each.answer) > 1]
     sizes = [len(each.prompt) + len(each.answer) for each in logged]
-    requests = [logged[index] for index in choose(costs(sizes, spec.max_tokens), spec.max_tokens, spec.seed)]
+    return [logged[index] for index in choose(costs(sizes, spec.max_tokens), spec.max_tokens, spec.seed)]
+
+
+def _fitting(engine: LocalEngine, chosen: list[Request], report: Tell) -> list[Request]:
+    """Those that the context and memory hold, the newest. Raises Refused when that is too little."""
+    longest, state = engine.core.max_context, 4 * engine.core.forward.spec.hidden_size
+    readable = [each for each in chosen if len(each.prompt) + len(each.answer) - 1 <= longest]
+    room, first = STATES_BYTES // state, len(readable)
+    while first and len(readable[first - 1].answer) <= room:
+        first -= 1
+        room -= len(readable[first].answer)
+    requests = readable[first:]
+    if len(requests) < len(chosen):
+        left_out = {"longer_than_the_context": len(chosen) - len(readable), "beyond_memory": first}
+        report(Stage(name="left out", detail=left_out))
     if len(requests) < LEAST_REQUESTS:
-        raise Refused(f"{len(requests)} logged requests within the budget; heads need {LEAST_REQUESTS} at least")
+        where = "within budget, context and memory"
+        raise Refused(f"{len(requests)} logged requests {where}; heads need {LEAST_REQUESTS} at least")
     return requests
 
 
@@ -141,23 +157,21 @@ def _engine(spec: HeadsSpec) -> LocalEngine:
 def _material(
     engine: LocalEngine, spec: HeadsSpec, requests: list[Request], parts: Split, report: Tell
 ) -> tuple[Material, torch.Tensor]:
-    """States of all requests, and the LM head [vocabulary, E] as the adapter leaves it. Raises Refused."""
+    """States of all requests, and the LM head [vocabulary, E] as the adapter leaves it."""
     core = engine.core
     adapter = engine.load_adapter(spec.adapter) if spec.adapter else None
     resident = core.adapters.slots.get(adapter) if adapter else None
     slot, hidden = resident.slot if resident else 0, core.forward.spec.hidden_size
-    if _tokens(requests) * 4 * hidden > STATES_BYTES:
-        raise Refused(f"states of {_tokens(requests)} answer tokens do not fit {STATES_BYTES >> 20} MiB of memory")
 
     def logits(states: torch.Tensor) -> torch.Tensor:
         return core.forward.logits(states.to(core.forward.device), [slot] * len(states)).float().cpu()
 
-    with torch.inference_mode():
-        head = effective_head(logits, hidden).clone()
+    with torch.no_grad():
+        head = effective_head(logits, hidden)
     states = _states(engine, requests, adapter, report)
     answers = (requests[index].answer for index in parts.train)
     tokens_V = frequent(answers, spec.vocabulary, len(head))
-    return Material(requests, states, tokens_V, places_of(tokens_V, len(head))), head.clone()
+    return Material(requests, states, tokens_V, places_of(tokens_V, len(head))), head
 
 
 def _states(engine: LocalEngine, requests: list[Request], adapter: str | None, report: Tell) -> list[torch.Tensor]:
