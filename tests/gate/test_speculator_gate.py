@@ -53,6 +53,14 @@ def test_a_sure_gain_below_two_percent_is_refused() -> None:
     assert "not worth a swap" in verdict.reasons[0]
 
 
+def test_an_app_with_one_user_for_all_is_judged_by_its_requests() -> None:
+    rows = held(60, 3.1, 2.4)
+    for users in (1, 4):
+        assert judge([row._replace(group=f"g{i % users}") for i, row in enumerate(rows)], GOOD, POOR, CHEAP).promote
+    noise = held(60, 2.45, 2.4, spread=1.0)
+    assert not judge([row._replace(group="app") for row in noise], GOOD, GOOD, CHEAP).promote
+
+
 def test_a_session_that_agrees_with_itself_is_one_witness() -> None:
     rows = [Held(f"g{i}", 2.6 + (i % 6 - 2.5) / 2, 2.4) for i in range(120)]
     sessions = [row._replace(group=f"g{i % 6}") for i, row in enumerate(rows)]

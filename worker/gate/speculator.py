@@ -14,6 +14,8 @@ from worker.gate.statistics import Interval, bootstrap, cluster
 ALPHA = 0.025
 LEAST_GAIN = 0.02
 LEAST_REQUESTS = 20
+# So few groups are no sample of the users; an app that names one user for all has no others.
+LEAST_GROUPS = 5
 # Streams at once for which goodput is predicted: one user, and a busy engine.
 LOADS = (1, 16)
 # Timings of equal heads differ by this much.
@@ -64,7 +66,10 @@ def judge(
         reason = f"{len(held)} held-out requests are too few to judge by; it takes {LEAST_REQUESTS}"
         return Verdict(False, [reason], 0.0, Interval(0.0, 0.0), {})
     before = fmean(row.incumbent for row in held)
-    clusters = cluster([row.candidate - row.incumbent for row in held], [row.group for row in held])
+    groups = [row.group for row in held]
+    if len(set(groups)) < LEAST_GROUPS:
+        groups = [str(place) for place in range(len(held))]
+    clusters = cluster([row.candidate - row.incumbent for row in held], groups)
     low, high = bootstrap(clusters, ALPHA, seed=seed)
     gain, interval = clusters.mean / before, Interval(low / before, high / before)
     goodput = {load: _goodputs(load, candidate, incumbent, costs) for load in LOADS} if costs else {}
