@@ -279,7 +279,8 @@ def _last_live(project_id: UUID, adapter: str | None) -> ScalarSelect[str | None
         .join(Artifact, Artifact.digest == DeploymentEvent.to_digest)
         .where(
             DeploymentEvent.project_id == project_id,
-            DeploymentEvent.kind == "speculator_live",
+            # A roll-back makes heads live as well: those it went back to.
+            DeploymentEvent.kind.in_(("speculator_live", "speculator_rolled_back")),
             Artifact.manifest["adapter"].as_string().is_not_distinct_from(adapter),
         )
         .order_by(DeploymentEvent.id.desc())

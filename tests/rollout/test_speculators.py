@@ -182,6 +182,21 @@ def test_a_roll_back_to_an_adapter_brings_its_heads_back(world: World) -> None:
     assert told(world)[-2:] == [("speculator_retired", H2, H1), ("speculator_live", H2, H1)]
 
 
+def test_heads_that_a_roll_back_made_live_come_back_with_their_adapter_too(world: World) -> None:
+    serve(world, A)
+    for digest in (H1, H2):
+        go_live(world, heads(world, digest, adapter=A))
+    with world.sessions.begin() as session:
+        speculators.roll_back(session, world.project_id, BECAUSE)
+    assert drafting(world) == Heads(H1)
+    serve(world, B)
+    assert drafting(world) == Heads()
+
+    serve(world, A)
+
+    assert (drafting(world), world.state(H1), world.state(H2)) == (Heads(H1), "live", "rolled_back")
+
+
 @pytest.mark.parametrize("leave", ["retired by a person", "rolled back", "never live"])
 def test_heads_that_went_for_a_reason_of_their_own_do_not_come_back_with_their_adapter(
     world: World, leave: str
