@@ -91,8 +91,17 @@ class Stuck(AssertionError):
     """The engine computes and computes."""
 
 
-def run(core: Engine, requests: Many[Generate], between: Callable[[int], None] = lambda _: None) -> dict[str, Answer]:
-    """Every answer; `between` is told the step's number before each step. Nothing is left behind."""
+def run(
+    core: Engine,
+    requests: Many[Generate],
+    between: Callable[[int], None] = lambda _: None,
+    done: list[Done] | None = None,
+) -> dict[str, Answer]:
+    """Every answer; `between` is told the step's number before each step, `done` gets what orders are answered.
+
+    Nothing is left behind.
+    """
+    answered = [] if done is None else done
     told = {request.id: Answer() for request in requests}
     for request in requests:
         core.submit(CLIENT, request)
@@ -102,11 +111,11 @@ def run(core: Engine, requests: Many[Generate], between: Callable[[int], None] =
         between(step)
         if not core.step():
             time.sleep(0.0002)
-        read(core, told)
+        answered += read(core, told)
     else:
         core.cancel_client(CLIENT)
         raise Stuck(f"{core.in_flight} requests do not end")
-    read(core, told)
+    answered += read(core, told)
     assert not core.scheduler.running
     assert core.scheduler.pool.free == core.scheduler.pool.total, "blocks are held when nobody runs"
     return told
