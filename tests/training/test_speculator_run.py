@@ -19,11 +19,12 @@ from engine.text.tokenizer import Tokenizer
 from services.errors import Conflict, InvalidRequest
 from services.settings import Settings
 from services.store import failpoints, jobs, projects, runs, traffic
-from services.store.jobs import JobCancelled, Lease
+from services.store.jobs import JobCancelled, JobFailed, Lease
 from services.store.models import Artifact, ErasureRequest, Job, Run, RunEvent
 from services.store.traffic import Size
 from tests.curation.world import World
 from worker.gate import speculator
+from worker.training import attempt as attempt_module
 from worker.training.child import TrainerDied
 from worker.training.choosing import split
 from worker.training.speculator import choose_rows, speculator_job
@@ -199,6 +200,24 @@ def test_rows_without_token_ids_refuse_the_run(
 
     with world.sessions() as session:
         assert "only 0 of the log's requests hold the token ids" in str(session.get_one(Run, run.id).error)
+    assert not list(tiny_settings.home.glob("runs/**/rows.jsonl"))
+
+
+def test_a_failed_run_leaves_no_copy_of_the_log(
+    world: World, tiny_settings: Settings, log: Callable[..., list[UUID]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log()
+    run = start(world)
+
+    def fail(*_: object) -> None:
+        assert list(tiny_settings.home.glob("runs/**/rows.jsonl"))
+        raise JobFailed("no memory")
+
+    monkeypatch.setattr(attempt_module, "run_trainer", fail)
+    with pytest.raises(JobFailed):
+        attempt(world, run, tiny_settings)
+
+    assert not list(tiny_settings.home.glob("runs/**/rows.jsonl"))
 
 
 def test_a_killed_trainer_and_a_second_attempt_leave_one_artefact(

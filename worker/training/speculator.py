@@ -62,12 +62,20 @@ def speculator_job(lease: Lease, settings: Settings) -> None:
         _train(lease, settings, run_id)
     except TooLittle as error:
         attempt.finish(lease, run_id, "succeeded", "refused", str(error))
+        _remove_work(settings, run_id)
     except JobCancelled:
         attempt.finish(lease, run_id, "cancelled", "cancelled", None)
+        _remove_work(settings, run_id)
         raise
     except JobFailed as error:
         attempt.finish(lease, run_id, "failed", "failed", str(error))
+        _remove_work(settings, run_id)
         raise
+
+
+def _remove_work(settings: Settings, run_id: UUID) -> None:
+    """A run that is over leaves no copy of the log behind."""
+    shutil.rmtree(settings.home / "runs" / str(run_id), ignore_errors=True)
 
 
 def _train(lease: Lease, settings: Settings, run_id: UUID) -> None:
