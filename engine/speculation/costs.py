@@ -89,10 +89,13 @@ class Line:
         return left, right, (tokens - self.sizes[left]) / (self.sizes[right] - self.sizes[left])
 
     def refresh(self) -> None:
-        """Entry by number of tokens, never falling; those below the first point repeat it."""
-        rising: list[float] = []
-        for seconds in self.points:
-            rising.append(max(seconds, rising[-1]) if rising else seconds)
+        """Entry by number of tokens, never falling; those below the first point repeat it.
+
+        A point above a later one was disturbed when it was measured: other work makes steps slower, never faster.
+        """
+        rising = list(self.points)
+        for column in range(len(rising) - 2, -1, -1):
+            rising[column] = min(rising[column], rising[column + 1])
         dense = [rising[0]] * (self.sizes[0] + 1)
         for (size, low), (upper, high) in pairwise(zip(self.sizes, rising, strict=True)):
             dense += [low + (high - low) * (at - size) / (upper - size) for at in range(size + 1, upper + 1)]

@@ -283,7 +283,7 @@ class Drafting:
 def second_gain(first: Try, second: Try, length: int) -> tuple[float, int]:
     """What a second draft adds to `length` tokens of the first, and how long it should be; nothing while they agree.
 
-    It helps only where the first has failed, so its chance there is at most what the first leaves.
+    It helps only where the first has failed: its chance there is taken of what the first leaves.
     """
     fork = 0
     while fork < min(length, len(second.tokens)) and first.tokens[fork] == second.tokens[fork]:
@@ -295,7 +295,7 @@ def second_gain(first: Try, second: Try, length: int) -> tuple[float, int]:
     left = reached - first.survival[fork]
     gain, until = 0.0, 0
     for place in range(fork, len(second.tokens)):
-        chance = min(left, reached * second.survival[place] / max(own, 1e-9))
+        chance = left * second.survival[place] / max(own, 1e-9)
         if chance < FAINT:
             break
         gain += chance

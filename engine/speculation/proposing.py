@@ -21,10 +21,12 @@ from engine.speculation.verify import Verified
 # Drafts that survive with less than this are not worth their arithmetic.
 FAINT = 0.02
 # Both drafters are asked for a row every so many steps, so that the one that is not chosen stays known.
-COMPARE_STEPS = 8
+COMPARE_STEPS = 16
+# What heads add is told apart by what the suffix drafter promises: where it is at a loss, they often are, too.
+PROMISES = (0.5, 1.5, 3.0)
 SMOOTH = 0.05
 # Heads come and go, and must not leave a trace for ever.
-MOST_WORTH = 256
+MOST_GAINS = 1024
 
 
 class Proposing:
@@ -37,8 +39,8 @@ class Proposing:
         self._hidden_RE = torch.empty(0, 0)
         self._places: dict[Sequence, int] = {}
         self._calls = 0
-        # What a full proposal of some heads has been worth, and what asking for one costs.
-        self._worth: dict[str, float] = {}
+        # What some heads have added to so good a proposal of the suffix drafter, and what asking them costs.
+        self._gains: dict[tuple[str, int], float] = {}
         self._ask_seconds = 0.0
 
     def ask(self, rows: Many[Row], seconds_per_token: float, *, eager: bool = False) -> list[list[Try]]:
@@ -55,21 +57,34 @@ class Proposing:
 
     def score(self, tries: Many[Try], emitted: Many[int]) -> None:
         """Learn which drafted tokens came; what stands behind a wrong one was not tried."""
-        for one in tries:
-            acceptance = self._suffix if one.drafter == "suffix" else self._heads
-            for token, cell, came in zip(one.tokens, one.cells, emitted, strict=False):
-                acceptance.learn(one.counts, cell, token == came)
-                if token != came:
-                    break
+        came = {one.drafter: self._matched(one, emitted) for one in tries}
+        heads = tries[-1] if tries and tries[-1].drafter == "heads" else None
+        if heads is not None:
+            key = self.speculators.digest(heads.slot), _promised(tries[:-1])
+            gain = max(0, came["heads"] - came.get("suffix", 0))
+            self._gains[key] = (1 - SMOOTH) * self._gains.get(key, gain) + SMOOTH * gain
+            if len(self._gains) > MOST_GAINS:
+                del self._gains[next(iter(self._gains))]
+
+    def _matched(self, one: Try, emitted: Many[int]) -> int:
+        """Count a proposal's tokens as tried, up to the first that did not come; how many came."""
+        acceptance = self._suffix if one.drafter == "suffix" else self._heads
+        matched = 0
+        for token, cell, said in zip(one.tokens, one.cells, emitted, strict=False):
+            acceptance.learn(one.counts, cell, token == said)
+            if token != said:
+                break
+            matched += 1
+        return matched
 
     def remember(self, verified: Many[Verified], hidden_RE: torch.Tensor) -> None:
-        """Keep the head's input at the places that drew each sequence's last token; what heads draft from."""
-        self._places = {}
-        alive = [each for each in verified if not each.row.sequence.ended and each.row.sequence.request.speculator]
-        if alive:
-            places = torch.tensor([each.first + each.accepted for each in alive], device=hidden_RE.device)
-            self._hidden_RE = hidden_RE[places].float()
-            self._places = {each.row.sequence: index for index, each in enumerate(alive)}
+        """Where the head's input stands that drew each sequence's last token; it stays until the next forward."""
+        self._hidden_RE = hidden_RE
+        self._places = {
+            each.row.sequence: each.first + each.accepted
+            for each in verified
+            if not each.row.sequence.ended and each.row.sequence.request.speculator
+        }
 
     def drop(self, sequence: Sequence) -> None:
         """Its request is over."""
@@ -119,15 +134,15 @@ class Proposing:
             slot = self.speculators.slot(request.speculator, request.adapter) if place is not None else 0
             if place is None or not slot:
                 continue
-            missing = self._worth.get(self.speculators.digest(slot), 1.0) - (each[0].expected if each else 0.0)
-            if missing * seconds_per_token > self._ask_seconds or seconds_per_token == float("inf"):
+            gain = self._gains.get((self.speculators.digest(slot), _promised(each)), 1.0)
+            if gain * seconds_per_token > self._ask_seconds or seconds_per_token == float("inf"):
                 most = min(most_drafted(sequence), self.speculators.heads(slot))
                 asked.append((row, each, slot))
                 asks.append(Ask(slot, sequence.tokens[-1], next_draw(sequence), most))
                 places.append(place)
         if asks:
             began = time.perf_counter()
-            guesses = self.speculators.propose(self._hidden_RE[places], asks, FAINT)
+            guesses = self.speculators.propose(self._hidden_RE[places].float(), asks, FAINT)
             seconds = (time.perf_counter() - began) / len(asks)
             self._ask_seconds += SMOOTH * (seconds - self._ask_seconds)
             for (row, each, slot), guess in zip(asked, guesses, strict=True):
@@ -138,8 +153,10 @@ class Proposing:
         digest = self.speculators.digest(slot)
         own = self._heads.project(row.sequence.request.namespace, digest)
         cells = heads_cells(chances)
-        one = Try("heads", tokens, cells, self._heads.survival(own, cells, chances), own, slot)
-        self._worth[digest] = (1 - SMOOTH) * self._worth.get(digest, one.expected) + SMOOTH * one.expected
-        if len(self._worth) > MOST_WORTH:
-            del self._worth[next(iter(self._worth))]
-        return one
+        return Try("heads", tokens, cells, self._heads.survival(own, cells, chances), own, slot)
+
+
+def _promised(tries: Many[Try]) -> int:
+    """How good the suffix drafter's proposal is, roughly."""
+    expected = tries[0].expected if tries else 0.0
+    return sum(expected >= edge for edge in PROMISES)
