@@ -1,7 +1,8 @@
 """What drafting earned a project: decode rates of answers with drafts and of the baseline's, which has none.
 
 Everything looks at one window of at most a day, cut into equal spans, and at a bounded number of rows of each: the
-newest ones, found by the index on (project, id). Callers keep the answers for a while.
+newest ones, found by the index on (project, id). Callers keep the answers for a while. Baseline answers share steps
+with drafted ones: for one stream at a time the ratio is exact, where many share steps it flatters.
 """
 
 import math
@@ -100,7 +101,9 @@ def measure(session: Session, project_id: UUID) -> Speed:
         Span(begin + (end - begin) / 2, _rate(sums.get((place, True))), _rate(sums.get((place, False))))
         for place, (begin, end) in enumerate(seen.spans)
     ]
-    drafted, plain = (_total(part for (_, speculated), part in sums.items() if speculated is side) for side in (True, False))
+    drafted, plain = (
+        _total(part for (_, speculated), part in sums.items() if speculated is side) for side in (True, False)
+    )
     return Speed(seen, spans, _rate(drafted), _rate(plain), _gain(drafted, plain))
 
 

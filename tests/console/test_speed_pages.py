@@ -46,6 +46,7 @@ def test_the_plot_its_words_and_the_drafters_are_on_both_pages(fast: Project, op
     assert text.count('class="fill-heads"') > 8
     assert "tokens a step" in text
     assert re.search(r"Suffix</span>.*?a draft", text, re.S)
+    assert "Exact for one stream at a time" in text_of(operator, path)
 
 
 def test_home_says_how_much_faster_a_project_is_once_it_is_known(
