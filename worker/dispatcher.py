@@ -149,7 +149,7 @@ class Dispatcher:
         if self._schedule.due():
             with self._sessions.begin() as session:
                 self._sampler.step(session, datetime.now(UTC))
-        if self._heads.due():
+        if self._settings.speculation and self._heads.due():
             self._watch.step(self._sessions, datetime.now(UTC))
             with self._sessions.begin() as session:
                 self._cadence.step(session, datetime.now(UTC), self._watch.drifted)

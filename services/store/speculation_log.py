@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from services.store.models import Interaction, InteractionBody
 from services.store.pages import first_id
+from services.store.traffic import erased
 
 UNANSWERED = ("error", "cancelled", "interrupted")
 # Fewer tokens than these say more of the clock than of the decode rate.
@@ -96,14 +97,17 @@ def recent_namespaces(session: Session, limit: int) -> list[tuple[UUID, str]]:
     return [(row.project_id, row.namespace) for row in session.execute(query)]
 
 
-def responses(session: Session, project_id: UUID, namespace: str, *, until: datetime, most: int) -> list["array[int]"]:
+def responses(
+    session: Session, project_id: UUID, namespace: str, *, base: str, until: datetime, most: int
+) -> list["array[int]"]:
     """Token ids of a namespace's newest live answers that began before `until`, at most `most` tokens, oldest first.
 
-    Answers that a caller asked of a pinned artefact are left out, as the engine left them out when it gave them.
+    Left out are answers of another base, whose ids mean other words; those of who asked to be erased; and those that a
+    caller asked of a pinned artefact, as the engine left them out when it gave them.
     """
     found: list[array[int]] = []
     left = most
-    for token_ids in _newest_first(session, project_id, namespace, until):
+    for token_ids in _newest_first(session, project_id, namespace, base, until):
         left -= len(token_ids)
         if left < 0:
             break
@@ -111,7 +115,9 @@ def responses(session: Session, project_id: UUID, namespace: str, *, until: date
     return found[::-1]
 
 
-def _newest_first(session: Session, project_id: UUID, namespace: str, until: datetime) -> Iterator["array[int]"]:
+def _newest_first(
+    session: Session, project_id: UUID, namespace: str, base: str, until: datetime
+) -> Iterator["array[int]"]:
     before = first_id(until)
     while True:
         page = session.execute(
@@ -122,7 +128,9 @@ def _newest_first(session: Session, project_id: UUID, namespace: str, until: dat
                 Interaction.namespace == namespace,
                 Interaction.id < before,
                 Interaction.origin == "live",
+                Interaction.base_digest == base,
                 Interaction.finish_reason.not_in(UNANSWERED),
+                ~erased(project_id),
                 InteractionBody.parameters["model"].as_string().not_like("%@%"),
             )
             .order_by(Interaction.id.desc())

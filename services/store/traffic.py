@@ -51,7 +51,7 @@ def sizes(session: Session, project_id: UUID, *, tokenizer: str, template: str, 
             InteractionBody.tokenizer_hash == tokenizer,
             InteractionBody.template_hash == template,
             or_(InteractionBody.parameters["n"].is_(None), cast(InteractionBody.parameters["n"].astext, Integer) == 1),
-            ~_erased(project_id),
+            ~erased(project_id),
         )
         .order_by(Interaction.id.desc())
         .limit(MOST_ANSWERS)
@@ -60,7 +60,8 @@ def sizes(session: Session, project_id: UUID, *, tokenizer: str, template: str, 
     return [Size(row.id, row.prompt_tokens + row.completion_tokens, row.adapter_digest) for row in reversed(rows)]
 
 
-def _erased(project_id: UUID) -> Any:  # noqa: ANN401 - SQLAlchemy's expressions
+def erased(project_id: UUID) -> Any:  # noqa: ANN401 - SQLAlchemy's expressions
+    """Whether who asked an interaction asked to be erased since."""
     asked = or_(ErasureRequest.project_id == project_id, ErasureRequest.project_id.is_(None))
     subject = or_(ErasureRequest.subject == Interaction.end_user, ErasureRequest.subject == Interaction.session_key)
     return exists().where(asked, subject)

@@ -13,8 +13,7 @@ from engine.client import EngineGone, EngineRefused
 from engine.messages import Corpus, Generate, Sampling
 from engine.sync_client import SyncEngineClient
 from services.store import projects, speculation_log, speculators
-from services.store.base import Sessions
-from services.store.models import InteractionBody
+from services.store.models import ErasureRequest, InteractionBody
 from services.store.speculation import Heads
 from tests.engine.speculators import random_speculator
 from tests.rollout.conftest import EngineUnderTest, World
@@ -169,17 +168,17 @@ def test_more_heads_than_slots_push_nobody_out(setting: Setting) -> None:
 
 
 def answer(
-    sessions: Sessions, project_id: UUID, at: datetime, token_ids: list[int], *, model: str = "support", **columns: str
+    setting: Setting, project_id: UUID, at: datetime, token_ids: list[int], *, model: str = "support", **columns: str
 ) -> None:
     """A logged answer with its body."""
     row = interaction(project_id, at, tokens=len(token_ids))
-    for name, value in columns.items():
+    for name, value in ({"base_digest": setting.engine.base} | columns).items():
         setattr(row, name, value)
     body = InteractionBody(
         id=row.id, messages=[], parameters={"model": model}, output="", prompt_token_ids=[], token_ids=token_ids,
         token_logprobs=[], prompt_hash="", template_hash="", tokenizer_hash="", spool_version=1,
     )  # fmt: skip
-    land(sessions, [row, body])
+    land(setting.world.sessions, [row, body])
 
 
 def test_a_restarted_engine_learns_the_past_answers_of_each_project_and_no_others(setting: Setting) -> None:
@@ -187,11 +186,15 @@ def test_a_restarted_engine_learns_the_past_answers_of_each_project_and_no_other
     with sessions.begin() as session:
         other = projects.create(session, "other").id
     for minute in range(3):
-        answer(sessions, mine, NOW - timedelta(minutes=minute + 1), [10 + minute] * 20)
-    answer(sessions, mine, NOW, [99] * 500, model="support@" + "a" * 64)
-    answer(sessions, mine, NOW, [98] * 500, origin="evaluation")
-    answer(sessions, mine, NOW, [97] * 500, finish_reason="cancelled")
-    answer(sessions, other, NOW - timedelta(minutes=1), [50] * 7)
+        answer(setting, mine, NOW - timedelta(minutes=minute + 1), [10 + minute] * 20)
+    answer(setting, mine, NOW, [99] * 500, model="support@" + "a" * 64)
+    answer(setting, mine, NOW, [98] * 500, origin="evaluation")
+    answer(setting, mine, NOW, [97] * 500, finish_reason="cancelled")
+    answer(setting, mine, NOW, [96] * 500, base_digest="another")
+    answer(setting, mine, NOW, [95] * 500, end_user="gone")
+    with sessions.begin() as session:
+        session.add(ErasureRequest(project_id=mine, subject="gone"))
+    answer(setting, other, NOW - timedelta(minutes=1), [50] * 7)
 
     setting.restart()
     for _ in range(3):
@@ -202,7 +205,7 @@ def test_a_restarted_engine_learns_the_past_answers_of_each_project_and_no_other
 
 
 def test_a_second_dispatcher_does_not_teach_the_same_twice(setting: Setting) -> None:
-    answer(setting.world.sessions, setting.world.project_id, NOW - timedelta(minutes=1), [10] * 20)
+    answer(setting, setting.world.project_id, NOW - timedelta(minutes=1), [10] * 20)
     setting.restart()
     setting.reconciler.step()
     held = setting.corpora()
@@ -218,12 +221,12 @@ def test_a_second_dispatcher_does_not_teach_the_same_twice(setting: Setting) -> 
 def test_an_answer_given_after_the_start_is_not_told_again(setting: Setting) -> None:
     """The engine has learnt it by itself."""
     project = setting.world.project_id
-    answer(setting.world.sessions, project, NOW - timedelta(minutes=1), [10] * 40)
+    answer(setting, project, NOW - timedelta(minutes=1), [10] * 40)
     setting.restart()
     sampling = Sampling(temperature=0.0, seed=0, max_tokens=9)
     setting.client.generate(Generate(id="r", prompt=[5, 6], sampling=sampling, namespace=project.hex))
     own = setting.corpora()[project.hex]
-    answer(setting.world.sessions, project, datetime.now(UTC) + timedelta(seconds=1), [11] * 9)
+    answer(setting, project, datetime.now(UTC) + timedelta(seconds=1), [11] * 9)
 
     setting.reconciler.step()
 
@@ -264,7 +267,7 @@ def test_a_corpus_is_told_its_newest_answers_oldest_first_in_pieces(
     monkeypatch.setattr(speculation_log, "PAGE", 2)
     project = setting.world.project_id
     for minute in range(10):
-        answer(setting.world.sessions, project, NOW - timedelta(minutes=minute), [100 + minute] * 20)
+        answer(setting, project, NOW - timedelta(minutes=minute), [100 + minute] * 20)
 
     engine = refilled(setting, Recorder())
 
@@ -280,13 +283,13 @@ def test_the_most_recent_namespaces_are_told_last(setting: Setting) -> None:
     for number in range(3):
         with setting.world.sessions.begin() as session:
             ids.append(projects.create(session, f"p{number}").id)
-        answer(setting.world.sessions, ids[-1], NOW - timedelta(hours=5 - number), [1, 2, 3])
+        answer(setting, ids[-1], NOW - timedelta(hours=5 - number), [1, 2, 3])
     engine = refilled(setting, Recorder())
     assert [namespace for namespace, _ in engine.taught] == [one.hex for one in ids]
 
 
 def test_an_engine_that_learns_nothing_is_left_in_peace(setting: Setting) -> None:
-    answer(setting.world.sessions, setting.world.project_id, NOW, [1, 2, 3])
+    answer(setting, setting.world.project_id, NOW, [1, 2, 3])
     deaf = Recorder()
     deaf.refuses = True
     with capture_logs() as lines:

@@ -137,10 +137,12 @@ class Drafters:
         """The newest answers from before the engine's start, unless it holds as many tokens already: then another
         dispatcher has told it."""
         with self._sessions() as session:
-            responses = speculation_log.responses(session, project_id, namespace, until=self._began, most=CORPUS_TOKENS)
+            responses = speculation_log.responses(
+                session, project_id, namespace, base=status.base, until=self._began, most=CORPUS_TOKENS
+            )
         tokens = sum(map(len, responses))
         held = next((corpus.tokens for corpus in status.corpora if corpus.namespace == namespace), 0)
-        if held >= tokens:
+        if held >= tokens or not responses:
             return
         try:
             for chunk in _chunks([response.tolist() for response in responses]):

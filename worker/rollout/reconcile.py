@@ -72,14 +72,14 @@ class Reconciler:
     def step(self) -> None:
         """Read both sides, then free, then load; what only makes answers faster comes last."""
         status = self._client.status()
-        if status.epoch != self._epoch:
-            log.info("engine reached", epoch=status.epoch, base=status.base)
-            self._drafters.restarted(status)
-            self._epoch = status.epoch
         with self._sessions() as session:
             wanted = read_wanted(session)
         self._free(status, wanted)
         self._load(status, wanted)
+        if status.epoch != self._epoch:
+            log.info("engine reached", epoch=status.epoch, base=status.base)
+            self._drafters.restarted(status)
+            self._epoch = status.epoch
         self._drafters.step(status, wanted.in_use)
 
     def _free(self, status: Status, wanted: Wanted) -> None:

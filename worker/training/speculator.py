@@ -73,6 +73,14 @@ def speculator_job(lease: Lease, settings: Settings) -> None:
         raise
 
 
+def _require_room(settings: Settings, order: Order) -> None:
+    """Heads that the engine would refuse need not be trained. Raises JobFailed."""
+    if not settings.speculation:
+        raise JobFailed("WHET_SPECULATION is off: the engine drafts nothing")
+    if order.params.heads > settings.speculator_heads:
+        raise JobFailed(f"{order.params.heads} heads do not fit the engine's slots of {settings.speculator_heads}")
+
+
 def _remove_work(settings: Settings, run_id: UUID) -> None:
     """A run that is over leaves no copy of the log behind."""
     shutil.rmtree(settings.home / "runs" / str(run_id), ignore_errors=True)
@@ -88,6 +96,7 @@ def _train(lease: Lease, settings: Settings, run_id: UUID) -> None:
         tokenizer = Tokenizer.load(model)
     except ValueError as error:
         raise JobFailed(str(error)) from error
+    _require_room(settings, order)
     base = base_digest(model)
     work = settings.home / "runs" / str(run_id) / str(lease.fence)
     work.mkdir(parents=True, exist_ok=True)
