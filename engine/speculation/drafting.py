@@ -132,6 +132,9 @@ class Drafting:
         if probing and not any(length for _, length in selected):
             # What a step that verifies costs must be seen now and then, or it is believed dear for ever.
             selected = [(each[0], 1) if each else (None, 0) for each in tries]
+        elif probing and len(able) == 1 and tries[0]:
+            # So must longer drafts, where the step is not shared.
+            selected = [(tries[0][0], min(batch.room, len(tries[0][0].tokens)))]
         for index, (one, length) in zip(able, selected, strict=True):
             state = state_of(rows[index].sequence)
             state.count(drafted=length > 0)
