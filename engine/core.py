@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 
 import torch
@@ -65,10 +66,13 @@ class Engine:
     """Model, cache, scheduler and adapters of one base. `outbox` holds (client, message) pairs to be sent, in order."""
 
     def __init__(self, config: EngineConfig, wake: Callable[[], None] = lambda: None) -> None:
+        spec = read_spec(config.model)
+        if spec.labels:
+            # A classifier says nothing: there is nothing to draft, and no LM head to measure steps with.
+            config = replace(config, speculation=False)
         self.config = config
         self.epoch = secrets.randbits(52)
         self.outbox: list[tuple[bytes, FromEngine]] = []
-        spec = read_spec(config.model)
         size = block_size(choose_device(config))
         pool = BlockPool(config.kv_tokens, size)
         self.max_context = min(config.max_context or spec.max_positions, spec.max_positions, pool.total * size)
@@ -156,7 +160,7 @@ class Engine:
         """Answered with Done when the heads draft, or why they do not."""
         answer = self._answer(client, message.id)
         if not self.config.speculation:
-            answer("this engine runs with --no-speculation: it drafts nothing")
+            answer("this engine drafts nothing: it runs with --no-speculation, or its model generates no text")
             return
         self.drafting.speculators.load(message.digest, message.path, message.replaces, answer)
 

@@ -19,7 +19,10 @@ from engine.layers.sampler import Sampled
 from engine.messages import Finished, Generate
 from engine.runner.runner import StepOutput
 from engine.runner.sampling import NOT_FINITE
-from engine.sequence import Sequence
+from engine.speculation.costs import StepCosts
+from engine.speculation.heads import Ask, Guess
+from engine.speculation.slots import Ready
+from engine.speculation.tries import Speculation
 
 VOCABULARY = 1000
 MADE_TO_FAIL = "made to fail"
@@ -67,36 +70,90 @@ class FakeRunner:
         self.pages: dict[int, int] = {}
         self.explode = False
         self.poison: set[str] = set()
+        # The states that drew the last step's tokens; what heads are given are their places here.
+        self.drew: list[int] = []
 
     def step(self, rows: list[Any]) -> StepOutput:
+        own = [row.sequence for row in rows if row.branch is None]
+        beside = [row.sequence for row in rows if row.branch is not None]
         assert sum(row.length for row in rows) <= self.core.config.step_tokens
-        assert len({row.sequence for row in rows}) == len(rows) > 0
-        states = {row.sequence: self._write(row.sequence, row.length) for row in rows}
+        assert len(set(own)) == len(own) > 0
+        assert len(set(beside)) == len(beside)
+        assert set(beside) <= set(own)
+        states = [self._write(row) for row in rows]
         if self.explode:
             self.explode = False
             raise RuntimeError(MADE_TO_FAIL)
-        drawn = [row.sequence for row in rows if row.samples]
-        tokens = [states[sequence] % VOCABULARY for sequence in drawn]
-        faults = [NOT_FINITE if sequence.request.id in self.poison else None for sequence in drawn]
+        drawn = [(row, state) for row, each in zip(rows, states, strict=True) if row.samples
+                 for state in each[-1 - len(row.drafted) :]]  # fmt: skip
+        self.drew = [state for _, state in drawn]
+        faults = [NOT_FINITE if row.sequence.request.id in self.poison else None for row, _ in drawn]
         pooled = {row.sequence: torch.ones(row.length, 2) for row in rows if row.sequence.pool is not None}
+        tokens = [state % VOCABULARY for state in self.drew]
         sampled = Sampled(tokens, [-1.0] * len(drawn), [[] for _ in drawn], faults)
-        return StepOutput(list(rows), sampled, torch.empty(0), pooled)
+        return StepOutput(list(rows), sampled, torch.arange(len(drawn))[:, None], pooled)
 
-    def _write(self, sequence: Sequence, length: int) -> int:
-        """Check that all earlier pages hold this text's states, then write the next ones; the last state."""
+    def clear(self, blocks: list[int]) -> None:
+        """What a block's last holder left is gone."""
+        size = self.core.scheduler.pool.block_size
+        for page in (block * size + offset for block in blocks for offset in range(size)):
+            self.pages.pop(page, None)
+
+    def copy(self, blocks: list[tuple[int, int]]) -> None:
+        """Whole blocks, as far as they were written."""
+        size = self.core.scheduler.pool.block_size
+        for source, target in blocks:
+            for offset in range(size):
+                if source * size + offset in self.pages:
+                    self.pages[target * size + offset] = self.pages[source * size + offset]
+
+    def _write(self, row: Any) -> list[int]:  # noqa: ANN401
+        """Check that all earlier pages hold this text's states, then write the next ones; the states written."""
+        sequence, request, size = row.sequence, row.sequence.request, self.core.scheduler.pool.block_size
         assert not sequence.ended
-        assert length > 0
-        request, size = sequence.request, self.core.scheduler.pool.block_size
-        state = first_state(request.adapter, request.cache_salt)
-        for place in range(sequence.computed + length):
-            state = next_state(state, sequence.tokens[place])
-            page = int(sequence.table[place // size]) * size + place % size
+        assert row.length > 0
+        state, written = first_state(request.adapter, request.cache_salt), []
+        for place, token in enumerate([*sequence.tokens[: sequence.computed], *row.tokens]):
+            state = next_state(state, token)
+            page = int(row.table[place // size]) * size + place % size
             assert page >= size, "the null block was written or read"
             if place < sequence.computed:
                 assert self.pages[page] == state, "a page holds another text"
             else:
                 self.pages[page] = state
-        return state
+                written.append(state)
+        return written
+
+
+class FakeHeads:
+    """Know the model, and are wrong once in a while. Their input must be the state that drew the last token."""
+
+    def __init__(self, runner: FakeRunner) -> None:
+        self._runner = runner
+        self.slots: set[int] = set()
+
+    def prepare(self, speculator: SimpleNamespace) -> Ready:
+        return Ready(speculator, {})  # type: ignore[arg-type]
+
+    def fill(self, slot: int, _: Ready) -> None:
+        self.slots.add(slot)
+
+    def clear(self, slot: int) -> None:
+        self.slots.remove(slot)
+
+    def propose(self, hidden_RE: torch.Tensor, asks: list[Ask], floor: float = 0.0) -> list[Guess]:
+        assert floor >= 0
+        return [self._guess(self._runner.drew[int(place)], ask) for place, ask in zip(hidden_RE, asks, strict=True)]
+
+    def _guess(self, state: int, ask: Ask) -> Guess:
+        assert ask.slot in self.slots
+        assert ask.token == state % VOCABULARY
+        tokens, token = [], ask.token
+        for _ in range(ask.most):
+            state = next_state(state, token)
+            token = (state + (state % 7 == 0)) % VOCABULARY
+            tokens.append(token)
+        return Guess(tokens, [0.9] * len(tokens))
 
 
 class FakeThread:
@@ -129,7 +186,9 @@ class FakeReader:
     def read(self, digest: str, path: str) -> SimpleNamespace:
         if digest.startswith("bad"):
             raise OSError("the disk is away")
-        return SimpleNamespace(digest=digest, matrices=lambda *_: (None, None))
+        # Heads are named after the adapter whose states they know.
+        adapter = digest.partition(" of ")[2] or None
+        return SimpleNamespace(digest=digest, adapter=adapter, heads=4, matrices=lambda *_: (None, None))
 
 
 class Clock(SimpleNamespace):
@@ -146,18 +205,23 @@ class Clock(SimpleNamespace):
 
 
 class World:
-    """One core on fakes."""
+    """One core on fakes; with `speculation` it drafts."""
 
-    def __init__(self, **options: int) -> None:
+    def __init__(self, **options: int | bool) -> None:
         settings = {"kv_tokens": 256, "speculation": False} | options
         config = EngineConfig(model=Path("none"), artifacts=Path("none"), **settings)  # type: ignore[arg-type]
         self.clock = Clock()
         fakes = {"read_spec": lambda _: SPEC, "base_digest": lambda _: "base", "build_forward": make_forward}
-        with mock.patch.multiple("engine.core", **fakes):
+        with mock.patch.multiple("engine.core", **fakes), mock.patch.object(StepCosts, "measure"):
             self.core = Engine(config)
         self.runner = self.core.runner = FakeRunner(self.core)  # type: ignore[assignment]
         self.reading = self.core.adapters._thread = FakeThread()  # type: ignore[assignment]
         self.core.adapters.reader = FakeReader()  # type: ignore[assignment]
+        self.core.forward.clear, self.core.forward.copy = self.runner.clear, self.runner.copy  # type: ignore[method-assign]
+        speculators: Any = self.core.drafting.speculators
+        speculators.close()
+        speculators._reader, speculators._drafter = FakeReader(), FakeHeads(self.runner)
+        self.studying = speculators._thread = FakeThread()
 
     def step(self) -> bool:
         """One step on this world's clock. The core answers for steps that fail; only those made to fail may."""
@@ -178,6 +242,7 @@ def check(core: Engine) -> None:
     check_blocks(core)
     check_prefix(core)
     check_slots(core)
+    check_drafts(core)
     promised = core.scheduler._promised
     assert set(promised.values()) <= set(core.scheduler.running)
     assert sorted(promised) == sorted(key for each in core.scheduler.running for key in each.promises)
@@ -229,3 +294,23 @@ def check_slots(core: Engine) -> None:
     for resident in core.adapters.slots._residents.values():
         assert resident.references == started.count(resident.digest)
     assert set(started) <= set(core.adapters.slots._residents)
+
+
+def check_drafts(core: Engine) -> None:
+    """Nothing of a step's drafts outlives it, and nothing that drafts outlives its request."""
+    alive = set(core._sequences.values())
+    assert set(core.drafting._proposing._places) <= alive
+    for each in alive:
+        state = each.speculation
+        if isinstance(state, Speculation):
+            assert state.branch is None
+            assert not state.tries
+            assert not state.drafts
+            assert state.fed <= len(each.tokens)
+    assert not core.scheduler.copies
+    speculators = core.drafting.speculators
+    assert len({one.slot for one in speculators._residents.values()}) == len(speculators._residents)
+    assert {one.slot: one.digest for one in speculators._residents.values()} == {
+        slot: digest for slot, digest in enumerate(speculators._digests) if digest
+    }
+    assert not set(speculators._aliases) & set(speculators._aliases.values())

@@ -105,7 +105,8 @@ def rows_of(sequences: list[Sequence], numbers: Array, noise: Array) -> list[Row
         team = TEAMS[number % len(TEAMS)]
         drafts = [stubborn((own, likely, unlikely)[who], line, size) if who else own for who in team]
         first, second = drafts[0], drafts[-1]
-        state_of(sequence).tries = [Try("suffix", tokens, [], [], COUNTS) for tokens in drafts]
+        state = state_of(sequence)
+        state.chosen, state.second = (Try("suffix", tokens, [], [], COUNTS) for tokens in (first, second))
         rows.append(Row(sequence, 1 + len(first), tuple(first)))
         if second[: len(first)] != first:
             rows.append(Row(sequence, 1 + len(second), tuple(second), BRANCH))

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.layers.penalties import Counts, Edits, bias_, penalise_
+from engine.layers.sampler import Sampled
 from engine.messages import Generate, Sampling
 from engine.offline import LocalEngine
 from engine.runner.sampling import Place, accepted, complete, draw_at
@@ -101,15 +102,20 @@ def test_every_logit_is_edited_as_in_the_plain_loop_and_no_other_rows() -> None:
 
 @pytest.mark.parametrize("kind", range(len(KINDS)))
 def test_a_drafted_position_draws_what_it_draws_once_the_draft_is_accepted(kind: int) -> None:
-    options, draft = KINDS[kind], (7, 9, 7, 1)
+    options, favoured = KINDS[kind], (7, 9, 7, 1)
     ahead = sequence(sampling(**options), [3, 7])
-    logits = logits_of(len(draft) + 1)
+    logits = logits_of(len(favoured) + 1)
+    for count, token in enumerate(favoured):
+        logits[count, token] += 9
+    alone: list[Sampled] = []
+    for count in range(len(favoured) + 1):
+        there = sequence(sampling(**options), [3, 7, *(each.token_ids[0] for each in alone)])
+        alone.append(draw_at([Place(there)], logits[count : count + 1].clone()))
+    # Places behind a token that is not drawn mean nothing, so what is drafted is what comes.
+    draft = tuple(each.token_ids[0] for each in alone[:-1])
     together = draw_at([Place(ahead, draft[:count]) for count in range(len(draft) + 1)], logits.clone())
-    for count in range(len(draft) + 1):
-        there = sequence(sampling(**options), [3, 7, *draft[:count]])
-        alone = draw_at([Place(there)], logits[count : count + 1].clone())
-        assert alone.token_ids == together.token_ids[count : count + 1]
-        assert alone.top == together.top[count : count + 1]
+    assert together.token_ids == [each.token_ids[0] for each in alone]
+    assert together.top == [each.top[0] for each in alone]
     assert ahead.tokens == [*PROMPT, 3, 7]
     assert draw_at([Place(ahead)], logits[:1].clone()).token_ids == together.token_ids[:1]
 
@@ -178,7 +184,7 @@ def test_no_stop_token_is_drawn_before_min_tokens_and_every_one_after() -> None:
     drawn = [draw_at([Place(sequence(options, [1] * count))], logits.clone()).token_ids[0] for count in range(5)]
     assert drawn == [11, 11, 11, 6, 6]
     one = sequence(options, [1])
-    assert draw_at([Place(one, (1,) * count) for count in range(4)], logits.repeat(4, 1)).token_ids == [11, 11, 6, 6]
+    assert draw_at([Place(one, (11,) * count) for count in range(3)], logits.repeat(3, 1)).token_ids == [11, 11, 6]
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
