@@ -5,7 +5,7 @@
 
 #include "attention.h"
 #include "lora.h"
-#include "matmul.h"
+#include "products.h"
 #include "moe.h"
 #include "sampler.h"
 #include "suffix.h"
@@ -364,6 +364,7 @@ int whet_sample(const float *logits, int64_t stride, int rows, int size, const D
 }
 
 const char *whet_instructions() {
+    if (TILES) return "amx_bf16";
 #if defined(__AVX512BF16__)
     return "avx512_bf16";
 #elif defined(__AVX512F__)

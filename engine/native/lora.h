@@ -1,7 +1,7 @@
 // Adapters added to rows that each name a slot. One slot holds A as panels of all ranks of a fused projection, and B part
 // by part, as panels of `width` ranks: an output reads the ranks of its own part only.
 #pragma once
-#include "matmul.h"
+#include "products.h"
 
 static const int PIECE = SUMS < 12 ? SUMS : 12, PARTS = 3, MOST_RANKS = PARTS * 256;
 

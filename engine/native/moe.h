@@ -1,7 +1,7 @@
 // A mixture of experts: tokens are sorted by expert, every expert in use multiplies its tokens once, and each token adds
 // its experts' answers in the order of their weights, so its result does not depend on the tokens beside it.
 #pragma once
-#include "matmul.h"
+#include "products.h"
 
 struct Moe {
     Matrix router;

@@ -9,7 +9,7 @@
 #include <immintrin.h>
 #endif
 
-#include "matmul.h"
+#include "products.h"
 #include "sampler.h"
 
 struct HeadSlot {

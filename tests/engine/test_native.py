@@ -137,20 +137,29 @@ def test_sizes_that_fill_no_panel_are_padded_without_a_trace(make_model: ModelMa
     assert furthest(found, expected) < 1e-4
 
 
-def test_a_rows_numbers_do_not_depend_on_its_company_or_the_threads(model_dir: Path, make_forward: Make) -> None:
-    alone = make_forward(model_dir)
+PRECISIONS: list[Precision] = ["fp32", "bf16", "int8"]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_rows_numbers_do_not_depend_on_its_company_or_the_threads(
+    precision: Precision, model_dir: Path, make_forward: Make
+) -> None:
+    alone = make_forward(model_dir, precision=precision)
     text = texts(160)[0]
     expected = torch.cat([advance(alone, [(text, lengths[0])])[1] for lengths in STEPS])
     for threads in (1, 2, 3):
-        crowd, several = make_forward(model_dir, threads=threads), texts(160)
+        crowd, several = make_forward(model_dir, precision=precision, threads=threads), texts(160)
         found = [advance(crowd, list(zip(several, lengths, strict=True)))[1][: lengths[0]] for lengths in STEPS]
         assert torch.equal(torch.cat(found), expected), f"{threads} threads"
 
 
-@pytest.mark.parametrize("cut", [1, 2, 3, 5, 7, 13, 16, 17, 31, 61])
-def test_chunks_of_any_size_give_the_same_bits(cut: int, model_dir: Path, make_forward: Make) -> None:
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("cut", [1, 2, 3, 5, 7, 13, 16, 17, 31, 33, 61])
+def test_chunks_of_any_size_give_the_same_bits(
+    precision: Precision, cut: int, model_dir: Path, make_forward: Make
+) -> None:
     whole, chunked = texts(160)[0], texts(160)[0]
-    forward = make_forward(model_dir)
+    forward = make_forward(model_dir, precision=precision)
     expected = advance(forward, [(whole, 61)])[1]
     found = [advance(forward, [(chunked, min(cut, 61 - at))])[1] for at in range(0, 61, cut)]
     assert torch.equal(torch.cat(found), expected)
@@ -167,12 +176,14 @@ def test_only_the_wanted_tokens_come_back_and_all_are_cached(model_dir: Path, ma
     assert nothing.hidden_RE.shape == (0, 64)
 
 
+@pytest.mark.parametrize("odd", [False, True])
 @pytest.mark.parametrize(("precision", "share"), [("bf16", 0.02), ("int8", 0.06)])
 def test_lower_precisions_stay_close_to_fp32(
-    precision: Precision, share: float, model_dir: Path, make_forward: Make
+    precision: Precision, share: float, odd: bool, make_model: ModelMaker, make_forward: Make
 ) -> None:
-    expected = play(make_forward(model_dir, native=False))
-    found = play(make_forward(model_dir, precision=precision))
+    directory = make_model(**(ODD if odd else {}))
+    expected = play(make_forward(directory, native=False))
+    found = play(make_forward(directory, precision=precision))
     for a, b in zip(found, expected, strict=True):
         assert (a - b).norm() < share * b.norm()
 
