@@ -53,7 +53,8 @@ class Kept:
             traceback.print_exc()
             show(cell=name, failed=f"{type(error).__name__}: {error}")
             return
-        self.cells[name] = cell | {"took": round(time.perf_counter() - began, 1), "commit": commit, **idle}
+        took = round(time.perf_counter() - began, 1)
+        self.cells[name] = cell | {"took": took, "commit": commit + ("-changed" if changed() else ""), **idle}
         keep(self.file, self.cells)
         show(cell=name, **{key: round(value, 3) if isinstance(value, float) else value for key, value in cell.items()})
 
@@ -79,6 +80,12 @@ def main() -> None:
     print(speculation_table.render(setting, kept.cells))
     if options.publish:
         speculation_table.publish(setting, kept.cells)
+
+
+def changed() -> bool:
+    """Whether the tree differs from its commit: such a cell may have measured something else."""
+    command = ["git", "status", "--porcelain", "--untracked-files=no", "--", "engine", "worker", "benchmarks"]
+    return bool(subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip())
 
 
 def parse() -> argparse.Namespace:

@@ -4,7 +4,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,13 @@ class Bench:
     def close(self) -> None:
         """Let the engine's threads end."""
         self.world.close()
+        if "other" in vars(self):
+            self.other.close()
+
+    @cached_property
+    def other(self) -> World:
+        """A second engine with the same heads, for fixed choices."""
+        return World(STARTER, self.work, kv_tokens=65536)
 
     def asks(
         self, name: str, learnt: int, number: int, *, temperature: float = 0.0, start: int = 0,
@@ -113,21 +120,26 @@ class Bench:
         return cell
 
     def hindsight(self, name: str, concurrency: int) -> Cell:
-        """The policy against every fixed (drafter, length), in turns; the best of them is chosen afterwards."""
+        """The policy against every fixed (drafter, length), in turns; the best of them is chosen afterwards.
+
+        The fixed ones have an engine of their own: what they draft would teach the policy costs it must find by itself.
+        """
         pairs = self.scale.singles(2) if concurrency == 1 else self.scale.pairs
         chosen: dict[str, Policy] = {"policy": Adaptive(), **arms()}
         rates: dict[str, list[Rate]] = {arm: [] for arm in chosen}
         for number in range(pairs):
             if concurrency == 1:
-                asks = self.asks(name, self.scale.requests, 1, start=number)
+                ask_of = partial(self.asks, name, self.scale.requests, 1, start=number)
             else:
-                asks = self._mixed(-(-max(8, concurrency) // len(APPLICATIONS)), number)
+                ask_of = partial(self._mixed, -(-max(8, concurrency) // len(APPLICATIONS)), number)
+            asks = ask_of()
+            ask_of(world=self.other)
             turn = list(chosen)
             random.Random(number).shuffle(turn)
             for arm in turn:
-                self.world.core.drafting.policy = chosen[arm]
-                rates[arm].append(decoding(self.world.run(for_arm(chosen[arm], asks), concurrency)))
-        self.world.core.drafting.policy = Adaptive()
+                world = self.world if arm == "policy" else self.other
+                world.core.drafting.policy = chosen[arm]
+                rates[arm].append(decoding(world.run(for_arm(chosen[arm], asks), concurrency)))
         totals = {arm: _per_second(found) for arm, found in rates.items()}
         best = max(arms(), key=totals.__getitem__)
         return _ratio(list(zip(rates["policy"], rates[best], strict=True))) | {"best": best, "rates": totals}
@@ -152,9 +164,10 @@ class Bench:
             }  # fmt: skip
         return {"applications": found}
 
-    def _mixed(self, each: int, number: int) -> list[Ask]:
+    def _mixed(self, each: int, number: int, world: World | None = None) -> list[Ask]:
         """So many requests of every application, shuffled; other ones for another number."""
-        found = [ask for name in APPLICATIONS for ask in self.asks(name, self.scale.requests, each, start=number * 7)]
+        last, start = self.scale.requests, number * 7
+        found = [ask for name in APPLICATIONS for ask in self.asks(name, last, each, start=start, world=world)]
         random.Random(number).shuffle(found)
         return found
 

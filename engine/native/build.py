@@ -112,7 +112,7 @@ def main() -> int:
         print(f"native CPU path: not available: {error}")
         return 1
     instructions.restype = ctypes.c_char_p
-    print(f"native CPU path: ready ({instructions().decode()}, {' '.join(find_compiler())})")
+    print(f"native CPU path: ready ({instructions(1).decode()}, {' '.join(find_compiler())})")
     return 0
 
 

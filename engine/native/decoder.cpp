@@ -363,8 +363,9 @@ int whet_sample(const float *logits, int64_t stride, int rows, int size, const D
     return 0;
 }
 
-const char *whet_instructions() {
-    if (TILES) return "amx_bf16";
+// What products in fp32, or with `halved` weights, are made with.
+const char *whet_instructions(int halved) {
+    if (TILES && halved) return "amx_bf16";
 #if defined(__AVX512BF16__)
     return "avx512_bf16";
 #elif defined(__AVX512F__)

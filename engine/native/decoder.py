@@ -49,7 +49,7 @@ class NativeDecoder:
         self.device = decoder.device
         self.tokens = tokens
         self.score: ScoreHead | None = None
-        self.kernels = f"native {self._native.whet_instructions().decode()}"
+        self.kernels = f"native {self._native.whet_instructions(decoder.dtype != torch.float32).decode()}"
         self._threads = pool.threads
         self._packing, self._arena, self._layers = packing, packing.arena, packing.layers
         self._loras: dict[tuple[int | None, str], NativeLora] = {}

@@ -106,5 +106,5 @@ def functions() -> ctypes.CDLL:
     native.whet_sample.argtypes = [
         Pointer, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.POINTER(Draw), Pointer, Pointer, Pointer,
     ]  # fmt: skip
-    native.whet_instructions.restype = ctypes.c_char_p
+    native.whet_instructions.restype, native.whet_instructions.argtypes = ctypes.c_char_p, [Int]
     return native

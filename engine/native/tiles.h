@@ -10,8 +10,12 @@
 
 static const int TALL = 16, DEEP = 16;  // rows of a tile, and units: what fits into 64 bytes
 
-// Linux lends tiles to processes that ask (ARCH_REQ_XCOMP_PERM for XTILEDATA); some sandboxes refuse.
-static const bool TILES = !syscall(SYS_arch_prctl, 0x1023, 18);
+// Linux lends tiles to processes that ask (ARCH_REQ_XCOMP_PERM for XTILEDATA); some sandboxes refuse. WHET_NO_TILES is
+// for comparing with the vectors' path.
+static const bool TILES = !getenv("WHET_NO_TILES") && !syscall(SYS_arch_prctl, 0x1023, 18);
+
+// Compilers are not told that tile instructions read memory, so what was written must be there before.
+static inline void written() { asm volatile("" ::: "memory"); }
 
 // Sums of the upper rows are in tiles 0 and 1 (with few rows up to 3), of the lower in 2 and 3; activations in 4 and 5,
 // weights in 6 and 7.
@@ -23,6 +27,7 @@ static inline void shape(int upper, int lower) {
     } config;
     const int rows[8] = {upper, upper, lower, lower, upper, lower, DEEP, DEEP};
     for (int t = 0; t < 8; t++) config.bytes[t] = 64, config.rows[t] = (uint8_t)rows[t];
+    written();
     _tile_loadconfig(&config);
 }
 
@@ -31,6 +36,7 @@ template <class W> static inline const void *deep(const uint8_t *w, int k, uint8
     w += (size_t)k * DEEP * W::bytes;
     if (W::bytes == 64) return w;
     for (int u = 0; u < DEEP; u++) write(room + 64 * u, W::weights(w + (size_t)u * W::bytes, 0));
+    written();
     return room;
 }
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu_speculation, publish, speculation_table
+from benchmarks import gpu_speculation, publish, speculation, speculation_table
 from benchmarks.figures import STARTER, random_prompts
 from benchmarks.speculation import Kept
 from benchmarks.speculation_cells import compare, for_arm
@@ -137,7 +137,10 @@ def test_swaps_are_counted_when_they_happened_and_refusals_apart(world: World) -
         world.load("f" * 64)
 
 
-def test_a_measured_cell_is_not_measured_again_and_a_failing_one_is_tried_again(tmp_path: Path) -> None:
+def test_a_measured_cell_is_not_measured_again_and_a_failing_one_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speculation, "changed", lambda: False)
     calls: list[str] = []
 
     def action() -> dict[str, Any]:
@@ -156,6 +159,9 @@ def test_a_measured_cell_is_not_measured_again_and_a_failing_one_is_tried_again(
     assert len(calls) == 2
     assert again.cells["crowd 4"]["ratio"] == 1.0
     assert again.cells["crowd 4"]["commit"] == "abc"
+    monkeypatch.setattr(speculation, "changed", lambda: True)
+    again.measure("crowd 16", action, "abc")
+    assert again.cells["crowd 16"]["commit"] == "abc-changed"
 
 
 @pytest.mark.parametrize(

@@ -336,13 +336,34 @@ def test_a_cpu_with_narrower_vectors_gives_the_torch_paths_states_too(
     expected = play(make_forward(model_dir, native=False))
     monkeypatch.setattr(build, "FLAGS", flags)
     narrow = functions.__wrapped__()
-    assert narrow.whet_instructions() == (b"avx2" if wide else b"generic")
+    assert narrow.whet_instructions(1) == (b"avx2" if wide else b"generic")
     monkeypatch.setattr(decoder, "functions", lambda: narrow)
     assert furthest(play(make_forward(model_dir)), expected) < 1e-4
     precisions: list[tuple[Precision, float]] = [("bf16", 0.02), ("int8", 0.06)]
     for precision, share in precisions:
         found = play(make_forward(model_dir, precision=precision))
         assert all((a - b).norm() < share * b.norm() for a, b in zip(found, expected, strict=True)), precision
+
+
+@pytest.mark.skipif("amx_bf16" not in Path("/proc/cpuinfo").read_text(), reason="this CPU has no matrix tiles")
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_where_tiles_are_refused_vectors_give_what_tiles_give(
+    precision: Precision, no_library: Path, monkeypatch: pytest.MonkeyPatch, model_dir: Path, make_forward: Make
+) -> None:
+    tiled = make_forward(model_dir, precision=precision)
+    if "amx" not in tiled.kernels:
+        pytest.skip("tiles are refused here already")
+    expected = play(tiled)
+    monkeypatch.setenv("WHET_NO_TILES", "1")
+    # Another build, as one process loads a library once.
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DWITHOUT_TILES"))
+    build.library.cache_clear()
+    vectors = functions.__wrapped__()
+    monkeypatch.setattr(decoder, "functions", lambda: vectors)
+    plain = make_forward(model_dir, precision=precision)
+    assert "amx" not in plain.kernels
+    for a, b in zip(play(plain), expected, strict=True):
+        assert (a - b).norm() < 0.01 * b.norm()
 
 
 def test_without_a_compiler_torch_serves_and_int8_is_refused(
