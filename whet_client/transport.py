@@ -74,7 +74,7 @@ class Transport:
 
 def _pause(attempt: int) -> float:
     """Growing, and jittered so that many clients do not come back together. Seconds."""
-    return min(FIRST_PAUSE_SECONDS * 2**attempt, LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1)
+    return min(FIRST_PAUSE_SECONDS * 2.0**attempt, LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1)
 
 
 def _asked(response: httpx.Response) -> float | None:

@@ -165,7 +165,7 @@ class Provider:
             return jwt.decode(id_token, fresh.keys, registry=registry)
 
     def _vouched(self, claims: CodeIDToken) -> Vouched:
-        email, name = claims.get("email"), claims.get("name")
+        email, name, verified = (claims.get(key) for key in ("email", "name", "email_verified"))
         subject = claims.get("sub")
         if not isinstance(subject, str) or not 1 <= len(subject) <= 255:
             raise _refusal("your provider's answer cannot be trusted", "sub")
@@ -174,7 +174,7 @@ class Provider:
             subject=subject,
             email=email.strip().lower() if isinstance(email, str) else "",
             # Some providers send the text "true"; nothing else counts.
-            email_verified=claims.get("email_verified") in (True, "true"),
+            email_verified=verified is True or verified == "true",
             name=name if isinstance(name, str) else "",
         )
 
