@@ -100,6 +100,19 @@ def test_an_answer_that_is_no_json_is_an_error_and_no_crash() -> None:
 # --- with the real console --------------------------------------------------------------------------------
 
 
+class ToConsole(httpx.BaseTransport):
+    """The client's requests, answered by the console in this process."""
+
+    def __init__(self, console: TestClient) -> None:
+        self.console = console
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        answer = self.console.request(
+            request.method, str(request.url), content=request.read(), headers=dict(request.headers)
+        )
+        return httpx.Response(answer.status_code, content=answer.content)
+
+
 @pytest.fixture
 def console(tmp_path: Path, sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
     monkeypatch.setenv("WHET_HOME", str(tmp_path))
@@ -122,7 +135,7 @@ def reviewer(console: TestClient, sessions: Sessions, project: Project) -> Whet:
         _, key = keys.create(
             session, pepper=PEPPER.encode(), name="r", scopes=["review"], project_id=project.id, user_id=ada.id
         )
-    return Whet(key, project="entities", console_url="http://console", transport=console._transport)
+    return Whet(key, project="entities", console_url="http://console", transport=ToConsole(console))
 
 
 def test_a_queue_is_judged_and_a_judgement_taken_back(reviewer: Whet, sessions: Sessions, project: Project) -> None:
@@ -154,7 +167,7 @@ def test_the_key_is_worth_what_its_person_is_worth(reviewer: Whet, sessions: Ses
 def test_a_key_without_a_person_cannot_judge(console: TestClient, sessions: Sessions, project: Project) -> None:
     with sessions.begin() as session:
         _, key = keys.create(session, pepper=PEPPER.encode(), name="r", scopes=["review"], project_id=project.id)
-    whet = Whet(key, project="entities", console_url="http://console", transport=console._transport)
+    whet = Whet(key, project="entities", console_url="http://console", transport=ToConsole(console))
     with pytest.raises(errors.Forbidden, match="acts as nobody"):
         whet.lease()
     assert list(whet.interactions()) == []

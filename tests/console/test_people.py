@@ -361,6 +361,7 @@ def whet(client: TestClient, admin_key: str, monkeypatch: pytest.MonkeyPatch) ->
     """The command line, talking to the application under test."""
     client.headers["authorization"] = f"Bearer {admin_key}"
     monkeypatch.setenv("WHET_API_KEY", admin_key)
+    monkeypatch.setenv("COLUMNS", "240")
     monkeypatch.setattr("services.cli_client.httpx.Client", lambda **_: client)
 
     def run(*arguments: str, code: int = 0) -> str:
