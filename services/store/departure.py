@@ -23,14 +23,25 @@ from services.store.models import (
     AuditEvent,
     DeploymentEvent,
     Invitation,
+    Job,
     LoginSession,
     Membership,
     Run,
+    RunEvent,
     SignInLink,
     UserAccount,
     UserIdentity,
 )
 from services.store.roles import Authority
+
+# Where a person may be named outside the audit log: who started or changed what, and why.
+NAMING: tuple[tuple[Any, ...], ...] = (
+    (Run, "created_by"),
+    (RunEvent, "payload"),
+    (DeploymentEvent, "actor", "reason", "evidence"),
+    (Job, "payload"),
+    (ApiKey, "name"),
+)
 
 
 def short_id(user_id: UUID) -> str:
@@ -143,15 +154,11 @@ def _literal(words: str) -> str:
 
 def _forget(session: Session, by: Authority, traces: Traces) -> None:
     """Take address and name out of the rows that hold them, and redact the audit log."""
-    for run in session.scalars(select(Run).where(traces.within(Run.created_by))):
-        run.created_by = traces.scrub(run.created_by)
-    changes = select(DeploymentEvent)
-    columns = (DeploymentEvent.actor, DeploymentEvent.reason, DeploymentEvent.evidence)
-    for change in session.scalars(changes.where(traces.within(*columns))):
-        change.actor, change.reason = traces.scrub(change.actor), traces.scrub(change.reason)
-        change.evidence = traces.scrub(change.evidence)
-    for key in session.scalars(select(ApiKey).where(traces.within(ApiKey.name))):
-        key.name = traces.scrub(key.name)
+    for table, *columns in NAMING:
+        held = traces.within(*(getattr(table, column) for column in columns))
+        for row in session.scalars(select(table).where(held)):
+            for column in columns:
+                setattr(row, column, traces.scrub(getattr(row, column)))
     session.flush()
     told = traces.within(AuditEvent.actor, AuditEvent.subject, AuditEvent.detail)
     audit.redact(session, by.actor, session.scalars(select(AuditEvent).where(told)).all(), traces.scrub)
