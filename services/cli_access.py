@@ -21,7 +21,8 @@ OnProject = Annotated[str | None, typer.Option("--project", help="A project's sl
 
 def add_commands(app: typer.Typer) -> None:
     """Put the commands on the `whet` application."""
-    for name, group in (("project", project_app), ("user", user_app), ("key", key_app)):
+    groups = (("project", project_app), ("user", user_app), ("key", key_app))
+    for name, group in groups:
         app.add_typer(group, name=name, rich_help_panel=ACCESS)
 
 
@@ -64,19 +65,32 @@ def key_create(
     name: str,
     scope: Annotated[list[str], typer.Option(help="infer, feedback, review, train or admin; repeatable.")],
     project: OnProject = None,
+    acts_as: Annotated[str | None, typer.Option(help="E-mail of whom the scope review judges as.")] = None,
 ) -> None:
     """Make a key; it is shown once."""
-    _say(_client().post("/api/keys", {"name": name, "scopes": scope, "project": project})["key"])
+    body = {"name": name, "scopes": scope, "project": project, "acts_as": acts_as}
+    _say(_client().post("/api/keys", body)["key"])
 
 
 @key_app.command("list")
 def key_list() -> None:
     """Keys, newest first, without their secrets."""
-    table = _table("id", "name", "scopes", "made", "revoked")
+    table = _table("id", "name", "scopes", "made", "last used", "ends", "revoked")
     for row in _client().get("/api/keys")["keys"]:
-        revoked = (row["revoked_at"] or "")[:19]
-        table.add_row(row["prefix"], escape(row["name"]), " ".join(row["scopes"]), row["created_at"][:19], revoked)
+        times = [(row[name] or "")[:19] for name in ("created_at", "last_used_at", "expires_at", "revoked_at")]
+        table.add_row(row["prefix"], escape(row["name"]), " ".join(row["scopes"]), *times)
     Console().print(table)
+
+
+@key_app.command("rotate")
+def key_rotate(
+    key: Annotated[str, typer.Argument(help="The id in `wh_<id>_…`, or the whole key's UUID.")],
+    overlap: Annotated[int, typer.Option(help="Hours the old key lives on.")] = 24,
+) -> None:
+    """Make a successor with the same scopes; it is shown once, and both work until the old one ends."""
+    client = _client()
+    made = client.post(f"/api/keys/{_key_id(client, key)}/rotate", {"overlap_hours": overlap})
+    _say(made["key"])
 
 
 @key_app.command("revoke")

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -34,6 +35,21 @@ class AdminClient:
     def post(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """As `get`."""
         return self._send("POST", path, body=body or {})
+
+    def put(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """As `get`."""
+        return self._send("PUT", path, body=body)
+
+    def text(self, path: str) -> Iterator[str]:
+        """The answer's lines as they come, for answers too long to hold."""
+        try:
+            with self._http.stream("GET", path) as response:
+                if not response.is_success:
+                    response.read()
+                    raise _failure(response, self.url)
+                yield from response.iter_lines()
+        except httpx.HTTPError as error:
+            raise Unavailable(f"{self.url} did not answer properly: {error or type(error).__name__}") from None
 
     def delete(self, path: str) -> dict[str, Any]:
         """As `get`."""

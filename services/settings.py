@@ -4,6 +4,7 @@ import os
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -54,6 +55,14 @@ class Settings(BaseSettings):
     secret: str = Field(
         "", description="Pepper for API keys and sessions (32+ characters); empty makes one in the home."
     )
+    oidc_issuer: str = Field("", description="OpenID Connect provider people may sign in with; empty: links only.")
+    oidc_client_id: str = Field("", description="What the provider calls this console.")
+    oidc_client_secret: str = Field("", description="Secret of that client; empty for a public one (PKCE alone).")
+    oidc_name: str = Field("OpenID Connect", max_length=60, description="What the sign-in button calls the provider.")
+    oidc_domains: str = Field("", description="E-mail domains that need no invitation, separated by commas.")
+    oidc_role: Literal["", "viewer", "reviewer"] = Field(
+        "", description="Role on every project for people of those domains; empty: none until somebody gives one."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much the processes say.")
 
     @field_validator("secret")
@@ -64,6 +73,22 @@ class Settings(BaseSettings):
                 "WHET_SECRET is a placeholder or shorter than 32 characters; unset it or give a random one"
             )
         return value
+
+    @field_validator("oidc_issuer")
+    @classmethod
+    def _refuse_plain_http(cls, value: str) -> str:
+        """Whoever can read or change the traffic with the provider can be anybody."""
+        place = urlsplit(value)
+        local = place.scheme == "http" and place.hostname in ("127.0.0.1", "::1", "localhost")
+        if value and not (local or (place.scheme == "https" and place.hostname)):
+            raise ValueError("WHET_OIDC_ISSUER must be an https:// address (http only on this machine itself)")
+        return value
+
+    @model_validator(mode="after")
+    def _refuse_half_a_provider(self) -> "Settings":
+        if bool(self.oidc_issuer) != bool(self.oidc_client_id):
+            raise ValueError("WHET_OIDC_ISSUER and WHET_OIDC_CLIENT_ID go together: set both or neither")
+        return self
 
     @field_validator("home", mode="after")
     @classmethod
@@ -115,6 +140,12 @@ class Settings(BaseSettings):
     def _reachable_host(self) -> str:
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         return f"[{host}]" if ":" in host else host
+
+    @property
+    def oidc_domain_list(self) -> tuple[str, ...]:
+        """The allow-listed domains, as addresses end."""
+        parts = (part.strip().lower().removeprefix("@") for part in self.oidc_domains.split(","))
+        return tuple(part for part in parts if part)
 
     @property
     def engine_socket(self) -> str:

@@ -35,7 +35,8 @@ def whet_commands() -> set[str]:
 
 
 def test_every_whet_command_named_in_the_docs_exists() -> None:
-    named = names(r"(?m)(?:^|`)whet ([a-z]+(?: (?:build|show|add|link|create|revoke|list|rotate)\b)?)")
+    verbs = "build|show|add|link|create|revoke|list|rotate|role|remove|disable|enable|delete|sessions|end|verify|export"
+    named = names(rf"(?m)(?:^|`)whet ([a-z]+(?: (?:{verbs})\b)?)")
     assert len(named) > 10
     known = whet_commands()
     assert [(page, name) for page, name in named if name not in known] == []
@@ -65,7 +66,10 @@ def test_every_endpoint_named_in_the_docs_is_routed(routes: set[tuple[str, str]]
 
 @pytest.fixture(scope="module")
 def routes() -> set[tuple[str, str]]:
-    routers = [*(route for router in setup.ROUTERS for route in router.routes), *api.router.routes]
+    routers = [
+        *(route for router in setup.ROUTERS for route in router.routes),
+        *(route for part in (api.router, *api.PARTS) for route in part.routes),
+    ]
     return {
         (method, route.path)
         for route in (*gateway_routes, *routers)

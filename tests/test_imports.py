@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("engine", "services", "worker", "migrations", "examples", "benchmarks")
+PACKAGES = ("engine", "services", "worker", "migrations", "examples", "benchmarks", "whet_client")
 
 FLOOR = ("services.settings", "services.errors", "services.store")
 ENGINE_DOOR = ("engine.messages", "engine.client", "engine.text")
@@ -32,6 +32,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "services.cli_artifacts": ("services",),
     "services.cli_client": ("services",),
     "services.cli_learning": ("services",),
+    "services.cli_people": ("services",),
+    "whet_client": (),
     "services.bootstrap": ("services",),
     "services.exports": ("services.errors",),
     **dict.fromkeys(WORKER_PACKAGES, (*FLOOR, "engine")),

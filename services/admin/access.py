@@ -67,10 +67,12 @@ class KeyGuard:
             raise Unauthenticated("this API key is unknown, expired or revoked")
         if not {self.scope, "admin"} & set(key.scopes):
             raise Forbidden(f"this takes a key with the scope {self.scope}; this one has {', '.join(key.scopes)}")
+        keys.seen(session, key)
         return Caller(session, key)
 
 
 Trainer = Annotated[Caller, Depends(KeyGuard("train"))]
+Reviewer = Annotated[Caller, Depends(KeyGuard("review"))]
 Admin = Annotated[Caller, Depends(KeyGuard("admin"))]
 
 

@@ -5,20 +5,22 @@ from uuid import UUID
 
 from fastapi import APIRouter, FastAPI, Path, Query, Request
 
-from services.admin import shapes, speculator_api
+from services.admin import people_api, review_api, shapes, speculator_api
 from services.admin.access import Admin, Caller, Trainer, undeclared
 from services.errors import Conflict, Forbidden, NotFound
 from services.settings import Settings
-from services.store import audit, datasets, deployments, evaluations, jobs, keys, people, projects, runs
+from services.store import audit, datasets, deployments, evaluations, jobs, keys, people, projects, roles, runs
 from services.store.models import ApiKey, Job, Run, UserAccount
+from services.store.roles import Authority
 
 router = APIRouter(prefix="/api")
+PARTS = (speculator_api.router, people_api.router, review_api.router)
 Name = Annotated[str, Path(max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
 def add_admin(app: FastAPI) -> None:
     """The API's routes on an application whose state holds settings, sessions and pepper."""
-    for part in (router, speculator_api.router):
+    for part in (router, *PARTS):
         silent = undeclared(part.routes)
         if silent:
             raise RuntimeError(f"these routes do not say who may call them: {', '.join(silent)}")
@@ -60,7 +62,7 @@ def invite(request: Request, caller: Admin, sent: shapes.NewUser) -> dict[str, A
     project = caller.project(sent.project) if sent.project is not None else None
     user = people.create_user(caller.session, email=sent.email, name=sent.name)
     _refuse_taking_over(caller, user.id)
-    people.grant(caller.session, user.id, sent.role, project.id if project else None)
+    roles.give(caller.session, Authority.of_key(caller.key), user.id, sent.role, project.id if project else None)
     detail = {"role": sent.role, "project": sent.project}
     audit.record(caller.session, caller.actor, "user.invite", f"user:{user.id}", detail)
     link = _sign_in_url(request, caller, user)
@@ -111,10 +113,22 @@ def create_key(request: Request, caller: Admin, sent: shapes.NewKey) -> dict[str
         name=sent.name,
         scopes=sent.scopes,
         project_id=project.id if project else None,
+        user_id=_acting(caller, sent, project.id if project else None),
     )
     detail = {"scopes": made.scopes, "project": sent.project}
     audit.record(caller.session, caller.actor, "key.create", f"key:{made.prefix}", detail)
     return {**shapes.key(made), "key": plaintext}
+
+
+def _acting(caller: Caller, sent: shapes.NewKey, project_id: UUID | None) -> UUID | None:
+    """Whom a key with the scope review judges as. It is that person, so what holds for sign-in links holds here."""
+    if sent.acts_as is None:
+        return None
+    user = people.find_user(caller.session, sent.acts_as)
+    _refuse_taking_over(caller, user.id)
+    if people.rank(people.role_on(caller.session, user.id, project_id)) < people.rank("reviewer"):
+        raise Conflict(f"{user.email} may not review there: give the role reviewer first")
+    return user.id
 
 
 @router.delete("/keys/{key_id}")

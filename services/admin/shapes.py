@@ -38,11 +38,12 @@ class UserLink(Body):
 
 
 class NewKey(Body):
-    """`project` None makes a key for every project."""
+    """`project` None makes a key for every project. The scope review judges as `acts_as`, an e-mail address."""
 
     name: str
     scopes: list[str]
     project: str | None = None
+    acts_as: str | None = None
 
 
 class NewRun(Body):
@@ -71,6 +72,8 @@ def key(row: ApiKey) -> dict[str, Any]:
         "id": str(row.id), "prefix": row.prefix, "name": row.name, "scopes": row.scopes,
         "project_id": str(row.project_id) if row.project_id else None, "created_at": moment(row.created_at),
         "expires_at": moment(row.expires_at), "revoked_at": moment(row.revoked_at),
+        "last_used_at": moment(row.last_used_at), "acts_as": str(row.user_id) if row.user_id else None,
+        "rotated_from": str(row.rotated_from) if row.rotated_from else None,
     }  # fmt: skip
 
 

@@ -15,12 +15,14 @@ from starlette.routing import BaseRoute
 
 from services.errors import Forbidden, NotFound, Unauthenticated
 from services.settings import Settings
-from services.store import people
+from services.store import logins, people
 from services.store.base import Sessions
-from services.store.models import Project, UserAccount
+from services.store.models import LoginSession, Project, UserAccount
+from services.store.roles import Authority
 
 ANYONE = "anyone"
 SIGNED_IN = "signed in"
+ADMINISTRATOR = "admin of every project"
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Here:
     user_or_none: UserAccount | None
     project_or_none: Project | None
     role: str | None
+    login_or_none: LoginSession | None = None
 
     @property
     def user(self) -> UserAccount:
@@ -43,6 +46,22 @@ class Here:
         """The project in the path; routes guarded by a role always have one."""
         assert self.project_or_none is not None
         return self.project_or_none
+
+    @property
+    def login(self) -> LoginSession:
+        """The session the request came with."""
+        assert self.login_or_none is not None
+        return self.login_or_none
+
+    @property
+    def actor(self) -> str:
+        """How the audit log names the person asking."""
+        return f"user:{self.user.id}"
+
+    @property
+    def authority(self) -> Authority:
+        """What the person asking may change about people."""
+        return Authority.of_user(self.session, self.user.id)
 
     def may(self, role: str) -> bool:
         """Whether the person asking has at least this role here."""
@@ -57,7 +76,8 @@ def open_session(request: Request) -> Iterator[Session]:
 
 
 class Guard:
-    """What a route asks of whoever calls it: ANYONE, SIGNED_IN, or at least a role on the project in its path."""
+    """What a route asks of whoever calls it: ANYONE, SIGNED_IN, ADMINISTRATOR, or at least a role on the project in its
+    path."""
 
     def __init__(self, needs: str) -> None:
         self.needs = needs
@@ -65,21 +85,26 @@ class Guard:
     def __call__(self, request: Request, session: Annotated[Session, Depends(open_session, scope="function")]) -> Here:
         if self.needs == ANYONE:  # not even looked up: these pages must answer while the database is away
             return Here(session, None, None, None)
-        user = signed_in(request, session)
-        if user is None:
+        current = signed_in(request, session)
+        if current is None:
             raise Unauthenticated("sign in first", code="not_signed_in")
-        if self.needs == SIGNED_IN:
-            return Here(session, user, None, people.role_on(session, user.id, None))
-        return self._on_project(session, user, request.path_params["slug"])
+        logins.seen(session, current.login)
+        if self.needs not in (SIGNED_IN, ADMINISTRATOR):
+            return self._on_project(session, current, request.path_params["slug"])
+        role = people.role_on(session, current.user.id, None)
+        if self.needs == ADMINISTRATOR and role != "admin":
+            raise Forbidden("this takes the role admin on every project", code="insufficient_role")
+        return Here(session, current.user, None, role, current.login)
 
-    def _on_project(self, session: Session, user: UserAccount, slug: str) -> Here:
+    def _on_project(self, session: Session, current: logins.Current, slug: str) -> Here:
+        user = current.user
         project = session.scalar(select(Project).where(Project.slug == slug))
         role = people.role_on(session, user.id, project.id) if project else None
         if project is None or role is None:  # the same answer, so that nobody learns which projects exist
             raise NotFound(f"there is no project {slug!r} that you may see")
         if people.rank(role) < people.rank(self.needs):
             raise Forbidden(f"this takes the role {self.needs}; yours is {role}", code="insufficient_role")
-        return Here(session, user, project, role)
+        return Here(session, user, project, role, current.login)
 
 
 Anyone = Annotated[Here, Depends(Guard(ANYONE))]
@@ -88,6 +113,7 @@ Viewer = Annotated[Here, Depends(Guard("viewer"))]
 Reviewer = Annotated[Here, Depends(Guard("reviewer"))]
 Lead = Annotated[Here, Depends(Guard("lead"))]
 Operator = Annotated[Here, Depends(Guard("operator"))]
+Administrator = Annotated[Here, Depends(Guard(ADMINISTRATOR))]
 
 
 def needs_of(route: BaseRoute) -> str | None:
@@ -122,10 +148,21 @@ def cookie_name(request: Request) -> str:
     return "__Host-whet" if over_https(request) else "whet_session"
 
 
-def signed_in(request: Request, session: Session) -> UserAccount | None:
-    """Whose session the request carries."""
+def signed_in(request: Request, session: Session) -> logins.Current | None:
+    """Whose session the request carries, and which."""
     cookie = request.cookies.get(cookie_name(request))
-    return people.signed_in(session, pepper(request), cookie) if cookie else None
+    return people.current(session, pepper(request), cookie) if cookie else None
+
+
+def device(request: Request) -> str:
+    """The browser, in words."""
+    return logins.device_of(request.headers.get("user-agent", ""))
+
+
+def own_url(request: Request) -> str:
+    """How browsers reach the console, without a slash at the end."""
+    settings = cast(Settings, request.app.state.settings)
+    return settings.public_console_url.rstrip("/") or str(request.base_url).rstrip("/")
 
 
 def pepper(request: Request) -> bytes:

@@ -13,9 +13,24 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ExceptionHandler
 
 from services.app import ERROR_HANDLERS, render
-from services.console import browsing, datasets, deployment, home, review, runs, sign_in, speculator
+from services.console import (
+    account,
+    audit,
+    browsing,
+    datasets,
+    deployment,
+    home,
+    joining,
+    keys,
+    people,
+    review,
+    runs,
+    sign_in,
+    speculator,
+)
 from services.console.access import undeclared
 from services.console.memo import Memo
+from services.console.oidc import Provider
 from services.console.tokens import TokenReader
 from services.console.views import WEB, error_page, wants_page
 from services.errors import InvalidRequest, NotFound, Unauthenticated, Unavailable, Unprocessable, WhetError
@@ -25,10 +40,12 @@ TRAFFIC_SECONDS = 20.0
 QUEUE_SECONDS = 5.0
 # A ratio over a day; the home page asks for every project at once.
 GAIN_SECONDS = 60.0
+# The whole audit chain is walked.
+VERDICT_SECONDS = 30.0
 log = structlog.get_logger()
 ROUTERS: tuple[APIRouter, ...] = (
     home.router, sign_in.router, review.router, browsing.router, datasets.router, runs.router, deployment.router,
-    speculator.router,
+    speculator.router, joining.router, account.router, people.router, keys.router, audit.router,
 )  # fmt: skip
 
 
@@ -40,6 +57,8 @@ def add_console(app: FastAPI) -> None:
             raise RuntimeError(f"these routes do not say who may call them: {', '.join(silent)}")
         app.include_router(router)
     settings: Settings = app.state.settings
+    app.state.oidc = Provider(settings, app.state.pepper)
+    app.state.verdicts = Memo(VERDICT_SECONDS)
     app.state.token_reader = TokenReader(settings)
     app.state.traffic = Memo(TRAFFIC_SECONDS)
     app.state.queues = Memo(QUEUE_SECONDS)

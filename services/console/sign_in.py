@@ -8,7 +8,7 @@ from services.console import access
 from services.console.access import Anyone
 from services.console.views import page
 from services.errors import Unauthenticated
-from services.store import people
+from services.store import logins, people
 
 router = APIRouter()
 
@@ -18,25 +18,32 @@ def ask(request: Request, here: Anyone) -> Response:
     """Where somebody without a session lands."""
     if access.signed_in(request, here.session) is not None:
         return RedirectResponse("/", status_code=303)
-    return page(request, here, "sign_in.html", {"token": None, "refused": None})
+    return page(request, here, "sign_in.html", {"token": None, "refused": None, "provider": _provider(request)})
 
 
 @router.get("/sign-in/{token}")
 def confirm(request: Request, here: Anyone, token: str) -> Response:
     """The button."""
-    return page(request, here, "sign_in.html", {"token": token, "refused": None})
+    return page(request, here, "sign_in.html", {"token": token, "refused": None, "provider": None})
 
 
 @router.post("/sign-in/{token}")
 def redeem(request: Request, here: Anyone, token: str) -> Response:
     """Use the link up and start a session."""
     try:
-        made = people.redeem(here.session, access.pepper(request), token)
+        made = people.redeem(here.session, access.pepper(request), token, device=access.device(request))
     except Unauthenticated as error:
-        return page(request, here, "sign_in.html", {"token": None, "refused": error.message}, status=error.status)
+        context = {"token": None, "refused": error.message, "provider": _provider(request)}
+        return page(request, here, "sign_in.html", context, status=error.status)
     response = RedirectResponse("/", status_code=303)
     access.set_cookie(request, response, made.cookie)
     return response
+
+
+def _provider(request: Request) -> str | None:
+    """What the button for the configured provider says."""
+    provider = request.app.state.oidc
+    return str(provider.name) if provider.configured else None
 
 
 @router.post("/sign-out")
@@ -44,7 +51,9 @@ def sign_out(request: Request, here: Anyone) -> Response:
     """End the session here and in the database."""
     cookie = request.cookies.get(access.cookie_name(request))
     if cookie:
-        people.sign_out(here.session, access.pepper(request), cookie)
+        current = access.signed_in(request, here.session)
+        if current is not None:
+            logins.end(here.session, f"user:{current.user.id}", current.login)
     response = RedirectResponse("/sign-in", status_code=303)
     access.clear_cookie(request, response)
     return response

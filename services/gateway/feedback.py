@@ -13,8 +13,9 @@ from services.gateway.bodies import LONGEST_LABEL, Label, decode
 from services.gateway.snapshot import KnownKey, Snapshot
 from services.gateway.spool_format import without_nul
 from services.store import feedback as store_feedback
+from services.store import keys
 from services.store.base import Sessions
-from services.store.models import Interaction
+from services.store.models import ApiKey, Interaction
 
 LONGEST_TEXT = 100_000
 Text = Annotated[str, msgspec.Meta(max_length=LONGEST_TEXT)]
@@ -99,8 +100,11 @@ def project_of(snapshot: Snapshot, key: KnownKey, told: Told) -> UUID | None:
     return key.project_id
 
 
-def store(sessions: Sessions, project_id: UUID | None, told: Told) -> Answered:
-    """Write it down. Raises Unavailable while the database is away: only what is stored is acknowledged."""
+def store(sessions: Sessions, project_id: UUID | None, told: Told, key_id: UUID) -> Answered:
+    """Write it down, and that the key was used.
+
+    Raises Unavailable while the database is away: only what is stored is acknowledged.
+    """
     try:
         with sessions.begin() as session:
             landed = session.get(Interaction, told.interaction_id)
@@ -110,6 +114,7 @@ def store(sessions: Sessions, project_id: UUID | None, told: Told) -> Answered:
             row, created = store_feedback.add(
                 session, project_id, told.interaction_id, told.idempotency_key, told.opinion
             )
+            keys.seen(session, session.get_one(ApiKey, key_id))
             described = {
                 "id": str(row.id),
                 "object": "feedback",

@@ -124,7 +124,7 @@ async def give_feedback(request: Request) -> Response:
     gateway = gateway_of(request)
     body = feedback.parse(await request.body(), request.headers.get("idempotency-key"))
     project_id = feedback.project_of(gateway.keeper.current, key, body)
-    stored = await run_in_threadpool(feedback.store, gateway.sessions, project_id, body)
+    stored = await run_in_threadpool(feedback.store, gateway.sessions, project_id, body, key.id)
     return JSONResponse(stored.described, status_code=201 if stored.created else 200)
 
 

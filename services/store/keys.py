@@ -5,21 +5,26 @@ import hmac
 import os
 import secrets
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import UUID
 
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from services.errors import InvalidRequest, NotFound
+from services.errors import Conflict, InvalidRequest, NotFound
 from services.settings import Settings
-from services.store.models import SCOPES, ApiKey
+from services.store.models import ROLES, SCOPES, ApiKey
 
 ALPHABET = "abcdefghijkmnpqrstuvwxyz23456789"  # no l, o, 0, 1: people read key ids aloud
 PREFIX_LENGTH = 8
 SECRET_LENGTH = 43
 KEY_LENGTH = len("wh__") + PREFIX_LENGTH + SECRET_LENGTH
+OVERLAP = timedelta(hours=24)
+LONGEST_OVERLAP = timedelta(days=30)
+TOUCH_EVERY = timedelta(minutes=1)
+# What a person must hold to make a key with a scope: a key does no more than its maker may do by hand.
+SCOPE_ROLES = {"infer": "lead", "feedback": "lead", "review": "reviewer", "train": "operator", "admin": "admin"}
 
 
 def load_pepper(settings: Settings) -> bytes:
@@ -79,13 +84,21 @@ def create(
     scopes: Sequence[str],
     project_id: UUID | None = None,
     expires_at: datetime | None = None,
+    user_id: UUID | None = None,
+    created_by: UUID | None = None,
+    rotated_from: UUID | None = None,
 ) -> tuple[ApiKey, str]:
-    """A new key and its plaintext, which is shown once and never stored. `project_id` None reaches every project."""
+    """A new key and its plaintext, which is shown once and never stored. `project_id` None reaches every project.
+
+    `user_id` is the person whom judgements made with the scope review belong to.
+    """
     unknown = sorted(set(scopes) - set(SCOPES))
     if unknown or not scopes:
         raise InvalidRequest(f"scopes must be one or more of {', '.join(SCOPES)}, not {unknown or 'none'}")
     if not name.strip():
         raise InvalidRequest("a key needs a name, so that people know what to revoke", param="name")
+    if len(name) > 200 or "\x00" in name:
+        raise InvalidRequest("a name is at most 200 characters of text", param="name")
     prefix = "".join(secrets.choice(ALPHABET) for _ in range(PREFIX_LENGTH))
     plaintext = f"wh_{prefix}_{secrets.token_urlsafe(32)}"
     key = ApiKey(
@@ -95,10 +108,53 @@ def create(
         project_id=project_id,
         scopes=sorted(set(scopes)),
         expires_at=expires_at,
+        user_id=user_id,
+        created_by=created_by,
+        rotated_from=rotated_from,
     )
     session.add(key)
     session.flush()
     return key, plaintext
+
+
+def rotate(
+    session: Session, key_id: UUID, *, pepper: bytes, overlap: timedelta = OVERLAP, created_by: UUID | None = None
+) -> tuple[ApiKey, str]:
+    """A successor that may do the same, and its plaintext; both live until the old key expires after `overlap`.
+
+    Raises Conflict for a key that is over or has a successor already: never more than two live at once.
+    """
+    if not timedelta() <= overlap <= LONGEST_OVERLAP:
+        raise InvalidRequest(f"the overlap is between nothing and {LONGEST_OVERLAP.days} days", param="overlap")
+    old = session.get(ApiKey, key_id, with_for_update=True, populate_existing=True)
+    if old is None:
+        raise NotFound(f"there is no API key {key_id}")
+    if not live(old):
+        raise Conflict("this key is over; make a new one")
+    successor = session.scalar(select(ApiKey.prefix).where(ApiKey.rotated_from == old.id))
+    if successor is not None:
+        raise Conflict(f"this key was rotated already; its successor is {successor}")
+    now = datetime.now(UTC)
+    ends = now + overlap
+    lifetime = old.expires_at - old.created_at if old.expires_at else None
+    made = create(
+        session, pepper=pepper, name=old.name, scopes=old.scopes, project_id=old.project_id, user_id=old.user_id,
+        expires_at=now + lifetime if lifetime else None, created_by=created_by, rotated_from=old.id,
+    )  # fmt: skip
+    old.expires_at = min(ends, old.expires_at or ends)
+    session.flush()
+    return made
+
+
+def live(key: ApiKey) -> bool:
+    """Whether a key still opens anything."""
+    return key.revoked_at is None and (key.expires_at is None or key.expires_at > datetime.now(UTC))
+
+
+def scopes_for(role: str | None) -> list[str]:
+    """The scopes that somebody with this role may give to a key."""
+    rank = ROLES.index(role) if role in ROLES else -1
+    return [scope for scope, needed in SCOPE_ROLES.items() if ROLES.index(needed) <= rank]
 
 
 def revoke(session: Session, key_id: UUID) -> ApiKey:
@@ -121,8 +177,7 @@ def find(session: Session, pepper: bytes, plaintext: str) -> ApiKey | None:
     key = session.scalar(select(ApiKey).where(ApiKey.prefix == prefix))
     if key is None or not matches(pepper, plaintext, key.hash):
         return None
-    expired = key.expires_at is not None and key.expires_at <= datetime.now(UTC)
-    return None if expired or key.revoked_at is not None else key
+    return key if live(key) else None
 
 
 def list_all(session: Session, project_id: UUID | None = None) -> list[ApiKey]:
@@ -137,3 +192,12 @@ def touch(session: Session, used: Mapping[UUID, datetime]) -> None:
     """Note when keys were last used. Every call wakes the gateways' snapshots, so call it rarely."""
     for key_id, at in sorted(used.items()):
         session.execute(update(ApiKey).where(ApiKey.id == key_id).values(last_used_at=at))
+
+
+def seen(session: Session, key: ApiKey) -> None:
+    """Note that a key was used, once a minute. Whoever finds the row busy leaves it to the other."""
+    now = datetime.now(UTC)
+    if key.last_used_at is not None and key.last_used_at > now - TOUCH_EVERY:
+        return
+    free = select(ApiKey.id).where(ApiKey.id == key.id).with_for_update(skip_locked=True)
+    session.execute(update(ApiKey).where(ApiKey.id.in_(free)).values(last_used_at=now))

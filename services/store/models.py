@@ -12,6 +12,7 @@ from services.store.base import Base, Key, Now, one_of, uuid7
 
 ROLES = ("viewer", "reviewer", "lead", "operator", "admin")
 SCOPES = ("infer", "feedback", "review", "train", "admin")
+SIGN_IN_METHODS = ("link", "invitation", "oidc")
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
 ORIGINS = ("live", "pinned", "cached", "shadow", "evaluation")
 VERDICTS = ("accept", "correct", "reject", "skip", "escalate", "undo")
@@ -40,11 +41,12 @@ class Project(Base):
 class ApiKey(Base):
     """`prefix` is the public 8-character id in `wh_<id>_<secret>`; only HMAC-SHA256(pepper, key) is kept.
 
-    `project_id` NULL means every project.
+    `project_id` NULL means every project. `user_id` is whom the scope review acts as. A rotated key has one successor,
+    whose `rotated_from` names it, and lives on until it expires.
     """
 
     __tablename__ = "api_key"
-    __table_args__ = (Index(None, "project_id"),)
+    __table_args__ = (Index(None, "project_id"), UniqueConstraint("rotated_from"))
     id: Mapped[Key]
     prefix: Mapped[str] = mapped_column(unique=True)
     hash: Mapped[bytes] = mapped_column(LargeBinary)
@@ -55,10 +57,14 @@ class ApiKey(Base):
     expires_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]
     last_used_at: Mapped[datetime | None]
+    user_id: Mapped[UUID | None] = mapped_column(ForeignKey("user_account.id"))
+    created_by: Mapped[UUID | None] = mapped_column(ForeignKey("user_account.id"))
+    rotated_from: Mapped[UUID | None] = mapped_column(ForeignKey("api_key.id"))
 
 
 class UserAccount(Base):
-    """A person. Never deleted, only disabled: their judgements stay attributed."""
+    """A person. The row is never deleted, so that judgements stay attributed; a deleted person's row keeps no name and
+    no address (`services.store.departure`)."""
 
     __tablename__ = "user_account"
     id: Mapped[Key]
@@ -66,6 +72,7 @@ class UserAccount(Base):
     name: Mapped[str]
     disabled_at: Mapped[datetime | None]
     created_at: Mapped[Now]
+    deleted_at: Mapped[datetime | None]
 
 
 class Membership(Base):
@@ -92,15 +99,53 @@ class SignInLink(Base):
     used_at: Mapped[datetime | None]
 
 
+class Invitation(Base):
+    """A one-time link that makes an account with a role. `project_id` NULL means on every project.
+
+    `invited_by` NULL: made with an admin key. The address lives here and in the account only, so that it can be erased.
+    """
+
+    __tablename__ = "invitation"
+    __table_args__ = (one_of("role", *ROLES), Index(None, "email"))
+    id: Mapped[Key]
+    token_hash: Mapped[bytes] = mapped_column(LargeBinary, unique=True)
+    email: Mapped[str]
+    name: Mapped[str]
+    role: Mapped[str]
+    project_id: Mapped[UUID | None] = mapped_column(ForeignKey("project.id", ondelete="CASCADE"))
+    invited_by: Mapped[UUID | None] = mapped_column(ForeignKey("user_account.id"))
+    created_at: Mapped[Now]
+    expires_at: Mapped[datetime]
+    revoked_at: Mapped[datetime | None]
+    accepted_at: Mapped[datetime | None]
+    user_id: Mapped[UUID | None] = mapped_column(ForeignKey("user_account.id"))
+
+
+class UserIdentity(Base):
+    """Who an OIDC provider says a person is: `subject` is the provider's own name for them and never reused."""
+
+    __tablename__ = "user_identity"
+    __table_args__ = (UniqueConstraint("user_id", "issuer"),)
+    issuer: Mapped[str] = mapped_column(primary_key=True)
+    subject: Mapped[str] = mapped_column(primary_key=True)
+    user_id: Mapped[UUID] = mapped_column(ForeignKey("user_account.id", ondelete="CASCADE"))
+    created_at: Mapped[Now]
+
+
 class LoginSession(Base):
-    """A browser session; opaque cookie, hashed here."""
+    """A browser session; opaque cookie, hashed here. `id` is what pages and the API call it, `method` how it began."""
 
     __tablename__ = "session"
+    __table_args__ = (one_of("method", *SIGN_IN_METHODS),)
     token_hash: Mapped[bytes] = mapped_column(LargeBinary, primary_key=True)
     user_id: Mapped[UUID] = mapped_column(ForeignKey("user_account.id", ondelete="CASCADE"), index=True)
     created_at: Mapped[Now]
     expires_at: Mapped[datetime]
     revoked_at: Mapped[datetime | None]
+    id: Mapped[UUID] = mapped_column(unique=True, server_default=text("gen_random_uuid()"))
+    method: Mapped[str] = mapped_column(default="link", server_default="link")
+    device: Mapped[str] = mapped_column(default="", server_default="")
+    last_seen_at: Mapped[datetime | None]
 
 
 # --- what was served --------------------------------------------------------------------------------------
@@ -497,7 +542,10 @@ class Job(Base):
 
 
 class AuditEvent(Base):
-    """Append-only; `hash` = SHA-256(previous hash, canonical row), so a removed or edited row shows."""
+    """Append-only; `hash` = SHA-256(previous hash, canonical row), so a removed or edited row shows.
+
+    Redaction may take personal data out of a row (`redacted_at`); a later row of the chain vouches for it.
+    """
 
     __tablename__ = "audit_event"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -508,6 +556,7 @@ class AuditEvent(Base):
     detail: Mapped[dict[str, Any]]
     previous_hash: Mapped[str]
     hash: Mapped[str] = mapped_column(unique=True)
+    redacted_at: Mapped[datetime | None]
 
 
 class ErasureRequest(Base):

@@ -13,6 +13,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from services.errors import InvalidRequest, NotFound, Unauthenticated
+from services.store import audit, logins
 from services.store.base import uuid7
 from services.store.models import ROLES, LoginSession, Membership, Project, SignInLink, UserAccount
 
@@ -47,16 +48,46 @@ def _session_hash(pepper: bytes, cookie: str) -> bytes:
 
 def create_user(session: Session, *, email: str, name: str = "") -> UserAccount:
     """The account of an e-mail address, made when there is none. An existing account keeps its name."""
-    email = email.strip().lower()
-    name = name.strip() or email.partition("@")[0]
-    if not EMAIL.fullmatch(email):
-        raise InvalidRequest(f"{email!r} is not an e-mail address", param="email")
-    if len(name) > 200 or "\x00" in name:
-        raise InvalidRequest("a name is at most 200 characters of text", param="name")
+    email, name = checked(email, name)
     session.execute(
         insert(UserAccount).values(id=uuid7(), email=email, name=name).on_conflict_do_nothing(index_elements=["email"])
     )
     return session.scalars(select(UserAccount).where(UserAccount.email == email)).one()
+
+
+def checked(email: str, name: str = "") -> tuple[str, str]:
+    """An address as it is kept, and a name, which is the address's first part when none is given."""
+    email = email.strip().lower()
+    name = " ".join(name.split()) or email.partition("@")[0]
+    if not EMAIL.fullmatch(email):
+        raise InvalidRequest(f"{email!r} is not an e-mail address", param="email")
+    if len(name) > 200 or "\x00" in name:
+        raise InvalidRequest("a name is at most 200 characters of text", param="name")
+    return email, name
+
+
+class Entry(NamedTuple):
+    """An account in the list of everybody: its role on all projects, on how many single ones it has one, and when it
+    was last seen."""
+
+    user: UserAccount
+    everywhere: str | None
+    projects: int
+    last_seen: datetime | None
+
+
+def everybody(session: Session) -> list[Entry]:
+    """Every account that is not deleted, by name, the shut ones last."""
+    role = select(Membership.role).where(Membership.user_id == UserAccount.id, Membership.project_id.is_(None))
+    single = select(func.count()).where(Membership.user_id == UserAccount.id, Membership.project_id.is_not(None))
+    used = func.max(func.coalesce(LoginSession.last_seen_at, LoginSession.created_at))
+    seen = select(used).where(LoginSession.user_id == UserAccount.id)
+    query = (
+        select(UserAccount, role.scalar_subquery(), single.scalar_subquery(), seen.scalar_subquery())
+        .where(UserAccount.deleted_at.is_(None))
+        .order_by(UserAccount.disabled_at.is_not(None), func.lower(UserAccount.name), UserAccount.id)
+    )
+    return [Entry(*row) for row in session.execute(query)]
 
 
 def find_user(session: Session, email: str) -> UserAccount:
@@ -69,12 +100,17 @@ def find_user(session: Session, email: str) -> UserAccount:
 
 def grant(session: Session, user_id: UUID, role: str, project_id: UUID | None = None) -> None:
     """Give a role on one project, or on every project when `project_id` is None; replaces the one held there."""
-    if role not in ROLES:
-        raise InvalidRequest(f"unknown role {role!r}: choose one of {', '.join(ROLES)}", param="role")
+    check_role(role)
     row = insert(Membership).values(id=uuid7(), user_id=user_id, project_id=project_id, role=role)
     session.execute(
         row.on_conflict_do_update(index_elements=["user_id", "project_id"], set_={"role": row.excluded.role})
     )
+
+
+def check_role(role: str) -> None:
+    """Raises InvalidRequest for what is no role."""
+    if role not in ROLES:
+        raise InvalidRequest(f"unknown role {role!r}: choose one of {', '.join(ROLES)}", param="role")
 
 
 def role_on(session: Session, user_id: UUID, project_id: UUID | None) -> str | None:
@@ -117,7 +153,7 @@ def make_sign_in_link(session: Session, user_id: UUID, *, lifetime: timedelta = 
     return token
 
 
-def redeem(session: Session, pepper: bytes, token: str) -> SignedIn:
+def redeem(session: Session, pepper: bytes, token: str, *, device: str = "") -> SignedIn:
     """Turn a link into a session, once. Raises Unauthenticated when it is unknown, used or expired."""
     claimed = (
         update(SignInLink)
@@ -133,20 +169,27 @@ def redeem(session: Session, pepper: bytes, token: str) -> SignedIn:
     user_id = session.scalar(claimed)
     if user_id is None:
         raise Unauthenticated("this sign-in link was used already or has expired; ask for a new one", code="bad_link")
+    return start_session(session, pepper, user_id, method="link", device=device)
+
+
+def start_session(session: Session, pepper: bytes, user_id: UUID, *, method: str, device: str = "") -> SignedIn:
+    """A new browser session of somebody who has just proved who they are; recorded in the audit log."""
     cookie = secrets.token_urlsafe(32)
-    session.add(
-        LoginSession(
-            token_hash=_session_hash(pepper, cookie), user_id=user_id, expires_at=datetime.now(UTC) + SESSION_LIFETIME
-        )
-    )
+    login = LoginSession(
+        token_hash=_session_hash(pepper, cookie), user_id=user_id, expires_at=datetime.now(UTC) + SESSION_LIFETIME,
+        id=uuid7(), method=method, device=device[:100],
+    )  # fmt: skip
+    session.add(login)
     session.flush()
+    detail = {"session": str(login.id), "by": method, "device": login.device}
+    audit.record(session, f"user:{user_id}", "session.start", f"user:{user_id}", detail)
     return SignedIn(cookie, user_id)
 
 
-def signed_in(session: Session, pepper: bytes, cookie: str) -> UserAccount | None:
+def current(session: Session, pepper: bytes, cookie: str) -> logins.Current | None:
     """Whose session a cookie is, or None when it is unknown, ended, expired or its account is shut."""
-    return session.scalar(
-        select(UserAccount)
+    row = session.execute(
+        select(UserAccount, LoginSession)
         .join(LoginSession, LoginSession.user_id == UserAccount.id)
         .where(
             LoginSession.token_hash == _session_hash(pepper, cookie),
@@ -154,13 +197,5 @@ def signed_in(session: Session, pepper: bytes, cookie: str) -> UserAccount | Non
             LoginSession.expires_at > func.now(),
             UserAccount.disabled_at.is_(None),
         )
-    )
-
-
-def sign_out(session: Session, pepper: bytes, cookie: str) -> None:
-    """End a session. Unknown cookies are ignored."""
-    session.execute(
-        update(LoginSession)
-        .where(LoginSession.token_hash == _session_hash(pepper, cookie), LoginSession.revoked_at.is_(None))
-        .values(revoked_at=func.now())
-    )
+    ).one_or_none()
+    return logins.Current(*row) if row else None

@@ -11,7 +11,7 @@ from services.admin import api
 from services.admin.access import scope_of
 from services.admin.access import undeclared as undeclared_in_api
 from services.console import setup
-from services.console.access import ANYONE, SIGNED_IN, needs_of, undeclared
+from services.console.access import ADMINISTRATOR, ANYONE, SIGNED_IN, needs_of, undeclared
 from services.settings import Settings
 from services.store import people
 from services.store.base import Sessions
@@ -194,12 +194,27 @@ def test_every_route_admits_the_roles_it_declares_and_no_other(
         if needs == ANYONE:
             continue
         answer = client.request(method, _filled(path, "entities"))
+        if needs == ADMINISTRATOR:  # an admin of one project administers that project only
+            assert answer.status_code == 403, (method, path, role)
+            continue
         admitted = needs == SIGNED_IN or people.rank(role) >= people.rank(needs)
         assert (answer.status_code not in (401, 403)) == (admitted or role is None), (method, path, role)
         if role is None and needs != SIGNED_IN:
             assert answer.status_code == 404, (method, path)
         if "{slug}" in path:
             assert client.request(method, _filled(path, "other")).status_code == 404, (method, path, role)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_only_admins_of_every_project_reach_what_concerns_all_of_them(
+    sign_in: SignIn, project: Project, role: str
+) -> None:
+    client = sign_in("somebody@example.org", role)
+    guarded = [(method, path) for method, path, needs in CONSOLE_ROUTES if needs == ADMINISTRATOR]
+    assert len(guarded) > 10
+    for method, path in guarded:
+        answer = client.request(method, _filled(path, "entities"))
+        assert (answer.status_code != 403) == (role == "admin"), (method, path)
 
 
 def _filled(path: str, slug: str) -> str:
@@ -211,7 +226,8 @@ def test_strangers_reach_nothing_but_sign_in_and_health(client: TestClient, proj
     open_to_all = {(method, path) for method, path, needs in CONSOLE_ROUTES if needs == ANYONE}
     assert open_to_all == {
         ("GET", "/sign-in"), ("GET", "/sign-in/{token}"), ("POST", "/sign-in/{token}"), ("POST", "/sign-out"),
-        ("GET", "/health"),
+        ("GET", "/health"), ("GET", "/invitation/{token}"), ("POST", "/invitation/{token}"), ("GET", "/oidc/start"),
+        ("GET", "/oidc/callback"),
     }  # fmt: skip
     for method, path, needs in CONSOLE_ROUTES:
         if needs != ANYONE:

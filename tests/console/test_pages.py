@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 from engine.text.tokenizer import Tokenizer
 from services.console.tokens import TokenReader
 from services.settings import Settings
-from services.store import deployments, reviews
+from services.store import deployments, people, reviews
 from services.store.base import Sessions, make_sessions
 from services.store.models import AuditEvent, Feedback, Interaction, InteractionBody, Job, Project, Revision, Run
 from services.web import create_app
@@ -250,7 +250,7 @@ def test_roll_back_goes_back_once_and_a_stale_page_cannot_do_it_again(sessions: 
     with sessions() as session:
         assert deployments.get(session, project.id).active_digest is None
         actors = session.scalars(select(AuditEvent.actor).where(AuditEvent.action == "deployment.roll_back")).all()
-    assert actors == ["boss@example.org"]
+    assert actors == [f"user:{people.find_user(session, 'boss@example.org').id}"]
 
 
 # --- trouble ----------------------------------------------------------------------------------------------

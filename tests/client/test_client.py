@@ -1,0 +1,186 @@
+"""The `whet` client: light enough for any app, patient with a busy platform, and honest about what failed."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from starlette.testclient import TestClient
+
+from services.settings import Settings
+from services.store import keys, people, roles
+from services.store.base import Sessions
+from services.store.models import Project
+from services.web import create_app
+from tests.console import seed
+from whet_client import errors
+from whet_client.client import Whet
+
+ROOT = Path(__file__).parents[2]
+PEPPER = "a pepper for tests only, long enough"
+HEAVY = ("torch", "sqlalchemy", "fastapi", "pydantic", "starlette", "services", "engine", "numpy")
+
+
+def test_importing_it_brings_httpx_and_nothing_of_the_platform() -> None:
+    program = f"import sys, whet_client.client; print([n for n in {HEAVY!r} if n in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+# --- retries ----------------------------------------------------------------------------------------------
+
+
+class Flaky(httpx.BaseTransport):
+    """Answers with these, one after another; an exception is raised."""
+
+    def __init__(self, *answers: httpx.Response | Exception) -> None:
+        self.answers = list(answers)
+        self.sent: list[httpx.Request] = []
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        request.read()
+        self.sent.append(request)
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+STORED = {"id": "f", "object": "feedback", "interaction_id": "i", "landed": True}
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("whet_client.transport._pause", lambda _attempt: 0.0)
+
+
+def test_a_retried_call_carries_one_idempotency_key() -> None:
+    busy = httpx.Response(503, json={"error": {"message": "later"}}, headers={"retry-after": "0"})
+    flaky = Flaky(httpx.ReadTimeout("slow"), busy, httpx.Response(201, json=STORED))
+    with Whet("wh_x", project="chat", transport=flaky) as whet:
+        assert whet.feedback("chatcmpl-i", rating=-1).landed
+    sent = {request.headers["idempotency-key"] for request in flaky.sent}
+    assert len(flaky.sent) == 3
+    assert len(sent) == 1
+    assert len({request.content for request in flaky.sent}) == 1
+
+
+def test_a_call_that_stays_unanswered_says_so_after_the_last_retry() -> None:
+    flaky = Flaky(*(httpx.ConnectError("refused") for _ in range(3)))
+    whet = Whet("wh_x", project="chat", retries=2, transport=flaky)
+    with pytest.raises(errors.Unavailable, match="did not answer"):
+        whet.feedback("i", rating=1)
+    assert flaky.answers == []
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind"),
+    [
+        (400, None, errors.InvalidRequest), (401, None, errors.Unauthenticated), (403, None, errors.Forbidden),
+        (404, None, errors.NotFound), (409, "conflict", errors.Conflict), (409, "lost_lease", errors.LostLease),
+        (422, None, errors.InvalidRequest), (500, None, errors.Unavailable),
+    ],
+)  # fmt: skip
+def test_refusals_are_not_repeated_and_have_a_kind(status: int, code: str | None, kind: type[Exception]) -> None:
+    flaky = Flaky(httpx.Response(status, json={"error": {"message": "no", "code": code, "param": "p"}}))
+    with pytest.raises(kind) as caught:
+        Whet("wh_x", project="chat", transport=flaky).undo("a")
+    assert isinstance(caught.value, errors.WhetError)
+    assert (type(caught.value), caught.value.status, caught.value.param) == (kind, status, "p")
+
+
+def test_an_answer_that_is_no_json_is_an_error_and_no_crash() -> None:
+    flaky = Flaky(httpx.Response(200, text="<html>a proxy says hello</html>"))
+    with pytest.raises(errors.WhetError, match="no JSON"):
+        Whet("wh_x", project="chat", transport=flaky).lease()
+
+
+# --- with the real console --------------------------------------------------------------------------------
+
+
+class ToConsole(httpx.BaseTransport):
+    """The client's requests, answered by the console in this process."""
+
+    def __init__(self, console: TestClient) -> None:
+        self.console = console
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        answer = self.console.request(
+            request.method, str(request.url), content=request.read(), headers=dict(request.headers)
+        )
+        return httpx.Response(answer.status_code, content=answer.content)
+
+
+@pytest.fixture
+def console(tmp_path: Path, sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
+    monkeypatch.setenv("WHET_HOME", str(tmp_path))
+    monkeypatch.setenv("WHET_SECRET", PEPPER)
+    with TestClient(create_app(Settings(), sessions), base_url="http://console") as made:
+        yield made
+
+
+@pytest.fixture
+def project(sessions: Sessions) -> Project:
+    with sessions.begin() as session:
+        return seed.project(session)
+
+
+@pytest.fixture
+def reviewer(console: TestClient, sessions: Sessions, project: Project) -> Whet:
+    """Ada's own client."""
+    with sessions.begin() as session:
+        ada = seed.person(session, "ada@example.org", "reviewer", project.id).user
+        _, key = keys.create(
+            session, pepper=PEPPER.encode(), name="r", scopes=["review"], project_id=project.id, user_id=ada.id
+        )
+    return Whet(key, project="entities", console_url="http://console", transport=ToConsole(console))
+
+
+def test_a_queue_is_judged_and_a_judgement_taken_back(reviewer: Whet, sessions: Sessions, project: Project) -> None:
+    with sessions.begin() as session:
+        seed.queue(session, project.id, ["one", "two"])
+    first, second = reviewer.lease()
+    assert (first.output, second.output) == ("one", "two")
+    assert reviewer.heartbeat(first) >= first.lease_expires_at
+    stored = reviewer.annotate(first, "correct", correction="1", tags=["wrong kind"], idempotency_key="k")
+    assert not stored.replayed
+    assert reviewer.annotate(first, "correct", correction="1", idempotency_key="k").replayed
+    reviewer.release(second)
+    with pytest.raises(errors.LostLease):
+        reviewer.annotate(second, "accept")
+    assert reviewer.undo(stored).state == "open"
+    assert reviewer.undo(stored.id).item_id == first.id
+    with pytest.raises(errors.InvalidRequest, match="verdict"):
+        reviewer.annotate(reviewer.lease(1)[0], "perfect")  # type: ignore[arg-type]
+
+
+def test_the_key_is_worth_what_its_person_is_worth(reviewer: Whet, sessions: Sessions, project: Project) -> None:
+    with sessions.begin() as session:
+        ada = people.find_user(session, "ada@example.org").id
+        roles.give(session, roles.Authority("key:t", "admin"), ada, "viewer", project.id)
+    with pytest.raises(errors.Forbidden, match="may not review here any more"):
+        reviewer.lease()
+
+
+def test_a_key_without_a_person_cannot_judge(console: TestClient, sessions: Sessions, project: Project) -> None:
+    with sessions.begin() as session:
+        _, key = keys.create(session, pepper=PEPPER.encode(), name="r", scopes=["review"], project_id=project.id)
+    whet = Whet(key, project="entities", console_url="http://console", transport=ToConsole(console))
+    with pytest.raises(errors.Forbidden, match="acts as nobody"):
+        whet.lease()
+    assert list(whet.interactions()) == []
+
+
+def test_the_log_is_read_page_by_page(
+    reviewer: Whet, sessions: Sessions, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("whet_client.client.PAGE", 2)
+    with sessions.begin() as session:
+        made = [seed.interaction(session, project.id, output=f"answer {n}").id for n in range(5)]
+    assert sorted(line.id for line in reviewer.interactions()) == sorted(str(one) for one in made)
+    assert [line.output for line in reviewer.interactions(words="answer 3")] == ["answer 3"]
+    assert reviewer.interaction(f"chatcmpl-{made[0]}").output == "answer 0"
+    with pytest.raises(errors.NotFound):
+        Whet("", project="x", transport=Flaky(httpx.Response(404, json={"error": {"message": "no"}}))).interaction("i")

@@ -1,0 +1,43 @@
+"""The support desk of `examples/support_desk.py`, run as an app runs it, against a real gateway."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sqlalchemy import select
+
+from services.platform.postgres import PostgresServer
+from services.store import projects
+from services.store.models import Feedback
+from tests.gateway.parts import eventually, make_world
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.timeout(120)
+def test_a_correction_typed_at_the_desk_arrives_as_feedback(postgres: PostgresServer) -> None:
+    with make_world(postgres) as world:
+        world.start_engine()
+        world.start_gateway()
+        command = [sys.executable, "-m", "examples.support_desk", "May I return a lamp?", "--project", "entities"]
+        command += ["--correction", "No: policy 12 gives you 30 days.", "--agent", "desk 3"]
+        environment = os.environ | {"WHET_API_KEY": world.keys["app"], "WHET_GATEWAY": world.url}
+        said = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=True
+        )
+        assert "thumbs down, with the correction" in said.stdout
+
+        def stored() -> bool:
+            with world.sessions() as session:
+                rows = session.scalars(select(Feedback)).all()
+                return [(row.rating, row.correction, row.author, row.project_id) for row in rows] == [
+                    (-1, "No: policy 12 gives you 30 days.", "desk 3", projects.get(session, "entities").id)
+                ]
+
+        eventually(stored)
+        refused = environment | {"WHET_API_KEY": "wh_wrong"}
+        failed = subprocess.run(command, cwd=ROOT, env=refused, capture_output=True, text=True, timeout=60, check=False)
+        assert failed.returncode == 1
+        assert "the desk could not do that" in failed.stderr
