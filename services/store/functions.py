@@ -23,5 +23,5 @@ LANGUAGE sql IMMUTABLE PARALLEL SAFE COST 2000 AS $$
 $$
 """
 
-event.listen(Base.metadata, "before_create", DDL("CREATE EXTENSION IF NOT EXISTS vector"))
-event.listen(Base.metadata, "before_create", DDL(DOCUMENT.replace("%", "%%")))
+event.listen(Base.metadata, "before_create", DDL("CREATE EXTENSION IF NOT EXISTS vector"))  # type: ignore[no-untyped-call]
+event.listen(Base.metadata, "before_create", DDL(DOCUMENT.replace("%", "%%")))  # type: ignore[no-untyped-call]
