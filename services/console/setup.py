@@ -13,8 +13,9 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ExceptionHandler
 
 from services.app import ERROR_HANDLERS, render
-from services.console import browsing, datasets, deployment, home, review, runs, sign_in, speculator
+from services.console import browsing, bulk, datasets, deployment, exporting, home, review, runs, sign_in, speculator
 from services.console.access import undeclared
+from services.console.embedder import Embedder
 from services.console.memo import Memo
 from services.console.tokens import TokenReader
 from services.console.views import WEB, error_page, wants_page
@@ -27,8 +28,8 @@ QUEUE_SECONDS = 5.0
 GAIN_SECONDS = 60.0
 log = structlog.get_logger()
 ROUTERS: tuple[APIRouter, ...] = (
-    home.router, sign_in.router, review.router, browsing.router, datasets.router, runs.router, deployment.router,
-    speculator.router,
+    home.router, sign_in.router, review.router, bulk.router, exporting.router, browsing.router, datasets.router,
+    runs.router, deployment.router, speculator.router,
 )  # fmt: skip
 
 
@@ -41,6 +42,8 @@ def add_console(app: FastAPI) -> None:
         app.include_router(router)
     settings: Settings = app.state.settings
     app.state.token_reader = TokenReader(settings)
+    app.state.embedder = Embedder(settings)
+    app.router.on_shutdown.append(app.state.embedder.close)
     app.state.traffic = Memo(TRAFFIC_SECONDS)
     app.state.queues = Memo(QUEUE_SECONDS)
     app.state.figures = Memo(TRAFFIC_SECONDS)

@@ -1,6 +1,7 @@
 """Vectors of a project's newest live answers, for search by meaning: which are due, keeping them, letting them go."""
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -9,6 +10,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from services.store.models import Interaction, InteractionBody, InteractionEmbedding, Project
+from services.store.pages import first_id
 
 KEPT = 100_000
 # What is read of a prompt and of an answer: more says little about what it is about.
@@ -48,6 +50,23 @@ def due(session: Session, project_id: UUID, model: str, keep: int, *, limit: int
         query = query.where(Interaction.id > floor)
     rows = session.execute(query.order_by(Interaction.id.desc()).limit(limit))
     return [Due(one, text_of(messages, output)) for one, messages, output in rows]
+
+
+def behind(session: Session, project_id: UUID, until: datetime) -> bool:
+    """Whether an answer given before `until` is newer than every vector. Late rows come with the next newer one."""
+    newest = (
+        select(InteractionEmbedding.id)
+        .where(InteractionEmbedding.project_id == project_id)
+        .order_by(InteractionEmbedding.id.desc())
+        .limit(1)
+    )
+    live = select(Interaction.id).where(
+        Interaction.project_id == project_id, Interaction.origin == "live", Interaction.finish_reason.in_(ANSWERED)
+    )
+    known = session.scalar(newest)
+    if known is not None:
+        live = live.where(Interaction.id > known)
+    return session.scalar(live.where(Interaction.id < first_id(until)).limit(1)) is not None
 
 
 def text_of(messages: Sequence[Any], output: str) -> str:

@@ -44,6 +44,8 @@ CHOICES: Mapping[str, Sequence[str]] = {
     "confidence": ("low",), "drafted": ("yes", "no"),
 }  # fmt: skip
 DEFAULTS = {"mode": "both", "window": "all"}
+# Shorter in an address, as people know it.
+ADDRESSED = {"words": "q"}
 LONGEST_WORDS = 2000
 LONGEST_VALUE = 200
 # Tokens that were on average less likely than not.
@@ -80,7 +82,19 @@ class Search:
     @property
     def query(self) -> str:
         """This search as the end of an address; searches that are the same have the same."""
-        return urlencode({name: value for name, value in vars(self).items() if value and value != DEFAULTS.get(name)})
+        return urlencode(self.stored)
+
+    @property
+    def stored(self) -> list[tuple[str, str]]:
+        """The fields of an address that somebody chose."""
+        chosen = [(name, value) for name, value in vars(self).items() if value and value != DEFAULTS.get(name)]
+        return [(ADDRESSED.get(name, name), value) for name, value in chosen]
+
+    @property
+    def start(self) -> UUID | None:
+        """The smallest id of its window of time, as the clock stands."""
+        since = _start(self)
+        return first_id(since) if since else None
 
     @property
     def filtered(self) -> bool:
@@ -94,7 +108,8 @@ def parsed(given: Mapping[str, str]) -> Search:
     """A search from an address or a stored one: what is no choice of a field is left out, NUL is no text."""
     known: dict[str, str] = {}
     for field in fields(Search):
-        value = given.get(field.name, "").replace("\x00", "").strip()
+        value = given.get(field.name) or given.get(ADDRESSED.get(field.name, ""), "")
+        value = value.replace("\x00", "").strip()
         value = value[: LONGEST_WORDS if field.name == "words" else LONGEST_VALUE]
         if value and (field.name not in CHOICES or value in CHOICES[field.name]):
             known[field.name] = value
@@ -136,16 +151,17 @@ def newest(
     search: Search,
     *,
     before: UUID | None = None,
+    since: UUID | None = None,
     limit: int = 50,
     seconds: float = SECONDS,
 ) -> Found:
-    """What fits, newest first, older than `before`, within about `seconds`."""
+    """What fits, newest first, older than `before` and no older than `since`, within about `seconds`."""
     query = _matching(session, project_id, search)
     if query is None:
         return Found([], None)
     key = query.selected_columns[0]
-    since = _start(search)
-    if not (search.words or search.filtered):
+    start = _start(search)
+    if not (search.words or search.filtered or since):
         bounded = query if before is None else query.where(key < before)
         return Found(list(session.scalars(bounded.order_by(key.desc()).limit(limit))), None)
     oldest = session.scalar(
@@ -153,7 +169,7 @@ def newest(
     )
     if oldest is None:
         return Found([], None)
-    floor = max(first_id(since), oldest) if since else oldest
+    floor = max(oldest, first_id(start) if start else oldest, since or oldest)
     return _walk(session, query, floor, before or first_id(datetime.now(UTC) + timedelta(days=1)), limit, seconds)
 
 
@@ -216,6 +232,7 @@ def _holding(project_id: UUID, wanted: Terms) -> tuple[ColumnElement[bool], ...]
 
 
 def _start(search: Search) -> datetime | None:
+    """When the search's window of time begins."""
     span = WINDOWS[search.window]
     return datetime.now(UTC) - span if span else None
 

@@ -16,7 +16,6 @@ from tokenizers.processors import TemplateProcessing
 
 from engine.text.pooling import vector_rules
 from engine.text.tokenizer import Tokenizer
-from services.errors import InvalidRequest
 from services.gateway.pooling import normalised
 from services.gateway.vectors import activated
 from services.platform.postgres import PostgresServer
