@@ -10,7 +10,7 @@ words' vectors: as long and as spread as real ones, and as slow to search.
 import json
 import random
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -25,6 +25,8 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from benchmarks.figures import STARTER
+from engine.digest import base_digest
+from engine.text.pooling import search_model, vector_rules
 from engine.text.tokenizer import Tokenizer
 from examples.grammars.common import Example, stream
 from examples.grammars.simulate import APPLICATIONS, review
@@ -42,8 +44,8 @@ SHARES = {"chat": 0.7, "entities": 0.2, "match": 0.1}
 VARIETY = {"chat": 60_000, "entities": 2_500, "match": 4_000}
 DAYS = 30
 REVIEWERS = 8
-REVIEWED_SHARE = 0.05
 JUDGED_SHARE = 0.6
+GOLDEN = "golden"
 DIMENSIONS = 256
 EMBEDDED = 100_000
 CHUNK = 2_000
@@ -112,6 +114,7 @@ class World:
     projects: dict[str, uuid.UUID]
     reviewers: list[uuid.UUID]
     tokenizer_hash: str
+    judged: float = JUDGED_SHARE
 
     def of_day(self, index: int) -> int:
         """Answers of one day; today's are half as many, because the day is not over."""
@@ -123,16 +126,16 @@ class World:
 class Bank:
     """Distinct answers of each application, drawn from its grammar once and then again and again."""
 
-    def __init__(self, seed: int, share: float, progress: Progress) -> None:
+    def __init__(self, seed: int, counts: Mapping[str, int], progress: Progress) -> None:
         self.tokenizer = Tokenizer.load(STARTER)
         self._words = np.random.default_rng(seed).standard_normal((4096, DIMENSIONS)).astype(np.float32)
-        task = progress.add_task("answers", total=sum(max(50, round(count * share)) for count in VARIETY.values()))
+        task = progress.add_task("answers", total=sum(counts.values()))
         self.said: dict[str, list[Said]] = {}
-        for app, count in VARIETY.items():
+        for app, count in counts.items():
             examples = stream(APPLICATIONS[app], "train", seed)
             dice = random.Random(f"{seed}/{app}")
             self.said[app] = []
-            for _ in range(max(50, round(count * share))):
+            for _ in range(count):
                 self.said[app].append(self._made(next(examples), dice))
                 progress.advance(task)
 
@@ -154,16 +157,16 @@ class Bank:
         return "[" + ",".join(f"{value:.4f}" for value in unit.tolist()) + "]"
 
 
-def fill(
-    sessions: Sessions, *, interactions: int, review_items: int, seed: int, progress: Progress, model: str = "synthetic"
-) -> World:
+def fill(sessions: Sessions, *, interactions: int, review_items: int, seed: int, progress: Progress) -> World:
     """Bring a migrated database to this size; days that are there already are left as they are."""
-    bank = Bank(seed, min(1.0, interactions / 200_000), progress)
+    share = min(1.0, interactions / 200_000)
+    bank = Bank(seed, {app: max(50, round(count * share)) for app, count in VARIETY.items()}, progress)
     with sessions.begin() as session:
         first = datetime.now(UTC) - timedelta(days=DAYS)
         partitions.ensure(session, since=first)
         world = World(
-            seed, interactions, review_items, min(EMBEDDED, interactions), model,
+            seed, interactions, review_items, min(EMBEDDED, interactions),
+            search_model(base_digest(STARTER), vector_rules(STARTER).for_search()),
             {app: _project(session, app).id for app in SHARES}, _reviewers(session), bank.tokenizer.digest,
         )  # fmt: skip
     connection = psycopg.connect(_conninfo(sessions))
@@ -202,6 +205,29 @@ def _reviewers(session: Session) -> list[uuid.UUID]:
 def reviewer_email(number: int) -> str:
     """Who reviews in this world, 0 to REVIEWERS - 1."""
     return f"reviewer{number}@example.org"
+
+
+def fill_golden(sessions: Sessions, *, examples: int, seed: int, progress: Progress) -> None:
+    """A project GOLDEN in which so many different answers were all judged: what a large revision is built of."""
+    with sessions.begin() as session:
+        if session.scalar(select(Project.id).where(Project.slug == GOLDEN)) is not None:
+            return
+        made = projects.create(session, GOLDEN, "Golden", config={"tags": TAGS, "accepted_share": 1.0})
+        reviewers = _reviewers(session)
+    bank = Bank(seed + 1, {"chat": examples}, progress)
+    world = World(
+        seed, examples, examples, 0, "", {"chat": made.id}, reviewers, bank.tokenizer.digest, judged=1.0
+    )  # fmt: skip
+    dice = random.Random(seed)
+    yesterday = datetime.now(UTC) - timedelta(days=1)
+    with psycopg.connect(_conninfo(sessions)) as connection:
+        for first in range(0, examples, CHUNK):
+            batch = Batch([], [], [], [], [], [])
+            for said in bank.said["chat"][first : first + CHUNK]:
+                _one(world, batch, dice, said, yesterday, None, embedded=False)
+            _copy(connection, batch)
+    with psycopg.connect(_conninfo(sessions), autocommit=True) as own:
+        own.execute("ANALYZE")
 
 
 def _write_days(connection: psycopg.Connection[Any], world: World, bank: Bank, progress: Progress) -> None:
@@ -288,7 +314,7 @@ def _reviewed(
     hour = at.replace(minute=0, second=0, microsecond=0)
     window = f"{hour:%Y-%m-%dT%H:%M:%SZ}/{hour + timedelta(hours=1):%Y-%m-%dT%H:%M:%SZ}"
     held_out = dice.random() < 0.2
-    judged = dice.random() < JUDGED_SHARE
+    judged = dice.random() < world.judged
     done = at + timedelta(hours=dice.uniform(2, 20)) if judged else None
     batch.items.append(
         (

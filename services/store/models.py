@@ -5,11 +5,10 @@ from typing import Any
 from uuid import UUID
 
 from pgvector.sqlalchemy import HALFVEC
-from sqlalchemy import ForeignKey, Index, LargeBinary, UniqueConstraint, text
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy import DDL, FetchedValue, ForeignKey, Index, LargeBinary, UniqueConstraint, event, text
+from sqlalchemy.dialects.postgresql import JSONB, TSVECTOR
 from sqlalchemy.orm import Mapped, mapped_column
 
-from services.store import functions  # noqa: F401 - the tables stand on them
 from services.store.base import Base, Key, Now, one_of, uuid7
 
 ROLES = ("viewer", "reviewer", "lead", "operator", "admin")
@@ -25,6 +24,8 @@ RUN_STATES = ("queued", "running", "succeeded", "failed", "cancelled")
 ARTIFACT_STATES = (
     "built", "verified", "staged", "canary", "live", "retired", "rejected", "quarantined", "rolled_back",
 )  # fmt: skip
+
+event.listen(Base.metadata, "before_create", DDL("CREATE EXTENSION IF NOT EXISTS vector"))  # type: ignore[no-untyped-call]
 
 
 # --- people and keys --------------------------------------------------------------------------------------
@@ -165,16 +166,12 @@ class Interaction(Base):
 class InteractionBody(Base):
     """The wide half of an interaction, with its own retention.
 
-    `project_id` is the interaction's, filled in by a trigger where the writer leaves it out.
+    A trigger fills in `document`, which full-text search reads, and `project_id` where the writer leaves it out.
     """
 
     __tablename__ = "interaction_body"
     __table_args__ = (
-        Index(
-            "ix_interaction_body_document",
-            text("whet_document(project_id, messages, output)"),
-            postgresql_using="gin",
-        ),
+        Index("ix_interaction_body_document", "document", postgresql_using="gin"),
         {"postgresql_partition_by": "RANGE (id)"},
     )
     id: Mapped[Key]
@@ -191,6 +188,7 @@ class InteractionBody(Base):
     retrieved: Mapped[list[Any]] = mapped_column(default=list, server_default=text("'[]'"))
     worked_examples: Mapped[list[Any]] = mapped_column(default=list, server_default=text("'[]'"))
     spool_version: Mapped[int]
+    document: Mapped[str | None] = mapped_column(TSVECTOR, FetchedValue(), deferred=True)
 
 
 class InteractionEmbedding(Base):

@@ -51,6 +51,8 @@ LONGEST_VALUE = 200
 # Tokens that were on average less likely than not.
 LOW_LOGPROB = log(0.5)
 SECONDS = 1.5
+# What a search may take by the plan that is best when its words are frequent.
+GUESS_SECONDS = 0.1
 FIRST_SPAN = timedelta(days=1)
 # A typed beginning shorter than this begins too many words.
 SHORTEST_PREFIX = 3
@@ -170,24 +172,45 @@ def newest(
     if oldest is None:
         return Found([], None)
     floor = max(oldest, first_id(start) if start else oldest, since or oldest)
-    return _walk(session, query, floor, before or first_id(datetime.now(UTC) + timedelta(days=1)), limit, seconds)
+    top = before or first_id(datetime.now(UTC) + timedelta(days=1))
+    return _walk(session, query, floor, top, limit, seconds, indexed=bool(search.words))
 
 
-def _walk(session: Session, query: Select[UUID], floor: UUID, top: UUID, limit: int, seconds: float) -> Found:
-    """Windows of a day, then twice as long each: the newest partitions are often all it takes."""
+def _walk(
+    session: Session, query: Select[UUID], floor: UUID, top: UUID, limit: int, seconds: float, *, indexed: bool
+) -> Found:
+    """Windows of a day, then twice as long each: the newest partitions are often all it takes.
+
+    Words that seem frequent each and are rare together mislead Postgres into reading the newest rows one by one. Where
+    that takes long, `indexed` searches go on by the index alone, which costs as much as there are matches.
+    """
     key = query.selected_columns[0]
     ids: list[UUID] = []
     span, deadline = FIRST_SPAN, time.monotonic() + seconds
+    by_index = False
     while top > floor and len(ids) < limit:
         low = max(floor, first_id(_time(top) - span))
+        window = query.where(key >= low, key < top)
+        first = window.order_by(key.desc()).limit(limit - len(ids))
         left = deadline - time.monotonic()
-        window = query.where(key >= low, key < top).order_by(key.desc()).limit(limit - len(ids))
-        rows = _timed(session, window, left) if left > 0 else None
+        rows = None
+        if not by_index and left > 0:
+            rows = _timed(session, first, min(left, GUESS_SECONDS) if indexed else left)
+            by_index = rows is None and indexed
+        left = deadline - time.monotonic()
+        if by_index and left > 0:
+            rows = _timed(session, _by_index(window, limit - len(ids)), left)
         if rows is None:
             return Found(ids, _time(top))
         ids += rows
         top, span = low, span * 2
     return Found(ids, None)
+
+
+def _by_index(window: Select[UUID], limit: int) -> Select[UUID]:
+    """OFFSET 0 keeps the order and the limit out of the inner query, and with them the walk along the ids."""
+    inner = window.offset(0).subquery()
+    return select(inner.c[0]).order_by(inner.c[0].desc()).limit(limit)
 
 
 def _time(identity: UUID) -> datetime:
@@ -222,13 +245,9 @@ def _matching(session: Session, project_id: UUID, search: Search) -> Select[UUID
     return query
 
 
-def _document() -> ColumnElement[Any]:
-    return func.whet_document(InteractionBody.project_id, InteractionBody.messages, InteractionBody.output)
-
-
 def _holding(project_id: UUID, wanted: Terms) -> tuple[ColumnElement[bool], ...]:
     own = cast(f"'project{project_id.hex}'", TSQUERY)
-    return InteractionBody.project_id == project_id, _document().op("@@")(wanted.query.op("&&")(own))
+    return InteractionBody.project_id == project_id, InteractionBody.document.op("@@")(wanted.query.op("&&")(own))
 
 
 def _start(search: Search) -> datetime | None:
@@ -324,7 +343,7 @@ def best_words(session: Session, project_id: UUID, search: Search, *, limit: int
     found = newest(session, project_id, search, limit=limit)
     if not found.ids:
         return found
-    rank = func.ts_rank_cd(_document(), terms(session, search.words).query)
+    rank = func.ts_rank_cd(InteractionBody.document, terms(session, search.words).query)
     ranked = select(InteractionBody.id).where(InteractionBody.id.in_(found.ids))
     return Found(list(session.scalars(ranked.order_by(rank.desc(), InteractionBody.id.desc()))), found.back_to)
 
