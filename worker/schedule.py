@@ -24,6 +24,7 @@ ROUTINE_KINDS = ("heartbeat", "review.sample", "search.embed")
 # Vectors are made of answers that are this old, so that a burst of traffic has the engine to itself, and no oftener.
 EMBED_REST = timedelta(seconds=30)
 EMBED_PAUSE = timedelta(seconds=30)
+LONGEST_EMBED_PAUSE = timedelta(hours=1)
 ROUTINE_KEPT = timedelta(hours=24)
 # No answer takes longer to land.
 HORIZON = timedelta(minutes=10)
@@ -60,24 +61,35 @@ class Sampler:
 class Indexer:
     """Enqueues `search.embed` for projects whose newest answers have no vectors yet.
 
-    A project whose jobs fail, because the engine is away or makes no vectors, is asked again after a pause.
+    A project that got none since it was last asked (the engine is away, or makes no vectors) is asked ever more rarely.
     """
 
     def __init__(self) -> None:
-        self._asked: dict[UUID, datetime] = {}
+        self._asked: dict[UUID, Asked] = {}
 
     def step(self, session: Session, now: datetime) -> list[UUID]:
         """Enqueue what is due; returns the projects."""
         asked = []
         for project in session.scalars(select(Project)):
             last = self._asked.get(project.id)
-            if last is not None and now - last < EMBED_PAUSE:
+            if (last is not None and now < last.again) or not embeddings.kept(project):
                 continue
-            if embeddings.kept(project) and embeddings.behind(session, project.id, now - EMBED_REST):
-                self._asked[project.id] = now
+            newest = embeddings.newest(session, project.id)
+            if embeddings.behind(session, project.id, newest, now - EMBED_REST):
+                stuck = last is not None and last.newest == newest
+                pause = min(last.pause * 2, LONGEST_EMBED_PAUSE) if last is not None and stuck else EMBED_PAUSE
+                self._asked[project.id] = Asked(now + pause, pause, newest)
                 if _enqueue_embedding(session, project.id):
                     asked.append(project.id)
         return asked
+
+
+class Asked(NamedTuple):
+    """When a project may be asked again, the pause until then, and the newest answer that had a vector."""
+
+    again: datetime
+    pause: timedelta
+    newest: UUID | None
 
 
 def _enqueue_embedding(session: Session, project_id: UUID) -> bool:

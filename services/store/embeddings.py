@@ -52,18 +52,17 @@ def due(session: Session, project_id: UUID, model: str, keep: int, *, limit: int
     return [Due(one, text_of(messages, output)) for one, messages, output in rows]
 
 
-def behind(session: Session, project_id: UUID, until: datetime) -> bool:
-    """Whether an answer given before `until` is newer than every vector. Late rows come with the next newer one."""
-    newest = (
-        select(InteractionEmbedding.id)
-        .where(InteractionEmbedding.project_id == project_id)
-        .order_by(InteractionEmbedding.id.desc())
-        .limit(1)
-    )
+def newest(session: Session, project_id: UUID) -> UUID | None:
+    """The newest answer of a project that has a vector, of whatever model."""
+    query = select(InteractionEmbedding.id).where(InteractionEmbedding.project_id == project_id)
+    return session.scalar(query.order_by(InteractionEmbedding.id.desc()).limit(1))
+
+
+def behind(session: Session, project_id: UUID, known: UUID | None, until: datetime) -> bool:
+    """Whether an answer given before `until` is newer than `known`. Late rows come with the next newer one."""
     live = select(Interaction.id).where(
         Interaction.project_id == project_id, Interaction.origin == "live", Interaction.finish_reason.in_(ANSWERED)
     )
-    known = session.scalar(newest)
     if known is not None:
         live = live.where(Interaction.id > known)
     return session.scalar(live.where(Interaction.id < first_id(until)).limit(1)) is not None

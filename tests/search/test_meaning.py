@@ -22,7 +22,7 @@ from tests.console import seed
 from tests.console.conftest import SignIn
 from tests.search.conftest import MODEL, FakeEmbedder
 from worker.indexing import embed
-from worker.schedule import EMBED_REST, Indexer
+from worker.schedule import EMBED_PAUSE, Indexer
 
 
 def with_vectors(sessions: Sessions, project: Project, vectors: dict[str, list[float]]) -> dict[str, UUID]:
@@ -180,8 +180,9 @@ def test_the_schedule_asks_when_answers_have_no_vector_and_not_again_at_once(
         now = logged.started_at + timedelta(minutes=2)
         assert indexer.step(session, now) == [project.id]
         assert indexer.step(session, now) == []
-        job = session.scalars(select(Job)).one()
+        assert project.id not in indexer.step(session, now + EMBED_PAUSE)  # its job is still unfinished
+        assert project.id not in indexer.step(session, now + EMBED_PAUSE * 2)  # nothing came of it: twice the pause
+        job = session.scalars(select(Job).where(Job.project_id == project.id)).one()
         assert (job.kind, job.priority < 0) == ("search.embed", True)
         embeddings.add(session, project.id, MODEL, {logged.id: [1.0]})
         assert Indexer().step(session, now) == []
-        assert timedelta(0) < EMBED_REST
