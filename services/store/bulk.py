@@ -144,7 +144,7 @@ def start_undo(session: Session, project_id: UUID, action_id: UUID) -> BulkActio
 def _enqueue(session: Session, action: BulkAction) -> None:
     job = jobs.enqueue(
         session, "interactions.bulk", {"action_id": str(action.id)}, project_id=action.project_id,
-        dedupe_key=f"bulk:{action.id}", priority=10,
+        dedupe_key=f"bulk:{action.id}:{action.state}", priority=10,
     )  # fmt: skip
     action.job_id = job.id
     session.flush()

@@ -44,8 +44,8 @@ def test_search_open_back_preview_act_and_undo(sessions: Sessions, open_as: Open
     expect(page.locator("[data-list] tbody tr")).to_have_count(6)
     expect(page.locator("[data-list] mark").first).to_have_text("needle")
     page.get_by_label("Search by").select_option("words")
-    page.wait_for_url("**mode=words**")
-    address = page.url
+    address = re.compile(r"/interactions\?q=needle&mode=words$")
+    page.wait_for_url(address)
 
     keys.press("j")
     keys.press("j")
@@ -91,13 +91,13 @@ def test_a_view_is_saved_found_again_and_deleted(sessions: Sessions, open_as: Op
     page.get_by_label("Finish reason").select_option("length")
     page.wait_for_url("**finish=length**")
     page.get_by_role("button", name="Save this view").click()
-    page.get_by_label("Name").fill("Cut off")
+    page.get_by_role("textbox", name="Name").fill("Cut off")
     page.get_by_role("button", name="Save view").click()
     page.get_by_role("link", name="Clear").click()
     expect(page.locator("[data-list] tbody tr")).to_have_count(2)
-    page.get_by_role("link", name="Cut off").click()
+    page.get_by_role("link", name="Cut off", exact=True).click()
     expect(page.locator("[data-list] tbody tr")).to_have_count(1)
-    expect(page.get_by_role("link", name="Cut off")).to_have_attribute("aria-current", "true")
+    expect(page.get_by_role("link", name="Cut off", exact=True)).to_have_attribute("aria-current", "true")
 
 
 def test_an_export_is_downloaded_and_the_dialog_closes(sessions: Sessions, open_as: OpenAs) -> None:

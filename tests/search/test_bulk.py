@@ -68,7 +68,7 @@ def run(sessions: Sessions, project: Project, action_id: uuid.UUID) -> BulkActio
     assert lease is not None
     with lease:
         work.bulk_job(lease, None)  # type: ignore[arg-type]
-        lease.succeed()
+        assert lease.ended()
     with sessions() as session:
         return bulk.get(session, project.id, action_id)
 

@@ -63,6 +63,21 @@ function showTag() {
 // A page that comes back from the history keeps its ticks.
 addEventListener("pageshow", () => { count(); showTag(); });
 
+// --- addresses that say only what was chosen --------------------------------------------------------------
+
+const USUAL = { mode: "both", window: "all" };
+const searching = document.querySelector("form[role=search]");
+
+searching?.addEventListener("submit", () => {
+  for (const field of searching.elements) {
+    if (field.name && (field.value === "" || field.value === USUAL[field.name])) field.disabled = true;
+  }
+});
+
+addEventListener("pageshow", () => {
+  for (const field of searching?.elements ?? []) field.disabled = false;
+});
+
 // --- what leaves the page ---------------------------------------------------------------------------------
 
 document.addEventListener("click", async (event) => {

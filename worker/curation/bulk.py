@@ -31,6 +31,8 @@ def bulk_job(lease: Lease, settings: Settings) -> None:  # noqa: ARG001 - every 
         try:
             with lease.transaction() as session:
                 more = step(session, action_id)
+                if not more:
+                    lease.succeed(session)
         except WhetError as error:
             raise JobFailed(error.message) from error
     log.info("bulk action ended", action=str(action_id))
