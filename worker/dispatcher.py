@@ -76,6 +76,7 @@ class Dispatcher:
         self._app = make_app(settings)
         self._republish_seconds = republish_seconds
         self._sampler = schedule.Sampler()
+        self._indexer = schedule.Indexer()
         self._watch = Watch()
         self._cadence = schedule.SpeculatorCadence()
         self._stopped = threading.Event()
@@ -149,6 +150,7 @@ class Dispatcher:
         if self._schedule.due():
             with self._sessions.begin() as session:
                 self._sampler.step(session, datetime.now(UTC))
+                self._indexer.step(session, datetime.now(UTC))
         if self._settings.speculation and self._heads.due():
             self._watch.step(self._sessions, datetime.now(UTC))
             with self._sessions.begin() as session:

@@ -10,7 +10,7 @@ from sqlalchemy import exists, func, select
 from sqlalchemy.orm import Session
 
 from services.errors import Conflict, WhetError
-from services.store import jobs, runs
+from services.store import embeddings, jobs, runs
 from services.store.models import Artifact, Deployment, Job, Project, Run, RunEvent
 from services.store.speculation import SpeculationConfig, read_config
 from services.store.speculation_log import response_tokens
@@ -20,7 +20,11 @@ LONGEST_GRACE_SECONDS = 60
 # The shipper is at most this far behind the gateway in ordinary times.
 SETTLE_SECONDS = 5.0
 HEARTBEAT_QUEUES = ("cpu",)
-ROUTINE_KINDS = ("heartbeat", "review.sample")
+ROUTINE_KINDS = ("heartbeat", "review.sample", "search.embed")
+# Vectors are made of answers that are this old, so that a burst of traffic has the engine to itself, and no oftener.
+EMBED_REST = timedelta(seconds=30)
+EMBED_PAUSE = timedelta(seconds=30)
+LONGEST_EMBED_PAUSE = timedelta(hours=1)
 ROUTINE_KEPT = timedelta(hours=24)
 # No answer takes longer to land.
 HORIZON = timedelta(minutes=10)
@@ -52,6 +56,52 @@ class Sampler:
 
     def _is_new(self, window: Window) -> bool:
         return self._done.get(window.project_id) != window.closed_at
+
+
+class Indexer:
+    """Enqueues `search.embed` for projects whose newest answers have no vectors yet.
+
+    A project that got none since it was last asked (the engine is away, or makes no vectors) is asked ever more rarely.
+    """
+
+    def __init__(self) -> None:
+        self._asked: dict[UUID, Asked] = {}
+
+    def step(self, session: Session, now: datetime) -> list[UUID]:
+        """Enqueue what is due; returns the projects."""
+        asked = []
+        for project in session.scalars(select(Project)):
+            last = self._asked.get(project.id)
+            if (last is not None and now < last.again) or not embeddings.kept(project):
+                continue
+            newest = embeddings.newest(session, project.id)
+            if embeddings.behind(session, project.id, newest, now - EMBED_REST):
+                stuck = last is not None and last.newest == newest
+                pause = min(last.pause * 2, LONGEST_EMBED_PAUSE) if last is not None and stuck else EMBED_PAUSE
+                self._asked[project.id] = Asked(now + pause, pause, newest)
+                if _enqueue_embedding(session, project.id):
+                    asked.append(project.id)
+        return asked
+
+
+class Asked(NamedTuple):
+    """When a project may be asked again, the pause until then, and the newest answer that had a vector."""
+
+    again: datetime
+    pause: timedelta
+    newest: UUID | None
+
+
+def _enqueue_embedding(session: Session, project_id: UUID) -> bool:
+    """Last in line: nothing waits for it."""
+    try:
+        jobs.enqueue(
+            session, "search.embed", {"project_id": str(project_id)}, project_id=project_id,
+            dedupe_key=f"search.embed:{project_id}", priority=-10, max_attempts=1,
+        )  # fmt: skip
+    except Conflict:
+        return False
+    return True
 
 
 class SpeculatorCadence:

@@ -22,9 +22,11 @@ from services.store.base import Sessions, make_sessions
 from services.store.jobs import JobCancelled, JobFailed, Lease, LostLease
 from worker import logs
 from worker.curation.build import build_job
+from worker.curation.bulk import bulk_job
 from worker.curation.sample import sample_job
 from worker.gate.evaluate import evaluate_job
 from worker.gate.speculator_job import evaluate_speculator_job
+from worker.indexing.embed import embed_job
 from worker.rollout.speculator import deploy_speculator_job
 from worker.rollout.swap import deploy_job
 from worker.training.run import train_job
@@ -53,6 +55,8 @@ def heartbeat(_lease: Lease, _settings: Settings) -> None:
 HANDLERS: Mapping[str, Handler] = {
     "heartbeat": heartbeat,
     "review.sample": sample_job,
+    "interactions.bulk": bulk_job,
+    "search.embed": embed_job,
     "dataset.build": build_job,
     "train": train_job,
     "evaluate": evaluate_job,

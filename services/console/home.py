@@ -11,7 +11,7 @@ from services.console.memo import Memo
 from services.console.speed_view import context as speed_context
 from services.console.speed_view import gain_of
 from services.console.views import fragment, page
-from services.store import browse, deployments, pages, people
+from services.store import browse, deployments, pages, people, search
 
 router = APIRouter()
 
@@ -61,11 +61,16 @@ def _overview(request: Request, here: Here) -> dict[str, Any]:
         "loop": pages.loop(here.session, project_id),
         "traffic": _traffic(request, here, project_id),
         "queue": queues.get(project_id, lambda: pages.queue(here.session, project_id)),
-        "latest": browse.lines(here.session, project_id, browse.Search(origin="live"), limit=6),
+        "latest": _latest(here),
         "changes": deployments.events(here.session, project_id, limit=2),
         "run_lines": pages.run_lines(here.session, project_id, limit=3),
         **speed_context(request, here),
     }
+
+
+def _latest(here: Here) -> list[browse.Line]:
+    found = search.newest(here.session, here.project.id, search.Search(origin="live"), limit=6)
+    return browse.lines(here.session, here.project.id, found.ids)
 
 
 @router.get("/health")

@@ -17,8 +17,10 @@ from services.console import (
     account,
     audit,
     browsing,
+    bulk,
     datasets,
     deployment,
+    exporting,
     home,
     joining,
     keys,
@@ -29,6 +31,7 @@ from services.console import (
     speculator,
 )
 from services.console.access import undeclared
+from services.console.embedder import Embedder
 from services.console.memo import Memo
 from services.console.oidc import Provider
 from services.console.tokens import TokenReader
@@ -44,8 +47,7 @@ GAIN_SECONDS = 60.0
 VERDICT_SECONDS = 30.0
 log = structlog.get_logger()
 ROUTERS: tuple[APIRouter, ...] = (
-    home.router, sign_in.router, review.router, browsing.router, datasets.router, runs.router, deployment.router,
-    speculator.router, joining.router, account.router, people.router, keys.router, audit.router,
+    home.router, sign_in.router, review.router, bulk.router, exporting.router, browsing.router, datasets.router, runs.router, deployment.router, speculator.router, joining.router, account.router, people.router, keys.router, audit.router,
 )  # fmt: skip
 
 
@@ -60,6 +62,8 @@ def add_console(app: FastAPI) -> None:
     app.state.oidc = Provider(settings, app.state.pepper)
     app.state.verdicts = Memo(VERDICT_SECONDS)
     app.state.token_reader = TokenReader(settings)
+    app.state.embedder = Embedder(settings)
+    app.router.on_shutdown.append(app.state.embedder.close)
     app.state.traffic = Memo(TRAFFIC_SECONDS)
     app.state.queues = Memo(QUEUE_SECONDS)
     app.state.figures = Memo(TRAFFIC_SECONDS)

@@ -1,8 +1,9 @@
 """Figures and times in words, for people; every template filter of the console is here."""
 
 import json
+import re
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from services.store.reviews import QUEUE_COUNTED_TO
 
@@ -13,6 +14,7 @@ STRATEGIES = {
     "disagreement": "disagreement",
     "novelty": "novelty",
     "uniform": "uniform audit",
+    "chosen": "chosen by hand",
 }
 VERDICTS = {
     "accept": "accepted",
@@ -117,9 +119,36 @@ def pretty(value: object) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, default=str)
 
 
+EXCERPT = 240
+
+
+class Piece(NamedTuple):
+    """A stretch of an excerpt, and whether it is what was looked for."""
+
+    text: str
+    hit: bool
+
+
+def excerpt(text: str | None, words: str = "") -> list[Piece]:
+    """The part of a text where the words stand, else its beginning; the words marked."""
+    whole = text or ""
+    sought = [word for word in re.findall(r"(?<![-\w])\w+", words) if word.lower() != "or"][:20]
+    if not sought:
+        return [Piece(whole[:EXCERPT], hit=False)]
+    pattern = re.compile(r"\b(" + "|".join(re.escape(word) for word in sought) + r")\w*", re.IGNORECASE)
+    first = pattern.search(whole)
+    start = max(0, first.start() - EXCERPT // 4) if first and first.end() > EXCERPT else 0
+    cut = ("…" if start else "") + whole[start : start + EXCERPT]
+    pieces, at = [], 0
+    for match in pattern.finditer(cut):
+        pieces += [Piece(cut[at : match.start()], hit=False), Piece(match.group(), hit=True)]
+        at = match.end()
+    return [piece for piece in [*pieces, Piece(cut[at:], hit=False)] if piece.text]
+
+
 FILTERS: dict[str, Any] = {
     "short": short, "count": count, "capped": capped, "percent": percent, "points": points,
-    "figure": figure, "ms": milliseconds,
+    "figure": figure, "ms": milliseconds, "excerpt": excerpt,
     "duration": duration, "ago": ago, "stamp": stamp, "iso": iso, "content_text": content_text, "pretty": pretty,
     "strategy": lambda name: STRATEGIES.get(name, name),
     "verdict": lambda name: VERDICTS.get(name, name),

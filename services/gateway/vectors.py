@@ -19,12 +19,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from engine.messages import Pool, Pooling, Status
+from engine.text.pooling import VectorRules, vector_rules
 from services.app import needs
 from services.errors import DeadlineExceeded, InvalidRequest, WhetError
 from services.gateway import access
 from services.gateway.access import Target
 from services.gateway.pooling import Batch, Prompt, Vectors, normalised, pool_all
-from services.gateway.pooling_mode import VectorRules, vector_rules
 from services.gateway.service import Gateway
 from services.gateway.snapshot import KnownKey
 from services.gateway.streaming import CLIENT_GONE_STATUS, ClientGone, unless_gone
@@ -67,6 +67,14 @@ class Asked:
     def rules(self) -> VectorRules:
         """What the base model's files say about vectors."""
         return vector_rules(self.gateway.tokenizer.directory)
+
+    @property
+    def pooling(self) -> Pooling:
+        """How to pool. Raises InvalidRequest when the model wants a pooling that the engine does not do."""
+        try:
+            return self.rules.how(self.engine.encoder)
+        except ValueError as error:
+            raise InvalidRequest(str(error), code="unsupported_model") from error
 
     async def pool(self, prompts: Sequence[Prompt], how: Pooling) -> Batch:
         """Vectors of the prompts, counted in the metrics. Raises WhetError, DeadlineExceeded for all at once."""
@@ -170,7 +178,7 @@ async def _serve(
 
 async def _embed(asked: Asked, body: EmbeddingBody) -> Response:
     texts = texts_of(body.input, asked.gateway.tokenizer.vocab_size)
-    batch = await asked.pool(await asked.encode(texts), asked.rules.how(asked.engine.encoder))
+    batch = await asked.pool(await asked.encode(texts), asked.pooling)
     size = batch.vectors.shape[1]
     if body.dimensions is not None and body.dimensions > size:
         raise InvalidRequest(f"dimensions must be at most {size}, the model's own", param="dimensions")
@@ -207,7 +215,7 @@ async def _rerank(asked: Asked, body: RerankBody) -> Response:
     else:
         method = "embedding-cosine"
         prompts = await asked.encode([body.query, *documents])
-        batch = await asked.pool(prompts, asked.rules.how(asked.engine.encoder))
+        batch = await asked.pool(prompts, asked.pooling)
         vectors = normalised(batch.vectors)
         relevance = vectors[1:] @ vectors[0]
     answer = {"id": f"rerank-{uuid7().hex}", "results": _ranked(relevance, documents, body)}

@@ -1,35 +1,18 @@
-"""The interactions list: filters that live in the URL, pages by the last id seen, excerpts only."""
+"""The lines of the interactions list, and what one interaction's page shows besides the log."""
 
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from collections.abc import Sequence
+from datetime import datetime
 from typing import NamedTuple
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Text, and_, cast, func, or_, select, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import Text, and_, cast, func, select, text
 from sqlalchemy.orm import Session
 
-from services.errors import Unavailable
 from services.store.models import Annotation, Feedback, Interaction, InteractionBody, ReviewItem, UserAccount
-from services.store.pages import first_id
 from services.store.reviews import standing
 
-WINDOWS = {"hour": timedelta(hours=1), "day": timedelta(days=1), "week": timedelta(days=7), "all": None}
-FEEDBACK = ("negative", "positive", "any", "none")
-EXCERPT = 240
-SEARCH_MILLISECONDS = 4000
-
-
-@dataclass(frozen=True, kw_only=True)
-class Search:
-    """What the list is narrowed to; empty strings leave a field alone. `digest` "base" is the base model."""
-
-    words: str = ""
-    digest: str = ""
-    finish: str = ""
-    feedback: str = ""
-    window: str = "all"
-    origin: str = ""
+# Where an excerpt is cut from: words are shown where they stand.
+EXCERPT_FROM = 4000
 
 
 class Line(NamedTuple):
@@ -50,10 +33,8 @@ class Line(NamedTuple):
     ratings: int
 
 
-def lines(
-    session: Session, project_id: UUID, search: Search, *, before: UUID | None = None, limit: int = 50
-) -> list[Line]:
-    """Newest first, older than `before`. A search that takes too long says so instead of holding the database."""
+def lines(session: Session, project_id: UUID, ids: Sequence[UUID]) -> list[Line]:
+    """These interactions of a project, in the order given."""
     opinion = (
         select(func.min(func.coalesce(Feedback.rating, 0)).label("worst"), func.count().label("ratings"))
         .where(Feedback.interaction_id == Interaction.id, Feedback.project_id == project_id)
@@ -65,64 +46,16 @@ def lines(
             Interaction.id, Interaction.started_at, Interaction.origin, Interaction.adapter_digest,
             Interaction.finish_reason, Interaction.prompt_tokens, Interaction.completion_tokens,
             Interaction.latency_ms, Interaction.mean_logprob,
-            func.left(InteractionBody.messages[-1]["content"].as_string(), EXCERPT),
-            func.left(InteractionBody.output, EXCERPT),
+            func.left(InteractionBody.messages[-1]["content"].as_string(), EXCERPT_FROM),
+            func.left(InteractionBody.output, EXCERPT_FROM),
             opinion.c.worst, opinion.c.ratings,
         )
-        .outerjoin(InteractionBody, InteractionBody.id == Interaction.id)
+        .outerjoin(InteractionBody, and_(InteractionBody.id == Interaction.id, InteractionBody.id.in_(ids)))
         .join(opinion, text("true"))
-        .where(Interaction.project_id == project_id, *_conditions(search, project_id))
-        .order_by(Interaction.id.desc())
-        .limit(limit)
+        .where(Interaction.project_id == project_id, Interaction.id.in_(ids))
     )  # fmt: skip
-    if before is not None:
-        query = query.where(Interaction.id < before)
-    session.execute(text(f"SET LOCAL statement_timeout = {SEARCH_MILLISECONDS}"))
-    try:
-        found = [Line(*row) for row in session.execute(query)]
-    except OperationalError as error:
-        if getattr(error.orig, "sqlstate", "") != "57014":
-            raise
-        raise Unavailable("this search takes too long; choose a shorter time window", code="search_timeout") from error
-    session.execute(text("SET LOCAL statement_timeout = DEFAULT"))
-    return found
-
-
-def _conditions(search: Search, project_id: UUID) -> list[ColumnElement[bool]]:
-    conditions: list[ColumnElement[bool]] = []
-    span = WINDOWS.get(search.window)
-    if span is not None:
-        start = first_id(datetime.now(UTC) - span)
-        conditions += [Interaction.id >= start, or_(InteractionBody.id.is_(None), InteractionBody.id >= start)]
-    if search.words:
-        pattern = f"%{_literal(search.words)}%"
-        matching = or_(InteractionBody.output.ilike(pattern), cast(InteractionBody.messages, Text).ilike(pattern))
-        conditions.append(matching)
-    if search.digest:
-        served = Interaction.adapter_digest
-        conditions.append(served.is_(None) if search.digest == "base" else served.startswith(search.digest))
-    if search.finish:
-        conditions.append(Interaction.finish_reason == search.finish)
-    if search.origin:
-        conditions.append(Interaction.origin == search.origin)
-    if search.feedback:
-        conditions.append(_opinion(search.feedback, project_id))
-    return conditions
-
-
-def _literal(words: str) -> str:
-    """Typed words, not a LIKE pattern."""
-    return words.replace("\\", r"\\").replace("%", r"\%").replace("_", r"\_")
-
-
-def _opinion(kind: str, project_id: UUID) -> ColumnElement[bool]:
-    said = select(Feedback.id).where(Feedback.interaction_id == Interaction.id, Feedback.project_id == project_id)
-    if kind == "negative":
-        said = said.where(or_(Feedback.rating < 0, Feedback.correction.is_not(None)))
-    elif kind == "positive":
-        said = said.where(Feedback.rating > 0)
-    present = said.correlate(Interaction).exists()
-    return ~present if kind == "none" else present
+    found = {row[0]: Line(*row) for row in session.execute(query)} if ids else {}
+    return [found[one] for one in ids if one in found]
 
 
 def digests(session: Session, project_id: UUID) -> list[str | None]:

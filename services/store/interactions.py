@@ -14,7 +14,8 @@ from services.errors import NotFound
 from services.store.models import Interaction, InteractionBody
 
 NARROW = tuple(column.name for column in Interaction.__table__.columns)
-WIDE = tuple(column.name for column in InteractionBody.__table__.columns)
+# The document is the database's own to make.
+WIDE = tuple(column.name for column in InteractionBody.__table__.columns if column.name != "document")
 DOCUMENTS = frozenset(
     column.name
     for table in (Interaction.__table__, InteractionBody.__table__)

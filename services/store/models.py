@@ -4,8 +4,9 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ForeignKey, Index, LargeBinary, UniqueConstraint, text
-from sqlalchemy.dialects.postgresql import JSONB
+from pgvector.sqlalchemy import HALFVEC
+from sqlalchemy import DDL, FetchedValue, ForeignKey, Index, LargeBinary, UniqueConstraint, event, text
+from sqlalchemy.dialects.postgresql import JSONB, TSVECTOR
 from sqlalchemy.orm import Mapped, mapped_column
 
 from services.store.base import Base, Key, Now, one_of, uuid7
@@ -16,12 +17,16 @@ SIGN_IN_METHODS = ("link", "invitation", "oidc")
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
 ORIGINS = ("live", "pinned", "cached", "shadow", "evaluation")
 VERDICTS = ("accept", "correct", "reject", "skip", "escalate", "undo")
-STRATEGIES = ("negative_feedback", "low_confidence", "schema_failure", "disagreement", "novelty", "uniform")
+STRATEGIES = ("negative_feedback", "low_confidence", "schema_failure", "disagreement", "novelty", "uniform", "chosen")
+BULK_KINDS = ("review", "tag", "withdraw")
+BULK_STATES = ("queued", "running", "done", "undoing", "undone", "failed")
 JOB_STATES = ("queued", "running", "succeeded", "failed", "cancelled", "dead")
 RUN_STATES = ("queued", "running", "succeeded", "failed", "cancelled")
 ARTIFACT_STATES = (
     "built", "verified", "staged", "canary", "live", "retired", "rejected", "quarantined", "rolled_back",
 )  # fmt: skip
+
+event.listen(Base.metadata, "before_create", DDL("CREATE EXTENSION IF NOT EXISTS vector"))  # type: ignore[no-untyped-call]
 
 
 # --- people and keys --------------------------------------------------------------------------------------
@@ -159,8 +164,13 @@ class Interaction(Base):
         one_of("origin", *ORIGINS),
         one_of("endpoint", *ENDPOINTS),
         Index(None, "project_id", text("id DESC")),
+        Index("ix_interaction_end_user", "project_id", "end_user", "id", postgresql_where=text("end_user IS NOT NULL")),
+        Index(
+            "ix_interaction_session", "project_id", "session_key", "id",
+            postgresql_where=text("session_key IS NOT NULL"),
+        ),
         {"postgresql_partition_by": "RANGE (id)"},
-    )
+    )  # fmt: skip
     id: Mapped[Key]
     project_id: Mapped[UUID]
     api_key_id: Mapped[UUID | None]
@@ -199,11 +209,18 @@ class Interaction(Base):
 
 
 class InteractionBody(Base):
-    """The wide half of an interaction, with its own retention."""
+    """The wide half of an interaction, with its own retention.
+
+    A trigger fills in `document`, which full-text search reads, and `project_id` where the writer leaves it out.
+    """
 
     __tablename__ = "interaction_body"
-    __table_args__ = ({"postgresql_partition_by": "RANGE (id)"},)
+    __table_args__ = (
+        Index("ix_interaction_body_document", "document", postgresql_using="gin"),
+        {"postgresql_partition_by": "RANGE (id)"},
+    )
     id: Mapped[Key]
+    project_id: Mapped[UUID | None]
     messages: Mapped[list[Any]]
     parameters: Mapped[dict[str, Any]]
     output: Mapped[str]
@@ -216,6 +233,21 @@ class InteractionBody(Base):
     retrieved: Mapped[list[Any]] = mapped_column(default=list, server_default=text("'[]'"))
     worked_examples: Mapped[list[Any]] = mapped_column(default=list, server_default=text("'[]'"))
     spool_version: Mapped[int]
+    document: Mapped[str | None] = mapped_column(TSVECTOR, FetchedValue(), deferred=True)
+
+
+class InteractionEmbedding(Base):
+    """The vector of one answer and its prompt, of length 1; `model` says which weights and pooling made it.
+
+    Kept for a project's newest live answers only, so that an exact scan of them stays fast.
+    """
+
+    __tablename__ = "interaction_embedding"
+    __table_args__ = (Index(None, "project_id", "id"),)
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    project_id: Mapped[UUID] = mapped_column(ForeignKey("project.id", ondelete="CASCADE"))
+    model: Mapped[str]
+    vector: Mapped[Any] = mapped_column(HALFVEC())
 
 
 class Feedback(Base):
@@ -299,6 +331,60 @@ class Annotation(Base):
     active_ms: Mapped[int | None]
     supersedes: Mapped[UUID | None] = mapped_column(ForeignKey("annotation.id"))
     created_at: Mapped[Now]
+
+
+class SavedView(Base):
+    """A search of the interactions list under a name: `query` is its address. Somebody's own, or the project's."""
+
+    __tablename__ = "saved_view"
+    __table_args__ = (UniqueConstraint("project_id", "user_id", "name"),)
+    id: Mapped[Key]
+    project_id: Mapped[UUID] = mapped_column(ForeignKey("project.id", ondelete="CASCADE"))
+    user_id: Mapped[UUID] = mapped_column(ForeignKey("user_account.id", ondelete="CASCADE"))
+    name: Mapped[str]
+    query: Mapped[str]
+    shared: Mapped[bool] = mapped_column(default=False, server_default="false")
+    created_at: Mapped[Now]
+
+
+class BulkAction(Base):
+    """One thing done to many interactions, in batches; `bulk_change` holds what it takes to undo it exactly.
+
+    `selection` is the search it was made from, or the ids; `place` is the last id it has dealt with.
+    """
+
+    __tablename__ = "bulk_action"
+    __table_args__ = (
+        one_of("kind", *BULK_KINDS),
+        one_of("state", *BULK_STATES),
+        Index(None, "project_id", "created_at"),
+    )
+    id: Mapped[Key]
+    project_id: Mapped[UUID] = mapped_column(ForeignKey("project.id", ondelete="CASCADE"))
+    user_id: Mapped[UUID] = mapped_column(ForeignKey("user_account.id"))
+    kind: Mapped[str]
+    params: Mapped[dict[str, Any]]
+    selection: Mapped[dict[str, Any]]
+    state: Mapped[str] = mapped_column(default="queued", server_default="queued")
+    expected: Mapped[int]
+    seen: Mapped[int] = mapped_column(default=0, server_default="0")
+    changed: Mapped[int] = mapped_column(default=0, server_default="0")
+    restored: Mapped[int] = mapped_column(default=0, server_default="0")
+    kept: Mapped[int] = mapped_column(default=0, server_default="0")
+    place: Mapped[UUID | None]
+    job_id: Mapped[UUID | None]
+    error: Mapped[str | None]
+    created_at: Mapped[Now]
+    finished_at: Mapped[datetime | None]
+
+
+class BulkChange(Base):
+    """One interaction that a bulk action changed, and what was there before."""
+
+    __tablename__ = "bulk_change"
+    action_id: Mapped[UUID] = mapped_column(ForeignKey("bulk_action.id", ondelete="CASCADE"), primary_key=True)
+    interaction_id: Mapped[UUID] = mapped_column(primary_key=True)
+    before: Mapped[dict[str, Any]]
 
 
 # --- golden data ------------------------------------------------------------------------------------------

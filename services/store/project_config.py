@@ -29,6 +29,9 @@ class ProjectConfig(BaseModel):
     metrics: list[Metric] | None = Field(None, min_length=1, description="What the gate scores by.")
     train: dict[str, Any] | None = Field(None, description="Training parameters that differ from the defaults.")
     max_tokens_default: int | None = Field(None, ge=1, description="Completion length when a request names none.")
+    embeddings_kept: int | None = Field(
+        None, ge=0, le=1_000_000, description="Newest answers that search by meaning knows; 0 makes no vectors."
+    )
     speculation: SpeculationConfig | None = Field(None, description="Drafting, and when its heads are trained.")
 
 

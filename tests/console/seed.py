@@ -4,7 +4,7 @@ import random
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sqlalchemy.orm import Session
 
@@ -60,7 +60,7 @@ def interaction(
     project_id: uuid.UUID,
     *,
     output: str,
-    messages: list[dict[str, str]] | None = None,
+    messages: list[dict[str, Any]] | None = None,
     ago: timedelta = timedelta(),
     digest: str | None = None,
     **values: object,

@@ -14,10 +14,9 @@ import pytest
 import tokenizers
 from tokenizers.processors import TemplateProcessing
 
+from engine.text.pooling import vector_rules
 from engine.text.tokenizer import Tokenizer
-from services.errors import InvalidRequest
 from services.gateway.pooling import normalised
-from services.gateway.pooling_mode import vector_rules
 from services.gateway.vectors import activated
 from services.platform.postgres import PostgresServer
 from tests.gateway.parts import World, eventually, make_world
@@ -361,7 +360,7 @@ def test_pooling_and_modules_we_do_not_run_are_refused(tmp_path: Path) -> None:
     (first / "1_Pooling" / "config.json").write_text('{"pooling_mode_max_tokens": true}')
     second.mkdir()
     (second / "modules.json").write_text('[{"type": "sentence_transformers.models.Dense"}]')
-    with pytest.raises(InvalidRequest, match="pooling_mode_max_tokens"):
+    with pytest.raises(ValueError, match="pooling_mode_max_tokens"):
         vector_rules(first).how(encoder=True)
-    with pytest.raises(InvalidRequest, match="Dense"):
+    with pytest.raises(ValueError, match="Dense"):
         vector_rules(second).how(encoder=True)

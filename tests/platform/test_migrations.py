@@ -4,11 +4,12 @@ import psycopg
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from migrations.run import downgrade, upgrade
+from migrations.run import configuration, downgrade, upgrade
 from services.platform.postgres import PostgresServer
 from services.store import partitions
 from services.store.base import Base, Sessions, make_sessions, uuid7
@@ -142,3 +143,43 @@ def test_partitions_of_before_and_after_take_the_same_rows(postgres: PostgresSer
         postgres.drop_database("test_old_partitions")
     assert len({name for name, _ in columns}) >= 3
     assert len({described for _, described in columns}) == 1
+
+
+def test_answers_logged_before_the_search_index_are_found_after_it(postgres: PostgresServer) -> None:
+    url = postgres.create_database("test_old_bodies")
+    sessions = make_sessions(url)
+    project, identity = uuid7(), uuid7()
+    before = ScriptDirectory.from_config(configuration(url)).get_revision("2026_11_30_search").down_revision
+    assert isinstance(before, str)
+    try:
+        upgrade(url, before)
+        with sessions.begin() as session:
+            partitions.ensure(session, 0)
+            session.execute(OLD_INTERACTION, {"id": identity, "project": project})
+            session.execute(OLD_BODY, {"id": identity})
+        for _ in range(2):  # one that was cut short is run again
+            upgrade(url, "2026_11_30_search")
+            with sessions.begin() as session:
+                found = session.execute(FOUND).all()
+                session.execute(text("UPDATE alembic_version SET version_num = :before"), {"before": before})
+            assert found == [(identity, project)]
+        with sessions() as session:
+            invalid = session.scalars(text("SELECT indexrelid::regclass FROM pg_index WHERE NOT indisvalid")).all()
+        assert invalid == []
+    finally:
+        sessions.kw["bind"].dispose()
+        postgres.drop_database("test_old_bodies")
+
+
+OLD_INTERACTION = text("""
+    INSERT INTO interaction (id, project_id, origin, base_digest, generation, namespace, endpoint, stream,
+        finish_reason, prompt_tokens, completion_tokens, cached_tokens, drafted_tokens, accepted_tokens, group_key,
+        config_hash, started_at)
+    VALUES (:id, :project, 'live', 'b', 1, 'n', '/v1/completions', false, 'stop', 1, 1, 0, 0, 0, 'g', 'c', now())
+""")
+OLD_BODY = text("""
+    INSERT INTO interaction_body (id, messages, parameters, output, prompt_token_ids, token_ids, token_logprobs,
+        prompt_hash, template_hash, tokenizer_hash, spool_version)
+    VALUES (:id, '[]', '{}', 'an old needle', '[]', '[]', '[]', 'p', 't', 'k', 1)
+""")
+FOUND = text("SELECT id, project_id FROM interaction_body WHERE document @@ 'needle'::tsquery")

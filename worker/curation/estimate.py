@@ -75,7 +75,7 @@ def estimate_quality(
             Annotation,
             (Annotation.review_item_id == ReviewItem.id) & Annotation.verdict.in_(reviews.COUNTED) & reviews.standing(),
         )
-        .where(ReviewItem.project_id == project_id)
+        .where(ReviewItem.project_id == project_id, ReviewItem.strategy != "chosen")
         .group_by(ReviewItem.id)
     )
     if since is not None:

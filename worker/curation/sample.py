@@ -186,7 +186,8 @@ def realised(session: Session, project_id: UUID) -> None:
             ReviewItem.strategy,
             func.sum(case((judged.exists(), 1), else_=0)).label("labelled"),
         )
-        .where(ReviewItem.project_id == project_id)
+        # What people chose by hand has no probability: nothing may be estimated from it.
+        .where(ReviewItem.project_id == project_id, ReviewItem.strategy != "chosen")
         .group_by(ReviewItem.window, ReviewItem.strategy)
         .subquery()
     )

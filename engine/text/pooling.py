@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from engine.messages import Pooling
-from services.errors import InvalidRequest
 
 # sentence-transformers' switches, of which exactly one is on, and its newer single word.
 SWITCHES: dict[str, Pooling] = {
@@ -28,10 +27,16 @@ class VectorRules:
     problem_type: str | None
 
     def how(self, encoder: bool) -> Pooling:
-        """The pooling to ask for. Raises InvalidRequest when the model wants one the engine does not do."""
+        """The pooling to ask for. Raises ValueError when the model wants one the engine does not do."""
         if self.refusal:
-            raise InvalidRequest(self.refusal, code="unsupported_model")
+            raise ValueError(self.refusal)
         return self.pooling or ("mean" if encoder else "last")
+
+    def for_search(self) -> Pooling:
+        """As `how`; a model that says nothing was not made for vectors, and the mean of its states is its best one."""
+        if self.refusal:
+            raise ValueError(self.refusal)
+        return self.pooling or "mean"
 
 
 @cache
@@ -66,3 +71,8 @@ def _json(path: Path) -> Any:  # noqa: ANN401 - whatever the file holds
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
+
+
+def search_model(base: str, how: Pooling) -> str:
+    """What vectors are comparable by: the base model's digest and the pooling. Adapters come and go, so none."""
+    return f"{base[:16]}/{how}"
