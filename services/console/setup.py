@@ -13,7 +13,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ExceptionHandler
 
 from services.app import ERROR_HANDLERS, render
-from services.console import browsing, datasets, deployment, home, review, runs, sign_in, speculator
+from services.console import browsing, datasets, deployment, home, queue, review, runs, sign_in, speculator
 from services.console.access import undeclared
 from services.console.memo import Memo
 from services.console.tokens import TokenReader
@@ -25,10 +25,11 @@ TRAFFIC_SECONDS = 20.0
 QUEUE_SECONDS = 5.0
 # A ratio over a day; the home page asks for every project at once.
 GAIN_SECONDS = 60.0
+QUALITY_SECONDS = 20.0
 log = structlog.get_logger()
 ROUTERS: tuple[APIRouter, ...] = (
     home.router, sign_in.router, review.router, browsing.router, datasets.router, runs.router, deployment.router,
-    speculator.router,
+    speculator.router, queue.router,
 )  # fmt: skip
 
 
@@ -45,6 +46,8 @@ def add_console(app: FastAPI) -> None:
     app.state.queues = Memo(QUEUE_SECONDS)
     app.state.figures = Memo(TRAFFIC_SECONDS)
     app.state.gains = Memo(GAIN_SECONDS)
+    app.state.quality = Memo(QUALITY_SECONDS)
+    app.state.queue_figures = Memo(QUEUE_SECONDS)
     app.mount("/static", StaticFiles(directory=WEB / "static"), name="static")
     for kind, handler in _handlers().items():
         app.add_exception_handler(kind, handler)

@@ -5,7 +5,7 @@ point estimate is Horvitz–Thompson's with the realised probabilities, labelled
 prediction-powered estimate whose predictor is the stratum's mean: strata are made from the same signals that a
 predictor would use.)
 
-The interval is not the estimate ± 1.96 standard errors: at 2 % failures that covers the truth three times in four,
+The interval is not the estimate ± 1.96 standard errors: at 2 % failures that covers the truth one time in two,
 because strata without a failure among their labels claim certainty. Each strategy gets Wilson's limits (JASA 1927) at
 its effective number of labels, and MOVER (Zou & Donner, Statistics in Medicine 2008) puts the limits together. The
 windows of a strategy are pooled, as strata with one label have no variance of their own (collapsed strata: Cochran,
