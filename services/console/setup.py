@@ -47,7 +47,7 @@ def add_console(app: FastAPI) -> None:
     app.state.figures = Memo(TRAFFIC_SECONDS)
     app.state.gains = Memo(GAIN_SECONDS)
     app.state.quality = Memo(QUALITY_SECONDS)
-    app.state.queue_figures = Memo(QUEUE_SECONDS)
+    app.state.queue_figures = Memo(QUALITY_SECONDS)
     app.mount("/static", StaticFiles(directory=WEB / "static"), name="static")
     for kind, handler in _handlers().items():
         app.add_exception_handler(kind, handler)

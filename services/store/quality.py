@@ -126,16 +126,16 @@ def counted() -> ColumnElement[bool]:
     return known if checked is None else known & (checked == false())
 
 
-def score() -> ColumnElement[float | None]:
+def score() -> ColumnElement[float]:
     """1 for an answer left as it was: accepted, or in a pair not put behind the other one."""
     preference = getattr(Annotation, "preference", None)
     kept = Annotation.verdict == "accept"
     if preference is not None:
         kept = kept | ((Annotation.verdict == "prefer") & preference.in_(("response", "tie")))
-    return case((kept, 1.0), (Annotation.id.is_not(None), 0.0))
+    return case((kept, 1.0), else_=0.0)
 
 
-def _item_score() -> ColumnElement[float | None]:
+def _item_score() -> ColumnElement[float]:
     """The mean of an item's judgements; where a lead has settled a dispute, what the lead said."""
     decides = getattr(Annotation, "adjudicates", None)
     mean = func.avg(score())
@@ -146,22 +146,28 @@ def strata(
     session: Session, project_id: UUID, *, since: datetime | None = None, until: datetime | None = None
 ) -> list[Counted]:
     """The strata of the windows that start in [since, until). An item with several judgements counts their mean."""
-    item = (
-        select(ReviewItem.window, ReviewItem.strategy, ReviewItem.stratum_size, _item_score().label("score"))
-        .outerjoin(Annotation, (Annotation.review_item_id == ReviewItem.id) & counted())
-        .where(ReviewItem.project_id == project_id)
-        .group_by(ReviewItem.id)
+    judged = (
+        select(Annotation.review_item_id, _item_score().label("score"))
+        .where(Annotation.project_id == project_id, counted())
+        .group_by(Annotation.review_item_id)
+    )
+    item = select(ReviewItem.window, ReviewItem.strategy, ReviewItem.stratum_size, ReviewItem.id).where(
+        ReviewItem.project_id == project_id
     )
     if since is not None:
         item = item.where(ReviewItem.window >= since.strftime(STAMP))
+        judged = judged.where(Annotation.created_at >= since)  # nobody judges before the window has closed
     if until is not None:
         item = item.where(ReviewItem.window < until.strftime(STAMP))
-    one = item.subquery()
+    one, said = item.subquery(), judged.subquery()
     rows = session.execute(
         select(
-            one.c.window, one.c.strategy, func.max(one.c.stratum_size), func.count(), func.count(one.c.score),
-            func.coalesce(func.sum(one.c.score), 0.0),
-        ).group_by(one.c.window, one.c.strategy).order_by(one.c.window)
+            one.c.window, one.c.strategy, func.max(one.c.stratum_size), func.count(), func.count(said.c.score),
+            func.coalesce(func.sum(said.c.score), 0.0),
+        )
+        .outerjoin_from(one, said, said.c.review_item_id == one.c.id)
+        .group_by(one.c.window, one.c.strategy)
+        .order_by(one.c.window)
     )  # fmt: skip
     return [
         Counted(window, Stratum(strategy, int(size), int(labelled), float(right)), int(queued))
@@ -188,18 +194,19 @@ def estimate_quality(
 
 def quality(found: Sequence[Counted], now: datetime) -> Quality:
     """Live quality as the overview shows it, from the strata of the last LONGEST."""
-    first = min((_start(row) for row in found), default=now)
+    starts = {label: _start(label) for label in {row.window for row in found}}
+    first = min(starts.values(), default=now)
     since = min(max(first, now - LONGEST), now - timedelta(minutes=1))
     step = (now - since) / SPANS
-    marks = [since + step * index for index in range(SPANS)]
-    series = [
-        Point(mark, mark + step, estimate_of([row for row in found if mark <= _start(row) < mark + step]))
-        for mark in marks
-    ]
-    recent = [row for row in found if _start(row) >= now - RECENT]
+    spans: list[list[Counted]] = [[] for _ in range(SPANS)]
+    for row in found:
+        if since <= starts[row.window] < now:
+            spans[min(SPANS - 1, int((starts[row.window] - since) / step))].append(row)
+    series = [Point(since + step * k, since + step * (k + 1), estimate_of(rows)) for k, rows in enumerate(spans)]
+    recent = [row for row in found if starts[row.window] >= now - RECENT]
     empty = [row for row in recent if not row.stratum.labelled]
     return Quality(estimate_of(recent), series, len({row.window for row in empty}), len(empty))
 
 
-def _start(row: Counted) -> datetime:
-    return datetime.strptime(row.window.split("/")[0], STAMP).replace(tzinfo=UTC)
+def _start(window: str) -> datetime:
+    return datetime.strptime(window.split("/")[0], STAMP).replace(tzinfo=UTC)
