@@ -27,8 +27,8 @@ class Agreement(NamedTuple):
     """Krippendorff's α over answers that two people judged, with its 95 % interval."""
 
     alpha: float
-    low: float | None
-    high: float | None
+    low: float
+    high: float
     items: int
 
 
@@ -175,7 +175,7 @@ def agreement_of(session: Session, project_id: UUID) -> Agreement | None:
     found = _figure_of("services.store.agreement", "alpha", session, project_id)
     if found is None:
         return None
-    return Agreement(found.alpha, found.low, found.high, getattr(found, "items", 0) or getattr(found, "units", 0))
+    return Agreement(found.value, found.low, found.high, found.items)
 
 
 def accuracy_of(session: Session, project_id: UUID) -> Mapping[UUID, Accuracy]:

@@ -12,7 +12,7 @@ import structlog
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from engine.client import Completion, EngineGone
+from engine.client import Completion
 from engine.messages import Generate, Grammar, Sampling
 from engine.sync_client import SyncEngineClient
 from engine.text.stops import StopStrings
@@ -68,7 +68,10 @@ def read(session: Session, ids: Sequence[UUID]) -> list[Asked]:
     return [
         one
         for one in (Asked(*row) for row in rows)
-        if one.prompt and one.parameters.get("n", 1) == 1 and "tools" not in one.parameters
+        if one.prompt
+        and one.parameters.get("n", 1) == 1
+        and "max_tokens" in one.parameters
+        and "tools" not in one.parameters
     ]
 
 
@@ -92,7 +95,7 @@ def ask(
                 for one, completion in zip(batch, client.generate_many(requests, concurrency=AT_ONCE), strict=True):
                     _keep(answers, one, completion, tokenizer, adapter)
                 alive()
-    except (EngineGone, ValueError) as error:
+    except (OSError, ValueError) as error:  # EngineGone is one; so is a model whose files are away
         log.warning("no more second answers for this window", answered=len(answers), error=str(error))
     return answers
 
