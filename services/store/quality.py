@@ -24,7 +24,7 @@ from sqlalchemy.orm import Session
 
 from services.store import reviews
 from services.store.models import Annotation, ReviewItem
-from services.store.sampling import STAMP
+from services.store.sampling import PRECEDENCE, STAMP
 
 Z95 = 1.959964
 LONGEST = timedelta(days=28)
@@ -126,6 +126,11 @@ def counted() -> ColumnElement[bool]:
     return known if checked is None else known & (checked == false())
 
 
+def sampled() -> ColumnElement[bool]:
+    """Items the sampler chose. What people put in the queue by hand has no probability: it says nothing of the rest."""
+    return ReviewItem.strategy.in_(PRECEDENCE)
+
+
 def score() -> ColumnElement[float]:
     """1 for an answer left as it was: accepted, or in a pair not put behind the other one."""
     preference = getattr(Annotation, "preference", None)
@@ -152,7 +157,7 @@ def strata(
         .group_by(Annotation.review_item_id)
     )
     item = select(ReviewItem.window, ReviewItem.strategy, ReviewItem.stratum_size, ReviewItem.id).where(
-        ReviewItem.project_id == project_id
+        ReviewItem.project_id == project_id, sampled()
     )
     if since is not None:
         item = item.where(ReviewItem.window >= since.strftime(STAMP))

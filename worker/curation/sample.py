@@ -110,7 +110,8 @@ def _salt(project_id: UUID, window: Window) -> str:
 
 def _closed_windows(session: Session, project_id: UUID, chosen: Plan, now: datetime) -> Iterator[Window]:
     """Windows aligned to the clock, from the last sampled one on; stretches without traffic are skipped."""
-    last = session.scalar(select(func.max(ReviewItem.window)).where(ReviewItem.project_id == project_id))
+    sampled = (ReviewItem.project_id == project_id, quality.sampled())
+    last = session.scalar(select(func.max(ReviewItem.window)).where(*sampled))
     resume = datetime.strptime(last.split("/")[1], STAMP).replace(tzinfo=UTC) if last else None
     closed_at = now - timedelta(seconds=chosen.grace_seconds)
     while True:
@@ -179,7 +180,7 @@ def realised(session: Session, project_id: UUID) -> None:
             ReviewItem.strategy,
             func.sum(case((judged.exists(), 1), else_=0)).label("labelled"),
         )
-        .where(ReviewItem.project_id == project_id)
+        .where(ReviewItem.project_id == project_id, quality.sampled())
         .group_by(ReviewItem.window, ReviewItem.strategy)
         .subquery()
     )
