@@ -17,7 +17,8 @@ from services.console.quality_view import labels_in_words, measured
 from services.console.views import fragment, page, wants_page
 from services.errors import InvalidRequest
 from services.store import audit, projects, queues
-from services.store.sampling import LEAST_AUDIT, PRECEDENCE, UNIFORM, Plan, mix_of
+from services.store.quality import Counted
+from services.store.sampling import LEAST_AUDIT, PRECEDENCE, Plan
 
 router = APIRouter()
 Percent = Annotated[float, Form(ge=0, le=100)]
@@ -103,38 +104,43 @@ def change_mix(
 
 
 def _context(request: Request, here: Here, typed: Mix | None = None, refused: str = "") -> dict[str, Any]:
-    config, now = here.project.config, datetime.now(UTC)
+    now = datetime.now(UTC)
     memo: Memo[Figures] = request.app.state.queue_figures
     quality = measured(request, here)
-    figures = memo.get(
-        (here.project.id, repr(mix_of(config))), lambda: _figures(here, now, quality.found)
-    )  # fmt: skip
-    plan = Plan.of(config)
-    stored = Mix({name: round(100 * share, 1) for name, share in plan.mix.items()},
-                 round(100 * (plan.second_share or 0), 1), plan.budget)  # fmt: skip
+    plan, wrong = _plan(here)
+    key = (here.project.id, tuple(plan.mix.items()))
+    figures = memo.get(key, lambda: _figures(here, now, plan, quality.found))
+    shares = {name: round(100 * share, 1) for name, share in plan.mix.items()}
     return {
         "figures": figures,
         "plot": _plot(figures.flow, now),
         "trend": _trend(figures.flow),
-        "mix": typed or stored,
-        "plan": plan,
+        "mix": typed or Mix(shares, round(100 * (plan.second_share or 0), 1), plan.budget),
         "refused": refused,
+        "wrong": wrong,
         "least_audit": LEAST_AUDIT,
-        "audit": next(share for share in figures.shares if share.strategy == UNIFORM),
         "labels_in_words": labels_in_words(quality.quality.recent),
         "may_lead": here.may("lead"),
         "may_review": here.may("reviewer"),
     }
 
 
-def _figures(here: Here, now: datetime, found: Sequence[Any]) -> Figures:
+def _plan(here: Here) -> tuple[Plan, str]:
+    """The project's plan, or the default beside what is wrong with the stored one: the page is where it is mended."""
+    try:
+        return Plan.of(here.project.config), ""
+    except ValueError as error:
+        return Plan.of({}), str(error)
+
+
+def _figures(here: Here, now: datetime, plan: Plan, found: Sequence[Counted]) -> Figures:
     session, project = here.session, here.project
     waiting = queues.waiting(session, project.id)
     return Figures(
         waiting=waiting,
-        shares=queues.mix(project.config, found, waiting),
+        shares=queues.mix(plan.mix, found, waiting),
         flow=queues.flow(session, project.id, now),
-        overlap=queues.overlap(session, project.id, Plan.of(project.config).held_out_share),
+        overlap=queues.overlap(session, project.id, plan.held_out_share),
         reviewers=queues.reviewers(session, project.id, now),
         decision=queues.next_decision(session, project),
         agreement=agreement_of(session, project.id),

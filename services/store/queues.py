@@ -3,9 +3,9 @@
 Every query reads by an index and a bounded stretch of time: the page must open in half a second over a long history.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from uuid import UUID
 
 from sqlalchemy import Float, cast, func, select
@@ -22,7 +22,7 @@ from services.store.models import (
     UserAccount,
 )
 from services.store.reviews import standing
-from services.store.sampling import PRECEDENCE, mix_of
+from services.store.sampling import PRECEDENCE
 
 WAITING = ("open", "escalated", "disputed")
 FLOW_DAYS = 14
@@ -119,12 +119,12 @@ def waiting(session: Session, project_id: UUID) -> Waiting:
     )
 
 
-def mix(config: dict[str, Any], found: Sequence[quality.Counted], queue: Waiting) -> list[Share]:
+def mix(targets: Mapping[str, float], found: Sequence[quality.Counted], queue: Waiting) -> list[Share]:
     """Every strategy, in order of precedence. `found` are the strata whose labels are counted."""
     labels = dict.fromkeys(PRECEDENCE, 0)
     for row in found:
         labels[row.stratum.strategy] += row.stratum.labelled
-    total, targets = sum(labels.values()), mix_of(config)
+    total = sum(labels.values())
     return [
         Share(name, targets[name], labels[name], labels[name] / total if total else None, queue.strategies.get(name, 0))
         for name in PRECEDENCE

@@ -161,6 +161,18 @@ def test_a_refused_mix_stays_in_the_form(project: Project, lead: TestClient) -> 
     )
 
 
+def test_a_configuration_nobody_can_sample_by_is_named_where_a_lead_can_mend_it(
+    project: Project, sessions: Sessions, lead: TestClient
+) -> None:
+    with sessions.begin() as session:
+        stored = session.get_one(Project, project.id)
+        stored.config = stored.config | {"review_budget": 0}
+
+    assert "review_budget must be at least 1" in text_of(lead, "/p/entities/queue")
+    assert lead.post("/p/entities/queue/mix", data=SHARES, headers=PAGE).status_code == 303
+    assert "Nothing is sampled" not in text_of(lead, "/p/entities/queue")
+
+
 @pytest.mark.parametrize(("role", "status"), [("viewer", 403), ("reviewer", 403), ("lead", 303)])
 def test_only_a_lead_may_change_the_mix_and_sees_its_form(
     project: Project, sign_in: SignIn, role: str, status: int
