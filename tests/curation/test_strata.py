@@ -38,6 +38,7 @@ def candidates(negative: int, others: int) -> list[Candidate]:
     ]
 
 
+@settings(deadline=None)
 @given(SIZES, st.integers(1, 500), mixes())
 def test_quotas_fill_the_budget_and_leave_no_stratum_out(
     sizes: dict[str, int], budget: int, mix: dict[str, float]
@@ -54,6 +55,7 @@ def test_quotas_fill_the_budget_and_leave_no_stratum_out(
     assert others <= max(budget, len(sizes) * max(1, ceil(0.01 * budget)))
 
 
+@settings(deadline=None)
 @given(SIZES, st.integers(1, 500), mixes())
 def test_the_audit_gets_its_share_of_every_queue_and_of_every_beginning_of_it(
     sizes: dict[str, int], budget: int, mix: dict[str, float]
@@ -70,6 +72,7 @@ def test_the_audit_gets_its_share_of_every_queue_and_of_every_beginning_of_it(
         assert seen * total >= audit * length
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(PRECEDENCE), st.integers(1, 80), min_size=2))
 def test_every_stratum_has_its_first_label_before_any_flagged_one_has_its_second(quota: dict[str, int]) -> None:
     flagged = [name for name, _ in interleave(quota) if name != UNIFORM]
@@ -96,6 +99,7 @@ def test_every_interaction_is_in_exactly_one_stratum_and_the_first_claim_has_it(
         assert item.strategy == stratum_of(item.candidate)
 
 
+@settings(deadline=None)
 @given(st.integers(2, 40), st.integers(1, 30))
 def test_what_is_chosen_of_a_stratum_is_the_beginning_of_its_order_by_hash(size: int, budget: int) -> None:
     frame = candidates(negative=0, others=size)
@@ -200,6 +204,7 @@ LABELLED = st.integers(1, 400).flatmap(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(st.lists(LABELLED, min_size=1, max_size=30))
 def test_the_interval_holds_the_estimate_and_stays_among_the_shares(
     rows: list[tuple[str, int, int, float]],
