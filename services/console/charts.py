@@ -186,9 +186,11 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
 
 
 def _times(since: float, until: float, wanted: int) -> list[Tick]:
-    """Round moments within, about `wanted` of them, as UTC clock times."""
+    """Round moments within, about `wanted` of them, as UTC clock times, or dates where days are between them."""
     step = next((one for one in TIME_STEPS if (until - since) / one <= wanted), 86_400)
-    form = "%H:%M:%S" if step < 60 else "%H:%M"
+    if step == 86_400:
+        step *= max(1, math.ceil((until - since) / step / wanted))
+    form = "%H:%M:%S" if step < 60 else "%H:%M" if step < 86_400 else "%-d %b"
     marks = range(math.ceil(since / step) * step, math.floor(until) + 1, step)
     return [Tick(mark, datetime.fromtimestamp(mark, UTC).strftime(form)) for mark in marks]
 

@@ -8,6 +8,7 @@ from fastapi.responses import JSONResponse
 
 from services.console.access import Anyone, Here, SignedIn, Viewer
 from services.console.memo import Memo
+from services.console.quality_view import context as quality_context
 from services.console.speed_view import context as speed_context
 from services.console.speed_view import gain_of
 from services.console.views import fragment, page
@@ -65,6 +66,7 @@ def _overview(request: Request, here: Here) -> dict[str, Any]:
         "changes": deployments.events(here.session, project_id, limit=2),
         "run_lines": pages.run_lines(here.session, project_id, limit=3),
         **speed_context(request, here),
+        **quality_context(request, here),
     }
 
 

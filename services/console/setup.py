@@ -25,6 +25,7 @@ from services.console import (
     joining,
     keys,
     people,
+    queue,
     review,
     runs,
     sign_in,
@@ -45,9 +46,12 @@ QUEUE_SECONDS = 5.0
 GAIN_SECONDS = 60.0
 # The whole audit chain is walked.
 VERDICT_SECONDS = 30.0
+QUALITY_SECONDS = 20.0
 log = structlog.get_logger()
 ROUTERS: tuple[APIRouter, ...] = (
-    home.router, sign_in.router, review.router, bulk.router, exporting.router, browsing.router, datasets.router, runs.router, deployment.router, speculator.router, joining.router, account.router, people.router, keys.router, audit.router,
+    home.router, sign_in.router, review.router, queue.router, bulk.router, exporting.router, browsing.router,
+    datasets.router, runs.router, deployment.router, speculator.router, joining.router, account.router, people.router,
+    keys.router, audit.router,
 )  # fmt: skip
 
 
@@ -68,6 +72,8 @@ def add_console(app: FastAPI) -> None:
     app.state.queues = Memo(QUEUE_SECONDS)
     app.state.figures = Memo(TRAFFIC_SECONDS)
     app.state.gains = Memo(GAIN_SECONDS)
+    app.state.quality = Memo(QUALITY_SECONDS)
+    app.state.queue_figures = Memo(QUALITY_SECONDS)
     app.mount("/static", StaticFiles(directory=WEB / "static"), name="static")
     for kind, handler in _handlers().items():
         app.add_exception_handler(kind, handler)

@@ -285,6 +285,8 @@ class ReviewItem(Base):
         Index("ix_review_item_queue", "project_id", "state", "priority", "order_hash"),
         Index("ix_review_item_held", "lease_user_id", postgresql_where=text("lease_user_id IS NOT NULL")),
         Index(None, "project_id", "window"),
+        Index(None, "project_id", "created_at"),
+        Index(None, "project_id", "done_at"),
     )
     id: Mapped[Key]
     project_id: Mapped[UUID] = mapped_column(ForeignKey("project.id", ondelete="CASCADE"))

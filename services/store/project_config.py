@@ -2,9 +2,10 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from services.errors import InvalidRequest
+from services.store.sampling import check_mix
 from services.store.speculation import SpeculationConfig
 
 # The names in `worker.gate.metrics`, which the store may not import; a test compares them.
@@ -23,6 +24,9 @@ class ProjectConfig(BaseModel):
     window_grace_seconds: int | None = Field(None, ge=0, le=86_400, description="Wait for late rows of a window.")
     review_budget: int | None = Field(None, ge=0, le=100_000, description="Answers chosen for review per window.")
     uniform_share: float | None = Field(None, ge=0, le=1, description="Share of the budget drawn uniformly.")
+    strategy_mix: dict[str, float] | None = Field(None, description="Every strategy's share of the budget.")
+    second_share: float | None = Field(None, ge=0, le=1, description="Share of prompts asked again, to compare.")
+    response_schema: dict[str, Any] | None = Field(None, description="JSON schema that answers have to keep.")
     accepted_share: float | None = Field(None, ge=0, le=1, description="Largest share of accepted rows in training.")
     margin_points: float | None = Field(None, ge=0, le=100, description="How much worse a guarded slice may get.")
     min_held_out: int | None = Field(None, ge=2, description="Fewer held-out groups than this decide nothing.")
@@ -33,6 +37,13 @@ class ProjectConfig(BaseModel):
         None, ge=0, le=1_000_000, description="Newest answers that search by meaning knows; 0 makes no vectors."
     )
     speculation: SpeculationConfig | None = Field(None, description="Drafting, and when its heads are trained.")
+
+    @field_validator("strategy_mix")
+    @classmethod
+    def _audit_is_locked(cls, mix: dict[str, float] | None) -> dict[str, float] | None:
+        if mix is not None:
+            check_mix(mix)
+        return mix
 
 
 def checked(config: dict[str, Any]) -> dict[str, Any]:
@@ -45,4 +56,6 @@ def checked(config: dict[str, Any]) -> dict[str, Any]:
         fields = SpeculationConfig.model_fields if first["loc"][0] == "speculation" else ProjectConfig.model_fields
         known = ", ".join(fields)
         hint = f" (known: {known})" if first["type"] == "extra_forbidden" else ""
-        raise InvalidRequest(f"project configuration {name}: {first['msg']}{hint}", param=f"config.{name}") from error
+        raise InvalidRequest(
+            f"project configuration {name}: {first['msg'].removeprefix('Value error, ')}{hint}", param=f"config.{name}"
+        ) from error

@@ -9,8 +9,8 @@ from services.settings import Settings
 from services.store import jobs
 from services.store.jobs import JobFailed
 from services.store.models import ReviewItem
+from services.store.quality import estimate_quality
 from tests.curation.world import World
-from worker.curation.estimate import estimate_quality
 from worker.curation.sample import realised, sample, sample_job
 
 HOUR = timedelta(hours=1)
@@ -70,7 +70,7 @@ def test_each_interaction_is_in_one_stratum_and_complaints_come_before_the_audit
     made = items(world)
     disliked = set(world.interactions[:20])
     assert all((item.strategy == "negative_feedback") == (item.interaction_id in disliked) for item in made)
-    assert [item.strategy for item in made].count("uniform") == 2
+    assert [item.strategy for item in made].count("uniform") == 3
     assert {item.stratum_size for item in made} == {20}
 
 

@@ -4,105 +4,114 @@ A window is closed when its end, and a grace for answers still being written, ha
 later moves nothing that was assigned.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 from uuid import UUID
 
 import structlog
-from sqlalchemy import case, func, or_, select, update
+from sqlalchemy import Float, case, cast, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from services.errors import NotFound
 from services.settings import Settings
-from services.store import reviews
+from services.store import quality
 from services.store.base import uuid7, uuid7_time
-from services.store.jobs import JobFailed, Lease
-from services.store.models import Annotation, Feedback, Interaction, Project, ReviewItem
-from worker.curation.estimate import estimate_quality
-from worker.curation.strata import STAMP, Candidate, Placed, plan, split_of
-
-REVIEWABLE = ("stop", "length")
-LONGEST_GRACE_SECONDS = 60
-ESTIMATED = timedelta(days=7)
+from services.store.jobs import JobCancelled, JobFailed, Lease
+from services.store.models import Annotation, Deployment, Interaction, Project, ReviewItem
+from services.store.sampling import STAMP, Plan
+from worker.curation import second
+from worker.curation.frame import Window, frame, id_floor, in_window, reviewable
+from worker.curation.second import Second
+from worker.curation.strata import Placed, order_hash, plan, split_of
 
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A project's sampling configuration. Raises ValueError for values that make no sense."""
+class Wanted(NamedTuple):
+    """The prompts to ask again, and whom: the candidate on trial, or what serves."""
 
-    window_seconds: int
-    grace_seconds: int
-    budget: int
-    uniform_share: float
-    held_out_share: float
+    asked: list[second.Asked]
+    adapter: str | None
+    candidate: bool
 
-    @classmethod
-    def of(cls, config: dict[str, Any]) -> "Plan":
-        window = int(config.get("window_seconds", 3600))
-        plan = cls(
-            window_seconds=window,
-            grace_seconds=int(config.get("window_grace_seconds", min(window, LONGEST_GRACE_SECONDS))),
-            budget=int(config.get("review_budget", 200)),
-            uniform_share=max(0.2, float(config.get("uniform_share", 0.2))),
-            held_out_share=float(config.get("held_out_share", 0.2)),
+
+def sample_job(lease: Lease, settings: Settings) -> None:
+    """Handler of "review.sample": every closed window not sampled yet, then the probabilities as realised.
+
+    The engine is asked between the transactions, so that nobody waits for it on the project's row. `now` is one moment
+    for both, that they see the same windows.
+    """
+    project_id, now = UUID(lease.payload["project_id"]), datetime.now(UTC)
+    try:
+        with lease.transaction() as session:
+            wanted = to_ask(session, project_id, now)
+        seconds = second.ask(
+            settings, wanted.asked, wanted.adapter, candidate=wanted.candidate, alive=lambda: _alive(lease)
         )
-        if plan.window_seconds < 1 or plan.grace_seconds < 0 or plan.budget < 1:
-            raise ValueError("window_seconds and review_budget must be at least 1, window_grace_seconds 0")
-        if not 0 <= plan.held_out_share < 1 or plan.uniform_share > 1:
-            raise ValueError("held_out_share must be in [0, 1), uniform_share at most 1")
-        return plan
+        with lease.transaction() as session:
+            added = sample(session, project_id, now=now, seconds=seconds)
+            realised(session, project_id)
+            estimate = quality.estimate_quality(session, project_id, since=now - quality.RECENT)
+    except (ValueError, NotFound) as error:
+        raise JobFailed(f"cannot sample: {error}") from error
+    log.info(
+        "sampled", project_id=str(project_id), items=added, seconds=len(seconds),
+        quality=estimate._asdict() if estimate else None,
+    )  # fmt: skip
 
 
-class Window(NamedTuple):
-    """[start, end) in time of the interaction's id."""
-
-    start: datetime
-    end: datetime
-
-    @property
-    def label(self) -> str:
-        return f"{self.start.strftime(STAMP)}/{self.end.strftime(STAMP)}"
+def _alive(lease: Lease) -> None:
+    if lease.cancelled():
+        raise JobCancelled
 
 
-def sample_job(lease: Lease, settings: Settings) -> None:  # noqa: ARG001 - every handler has these two
-    """Handler of "review.sample": every closed window not sampled yet, then the probabilities as realised."""
-    project_id = UUID(lease.payload["project_id"])
-    with lease.transaction() as session:
-        try:
-            added = sample(session, project_id)
-        except (ValueError, NotFound) as error:
-            raise JobFailed(f"cannot sample: {error}") from error
-        realised(session, project_id)
-        quality = estimate_quality(session, project_id, since=datetime.now(UTC) - ESTIMATED)
-    log.info("sampled", project_id=str(project_id), items=added, quality=quality._asdict() if quality else None)
+def to_ask(session: Session, project_id: UUID, now: datetime) -> Wanted:
+    """The configured share of the windows about to be sampled, by hash, up to `second.MOST_ASKED` prompts."""
+    project = session.get(Project, project_id, populate_existing=True)
+    if project is None:
+        raise NotFound(f"no project {project_id}")
+    chosen, deployment = Plan.of(project.config), session.get(Deployment, project_id)
+    candidate = deployment.canary_digest if deployment else None
+    share = chosen.second_share
+    if share is None:
+        share = second.CANDIDATE_SHARE if candidate else 0.0
+    ids: list[UUID] = []
+    for window in _closed_windows(session, project_id, chosen, now) if share else ():
+        found = session.scalars(select(Interaction.id).where(*in_window(project_id, window)))
+        hashed = sorted((order_hash(f"second/{_salt(project_id, window)}", one), one) for one in found)
+        ids += [one for value, one in hashed if int(value[:16], 16) < share * 2**64]
+    adapter = candidate or (deployment.active_digest if deployment else None)
+    return Wanted(second.read(session, ids[: second.MOST_ASKED]), adapter, candidate is not None)
 
 
-def sample(session: Session, project_id: UUID, *, now: datetime | None = None) -> int:
+def sample(
+    session: Session, project_id: UUID, *, now: datetime | None = None, seconds: Mapping[UUID, Second] | None = None
+) -> int:
     """Add the items of every closed window that has none yet; returns how many. Running it again adds nothing."""
     # Two samplers would each see a window without items. FOR NO KEY UPDATE lets rows that refer to the project in.
     locked = select(Project).where(Project.id == project_id).with_for_update(key_share=True)
     project = session.scalar(locked.execution_options(populate_existing=True))
     if project is None:
         raise NotFound(f"no project {project_id}")
-    chosen = Plan.of(project.config)
-    added = 0
+    chosen, known, added = Plan.of(project.config), seconds or {}, 0
     for window in _closed_windows(session, project_id, chosen, now or datetime.now(UTC)):
-        candidates = _frame(session, project_id, window)
-        placed = plan(
-            f"{project_id}/{window.label}", candidates, budget=chosen.budget, uniform_share=chosen.uniform_share
-        )
-        added += _insert(session, project_id, window, placed, chosen.held_out_share)
+        salt = _salt(project_id, window)
+        candidates = frame(session, project_id, window, salt, response_schema=chosen.response_schema, seconds=known)
+        placed = plan(salt, candidates, budget=chosen.budget, mix=chosen.mix)
+        added += _insert(session, project_id, window, placed, chosen.held_out_share, known)
     return added
+
+
+def _salt(project_id: UUID, window: Window) -> str:
+    return f"{project_id}/{window.label}"
 
 
 def _closed_windows(session: Session, project_id: UUID, chosen: Plan, now: datetime) -> Iterator[Window]:
     """Windows aligned to the clock, from the last sampled one on; stretches without traffic are skipped."""
-    last = session.scalar(select(func.max(ReviewItem.window)).where(ReviewItem.project_id == project_id))
+    sampled = (ReviewItem.project_id == project_id, quality.sampled())
+    last = session.scalar(select(func.max(ReviewItem.window)).where(*sampled))
     resume = datetime.strptime(last.split("/")[1], STAMP).replace(tzinfo=UTC) if last else None
     closed_at = now - timedelta(seconds=chosen.grace_seconds)
     while True:
@@ -119,45 +128,24 @@ def _closed_windows(session: Session, project_id: UUID, chosen: Plan, now: datet
 
 
 def _first_after(session: Session, project_id: UUID, start: datetime | None) -> datetime | None:
-    wanted = select(Interaction.id).where(*_reviewable(project_id)).order_by(Interaction.id).limit(1)
+    wanted = select(Interaction.id).where(*reviewable(project_id)).order_by(Interaction.id).limit(1)
     if start is not None:
         wanted = wanted.where(Interaction.id >= id_floor(start))
     first = session.scalar(wanted)
     return uuid7_time(first) if first is not None else None
 
 
-def id_floor(moment: datetime) -> UUID:
-    """The smallest id of that millisecond: UUIDv7 order is time order, and partitions are pruned by it."""
-    return UUID(int=round(moment.timestamp() * 1000) << 80)
-
-
-def _reviewable(project_id: UUID) -> tuple[Any, ...]:
-    """Live answers that ended by themselves; errors and cancellations have nothing to judge."""
-    return (
-        Interaction.project_id == project_id,
-        Interaction.origin == "live",
-        Interaction.finish_reason.in_(REVIEWABLE),
-    )
-
-
-def _frame(session: Session, project_id: UUID, window: Window) -> list[Candidate]:
-    disliked = select(Feedback.id).where(
-        Feedback.interaction_id == Interaction.id,
-        Feedback.project_id == project_id,
-        or_(Feedback.rating < 0, Feedback.correction.is_not(None)),
-    )
-    rows = session.execute(
-        select(Interaction.id, Interaction.group_key, disliked.exists()).where(
-            *_reviewable(project_id), Interaction.id >= id_floor(window.start), Interaction.id < id_floor(window.end)
-        )
-    )
-    return [Candidate(interaction_id, group_key, negative) for interaction_id, group_key, negative in rows]
-
-
-def _insert(session: Session, project_id: UUID, window: Window, placed: list[Placed], held_out_share: float) -> int:
+def _insert(
+    session: Session,
+    project_id: UUID,
+    window: Window,
+    placed: Sequence[Placed],
+    held_out_share: float,
+    seconds: Mapping[UUID, Second],
+) -> int:
     if not placed:
         return 0
-    rows = []
+    rows: list[dict[str, Any]] = []
     for item in placed:
         split = split_of(project_id, item.candidate.group_key, held_out_share)
         rows.append(
@@ -167,7 +155,7 @@ def _insert(session: Session, project_id: UUID, window: Window, placed: list[Pla
                 "priority": item.priority, "order_hash": item.order_hash, "split": split,
                 "group_key": item.candidate.group_key, "overlap_target": 2 if split == "held_out" else 1,
                 "state": "open",
-            }
+            } | _pair(item, seconds)
         )  # fmt: skip
     made = session.scalars(
         insert(ReviewItem).on_conflict_do_nothing(index_elements=["interaction_id"]).returning(ReviewItem.id), rows
@@ -175,11 +163,17 @@ def _insert(session: Session, project_id: UUID, window: Window, placed: list[Pla
     return len(made.all())
 
 
+def _pair(item: Placed, seconds: Mapping[UUID, Second]) -> dict[str, Any]:
+    """Only the stratum of disagreements holds pairs: elsewhere a preference would stand for a judgement."""
+    if not hasattr(ReviewItem, "alternative"):
+        return {}
+    pair = seconds.get(item.candidate.interaction_id) if item.strategy == "disagreement" else None
+    return {"alternative": pair.alternative if pair else None}
+
+
 def realised(session: Session, project_id: UUID) -> None:
-    """Store π of every item: the labelled part of its stratum over the stratum's size."""
-    judged = select(Annotation.id).where(
-        Annotation.review_item_id == ReviewItem.id, Annotation.verdict.in_(reviews.COUNTED), reviews.standing()
-    )
+    """Store π of every item: the labelled part of its stratum over the stratum's size. Only what changed is written."""
+    judged = select(Annotation.id).where(Annotation.review_item_id == ReviewItem.id, quality.counted())
     labelled = (
         select(
             ReviewItem.window,
@@ -187,17 +181,19 @@ def realised(session: Session, project_id: UUID) -> None:
             func.sum(case((judged.exists(), 1), else_=0)).label("labelled"),
         )
         # What people chose by hand has no probability: nothing may be estimated from it.
-        .where(ReviewItem.project_id == project_id, ReviewItem.strategy != "chosen")
+        .where(ReviewItem.project_id == project_id, quality.sampled())
         .group_by(ReviewItem.window, ReviewItem.strategy)
         .subquery()
     )
+    share = cast(labelled.c.labelled, Float) / ReviewItem.stratum_size
     session.execute(
         update(ReviewItem)
         .where(
             ReviewItem.project_id == project_id,
             ReviewItem.window == labelled.c.window,
             ReviewItem.strategy == labelled.c.strategy,
+            ReviewItem.probability.is_distinct_from(share),
         )
-        .values(probability=labelled.c.labelled * 1.0 / ReviewItem.stratum_size)
+        .values(probability=share)
         .execution_options(synchronize_session=False)
     )
