@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from services.errors import InvalidRequest
+from services.store.pii import Mode
 from services.store.speculation import SpeculationConfig
 
 # The names in `worker.gate.metrics`, which the store may not import; a test compares them.
@@ -24,6 +25,9 @@ class ProjectConfig(BaseModel):
     review_budget: int | None = Field(None, ge=0, le=100_000, description="Answers chosen for review per window.")
     uniform_share: float | None = Field(None, ge=0, le=1, description="Share of the budget drawn uniformly.")
     accepted_share: float | None = Field(None, ge=0, le=1, description="Largest share of accepted rows in training.")
+    author_share: float | None = Field(None, gt=0, le=1, description="Largest share of training rows by one person.")
+    pair_days: float | None = Field(None, ge=0, le=3650, description="Weights gone longer than this give no pairs.")
+    pii: Mode | None = Field(None, description="Personal data in examples: left, marked (tag) or replaced (mask).")
     margin_points: float | None = Field(None, ge=0, le=100, description="How much worse a guarded slice may get.")
     min_held_out: int | None = Field(None, ge=2, description="Fewer held-out groups than this decide nothing.")
     metrics: list[Metric] | None = Field(None, min_length=1, description="What the gate scores by.")

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from services.store.base import uuid7
 from worker.curation.estimate import Stratum, estimate
-from worker.curation.strata import UNIFORM, Candidate, interleave, plan, quotas, split_of
+from worker.curation.split import split_of
+from worker.curation.strata import UNIFORM, Candidate, interleave, plan, quotas
 
 SIZES = st.fixed_dictionaries(
     {}, optional={"negative_feedback": st.integers(1, 3000), UNIFORM: st.integers(1, 3000)}

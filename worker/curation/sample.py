@@ -22,7 +22,8 @@ from services.store.base import uuid7, uuid7_time
 from services.store.jobs import JobFailed, Lease
 from services.store.models import Annotation, Feedback, Interaction, Project, ReviewItem
 from worker.curation.estimate import estimate_quality
-from worker.curation.strata import STAMP, Candidate, Placed, plan, split_of
+from worker.curation.split import Chosen, assign
+from worker.curation.strata import STAMP, Candidate, Placed, plan
 
 REVIEWABLE = ("stop", "length")
 LONGEST_GRACE_SECONDS = 60
@@ -157,9 +158,11 @@ def _frame(session: Session, project_id: UUID, window: Window) -> list[Candidate
 def _insert(session: Session, project_id: UUID, window: Window, placed: list[Placed], held_out_share: float) -> int:
     if not placed:
         return 0
+    chosen = [Chosen(item.candidate.interaction_id, item.candidate.group_key) for item in placed]
+    sides = assign(session, project_id, chosen, held_out_share)
     rows = []
     for item in placed:
-        split = split_of(project_id, item.candidate.group_key, held_out_share)
+        split = sides[item.candidate.interaction_id]
         rows.append(
             {
                 "id": uuid7(), "project_id": project_id, "interaction_id": item.candidate.interaction_id,
