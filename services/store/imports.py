@@ -16,7 +16,7 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from services.errors import Conflict, NotFound, Unprocessable
-from services.store import datasets
+from services.store import audit, datasets
 from services.store.copying import among, copy_rows
 from services.store.datasets import Draft
 from services.store.import_files import RowError, plain, read
@@ -287,6 +287,12 @@ def _known(session: Session, project_id: UUID, found: list[Draft]) -> int:
     hashes = [draft.content_hash for draft in found]
     there = select(func.count()).where(Example.project_id == project_id, among(Example.content_hash, hashes))
     return session.scalar(there) or 0
+
+
+def record(session: Session, done: DatasetImport, dataset: Dataset, actor: str) -> None:
+    """What the audit log says of a finished import."""
+    detail = {"dataset": dataset.name, "file": done.file_name, "sha256": done.file_digest, "rows": done.rows}
+    audit.record(session, actor, "dataset.import", f"project:{dataset.project_id}", detail)
 
 
 def discard(session: Session, record: DatasetImport) -> None:

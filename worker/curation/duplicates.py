@@ -87,7 +87,7 @@ class Prompt:
 
 @cache
 def _empty_sketch() -> "MinHash":
-    """Drawing permutations takes longer than a sketch; datasketch drags in scipy, which only curation should pay for."""
+    """Drawing permutations takes longer than a sketch; datasketch loads scipy, for which only curation should pay."""
     from datasketch import MinHash
 
     return MinHash(num_perm=PERMUTATIONS, hashfunc=_as_it_is)
