@@ -263,6 +263,11 @@ def get(session: Session, dataset: Dataset, import_id: UUID) -> DatasetImport:
     return found
 
 
+def columns_of(record: DatasetImport) -> list[str]:
+    """The file's columns."""
+    return read(record.file_name, record.content or b"").columns
+
+
 def finish(session: Session, record: DatasetImport, mapping: Mapping[str, str] | None, author: str) -> DatasetImport:
     """Import every row, or raise Unprocessable naming the first bad one and import nothing."""
     session.refresh(record, with_for_update=True)
