@@ -67,7 +67,7 @@ def draw(slug: str, dataset: str, revision: Revision, lineage: Lineage) -> Drawi
         for one, box in zip(lineage.outcomes, ran, strict=True)
         if one.artifact_digest
     ]
-    heads = [(COLUMNS[place], title) for place, title in enumerate(TITLES)]
+    heads = [(COLUMNS[place], title) for place, title in enumerate(TITLES) if raw[place]]
     told = (
         f"{revision.train_count + revision.held_out_count} examples from {len(lineage.sources)} sources; "
         f"{len(runs)} runs; {len(made)} adapters, {sum(one.serves for one in made)} of them serving"
@@ -89,8 +89,8 @@ def _source(here: str, one: Source) -> Raw:
         return (_cut(one.name or "file"), f"{count}, imported", None, "")
     if one.kind == "unlogged":
         return ("past their retention", count, None, "")
-    target = f"{here}/interactions?adapter={one.name}" if one.name else f"{here}/interactions"
-    return (f"answers of {(one.name or 'base')[:10]}", count, target, "")
+    served_by = one.name or "base"
+    return (f"answers of {served_by[:10]}", count, f"{here}/interactions?digest={served_by}", "")
 
 
 def _revisions(here: str, revision: Revision) -> list[Raw]:

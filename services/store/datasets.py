@@ -22,6 +22,8 @@ from services.store.models import Dataset, Example, Project, Revision, RevisionE
 
 MANIFEST_FORMAT = 1
 LEAST_DIGEST = 8
+# Before the hash of an example whose text was erased; manifests go on naming the hash.
+ERASED = "erased:"
 EXAMPLE_COLUMNS = (
     "id", "project_id", "content_hash", "kind", "source", "split", "group_key", "slice", "messages", "completion",
     "rejected", "interaction_id", "annotation_ids", "reviewers", "pii",
@@ -108,13 +110,15 @@ class Located(NamedTuple):
 class Rebuilt(NamedTuple):
     """A revision's digests, made again from the rows; `changed` are the examples whose content is not what was hashed.
 
-    The revision is what it says when `digest` is its digest and nothing changed.
+    The revision is what it says when `digest` is its digest and nothing changed. Of `erased` examples only the hash is
+    left to go by.
     """
 
     digest: str
     held_out_digest: str
     examples: int
     changed: list[UUID]
+    erased: int = 0
 
 
 def canonical(value: object) -> bytes:
@@ -354,7 +358,7 @@ def entries(session: Session, revision_id: UUID) -> list[Entry]:
     """The manifest's lines in order, without the texts."""
     wanted = (
         select(
-            Example.id, Example.content_hash, Example.split, Example.source, Example.slice, Example.reviewers,
+            Example.id, RevisionExample.content_hash, Example.split, Example.source, Example.slice, Example.reviewers,
             RevisionExample.weight,
         )
         .join(RevisionExample, RevisionExample.example_id == Example.id)
@@ -380,16 +384,19 @@ def rebuild(session: Session, revision_id: UUID) -> Rebuilt:
     """Hash every text again and the manifest made of the hashes."""
     listed: list[Entry] = []
     changed: list[UUID] = []
+    erased = 0
     for example, weight in stream(session, revision_id):
         content_hash = draft_of(example).content_hash
-        if content_hash != example.content_hash:
+        if example.content_hash.startswith(ERASED):
+            erased, content_hash = erased + 1, example.content_hash.removeprefix(ERASED)
+        elif content_hash != example.content_hash:
             changed.append(example.id)
         reviewers = tuple(sorted(example.reviewers))
         listed.append(Entry(example.id, content_hash, example.split, example.source, example.slice, reviewers, weight))
         session.expunge(example)
     ordered = sorted(listed, key=lambda entry: (entry.split, entry.content_hash))
     held_out = [entry for entry in ordered if entry.split == "held_out"]
-    return Rebuilt(digest_of(_manifest(ordered)), digest_of(_manifest(held_out)), len(ordered), changed)
+    return Rebuilt(digest_of(_manifest(ordered)), digest_of(_manifest(held_out)), len(ordered), changed, erased)
 
 
 def draft_of(example: Example) -> Draft:

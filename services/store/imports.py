@@ -27,10 +27,10 @@ FIELDS = {
     "prompt": "what was asked: text, or a list of messages",
     "system": "a system message before it",
     "messages": "the whole chat, its last message the answer",
-    "completion": "a right answer (or one judged by `label`)",
+    "completion": "a right answer, or one that label judges",
     "chosen": "the better of two answers",
     "rejected": "the worse of two answers",
-    "label": "whether `completion` is good: true or false",
+    "label": "whether the completion is good: true or false",
     "group": "what must stay on one side of the split: a session, user or template",
 }
 # Other names under which files bring these fields.
@@ -79,7 +79,8 @@ class Parsed:
         """Why nothing may be imported, in one sentence."""
         if self.error_count:
             first = self.errors[0]
-            more = f" and {self.error_count - 1:,} more rows" if self.error_count > 1 else ""
+            others = self.error_count - 1
+            more = f", and {others:,} more {'row is' if others == 1 else 'rows are'} wrong" if others else ""
             return f"row {first.row} {first.message}{more}; nothing was imported"
         return None if self.drafts else "the file has no rows; nothing was imported"
 

@@ -386,6 +386,7 @@ class PromptCluster(Base):
     id: Mapped[Key]
     project_id: Mapped[UUID] = mapped_column(ForeignKey("project.id", ondelete="CASCADE"))
     split: Mapped[str]
+    fingerprint: Mapped[int]
     sketch: Mapped[bytes] = mapped_column(LargeBinary)
     bands: Mapped[list[int]] = mapped_column(ARRAY(BigInteger))
     members: Mapped[int] = mapped_column(default=1, server_default="1")

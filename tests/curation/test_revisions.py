@@ -90,7 +90,7 @@ def test_a_rebuild_gives_the_digests_again_and_notices_any_edit(world: World) ->
         world.corrected(f"held {index}", "wrong answer", f"right answer {index}", "held_out")
     revision = build(world)
     with world.sessions.begin() as session:
-        assert datasets.rebuild(session, revision.id) == (revision.digest, revision.held_out_digest, 8, [])
+        assert datasets.rebuild(session, revision.id) == (revision.digest, revision.held_out_digest, 8, [], 0)
         edited = datasets.members(session, revision.id, "held_out", limit=1)[0].example.id
         session.execute(update(Example).where(Example.id == edited).values(completion="edited"))
     with world.sessions() as session:

@@ -78,6 +78,12 @@ class Prompt:
         return values
 
     @cached_property
+    def fingerprint(self) -> int:
+        """Equal for prompts of the same shingles only, as a signed 64-bit integer."""
+        listed = np.sort(np.fromiter(self.grams, dtype="<u4", count=len(self.grams)))
+        return int.from_bytes(blake2b(listed.tobytes(), digest_size=8).digest(), signed=True)
+
+    @cached_property
     def bands(self) -> tuple[int, ...]:
         """Keys of which near-duplicates share one, as signed 64-bit integers."""
         rows = self.sketch.astype("<u4").reshape(BANDS, -1)

@@ -38,6 +38,7 @@ class Chosen(NamedTuple):
 
 class _Known(NamedTuple):
     cluster_id: UUID
+    fingerprint: int
     sketch: Sketch
     split: str
 
@@ -115,14 +116,13 @@ class _Clusters:
         self._load(sorted({band for prompt in prompts.values() for band in prompt.bands}))
 
     def _load(self, bands: Sequence[int]) -> None:
-        stored = select(
-            PromptCluster.id, PromptCluster.sketch, PromptCluster.split, PromptCluster.bands, PromptCluster.members
-        ).where(
+        stored = select(PromptCluster).where(
             PromptCluster.project_id == self._project_id,
             PromptCluster.bands.op("&&")(literal(list(bands), ARRAY(BigInteger))),
         )
-        for cluster_id, sketch, split, own, count in self._session.execute(stored.order_by(PromptCluster.id)):
-            self._add(_Known(cluster_id, np.frombuffer(sketch, dtype="<u4"), split), own, count)
+        for row in self._session.scalars(stored.order_by(PromptCluster.id)):
+            known = _Known(row.id, row.fingerprint, np.frombuffer(row.sketch, dtype="<u4"), row.split)
+            self._add(known, row.bands, row.members)
 
     def _add(self, known: _Known, bands: Sequence[int], members: int) -> None:
         self._known[known.cluster_id] = known
@@ -136,7 +136,8 @@ class _Clusters:
         for cluster_id in sorted(candidates)[:CANDIDATES_MOST]:
             known = self._known[cluster_id]
             alike = int(np.count_nonzero(known.sketch == prompt.sketch)) / PERMUTATIONS
-            if alike == 1 or (alike >= ESTIMATED_THRESHOLD and self._members[cluster_id] < MEMBERS_MOST):
+            equal = known.fingerprint == prompt.fingerprint
+            if equal or (alike >= ESTIMATED_THRESHOLD and self._members[cluster_id] < MEMBERS_MOST):
                 self._members[cluster_id] += 1
                 self._joined[cluster_id] = self._joined.get(cluster_id, 0) + 1
                 return known
@@ -144,12 +145,12 @@ class _Clusters:
 
     def begin(self, prompt: Prompt, split: str) -> None:
         """A cluster of its own, whose side every near-duplicate to come will share."""
-        known = _Known(uuid7(), prompt.sketch, split)
+        known = _Known(uuid7(), prompt.fingerprint, prompt.sketch, split)
         sketch = prompt.sketch.astype("<u4").tobytes()
         self._begun.append(
             {
                 "id": known.cluster_id, "project_id": self._project_id, "split": split, "sketch": sketch,
-                "bands": list(prompt.bands),
+                "bands": list(prompt.bands), "fingerprint": prompt.fingerprint,
             }
         )  # fmt: skip
         self._add(known, prompt.bands, 1)
