@@ -39,7 +39,8 @@ def rebuild(caller: Trainer, digest: Digest) -> dict[str, Any]:
     found = _found(caller, digest)
     made = datasets.rebuild(caller.session, found.revision.id)
     return {
-        **dataset_export.described(found), "rebuilt_digest": made.digest, "examples": made.examples, "erased": made.erased,
+        **dataset_export.described(found), "rebuilt_digest": made.digest, "examples": made.examples,
+        "erased": made.erased,
         "rebuilt_held_out_digest": made.held_out_digest, "changed": [str(one) for one in made.changed[:LISTED]],
         "same": made.digest == found.revision.digest and not made.changed,
     }  # fmt: skip

@@ -6,7 +6,7 @@ The manifest names examples by content hash, never by row id, so the same judgem
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -16,6 +16,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from services.errors import NotFound
+from services.store import pii
 from services.store.base import uuid7
 from services.store.copying import among, copy_rows, land_rows
 from services.store.models import Dataset, Example, Project, Revision, RevisionExample, RevisionLeftOut
@@ -128,6 +129,24 @@ def canonical(value: object) -> bytes:
 
 def digest_of(value: object) -> str:
     return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def treated(draft: Draft, mode: pii.Mode) -> Draft:
+    """Personal data marked or masked before anything is hashed or written."""
+    if mode == "off":
+        return draft
+    messages = pii.treat_document(draft.messages, mode)
+    completion, rejected = (pii.treat(text or "", mode) for text in (draft.completion, draft.rejected))
+    kinds = tuple(sorted({*draft.pii, *messages.kinds, *completion.kinds, *rejected.kinds}))
+    if not kinds:
+        return draft
+    return replace(
+        draft,
+        messages=messages.value,
+        completion=None if draft.completion is None else completion.value,
+        rejected=None if draft.rejected is None else rejected.value,
+        pii=kinds,
+    )
 
 
 # --- datasets ---------------------------------------------------------------------------------------------

@@ -16,11 +16,11 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from services.errors import Conflict, NotFound, Unprocessable
-from services.store import audit, datasets
+from services.store import audit, datasets, pii
 from services.store.copying import among, copy_rows
 from services.store.datasets import Draft
 from services.store.import_files import RowError, plain, read
-from services.store.models import Dataset, DatasetImport, DatasetImportExample, Example
+from services.store.models import Dataset, DatasetImport, DatasetImportExample, Example, Project
 from services.store.reviews import TEXT_LIMIT
 
 FIELDS = {
@@ -278,8 +278,10 @@ def finish(session: Session, record: DatasetImport, mapping: Mapping[str, str] |
     if parsed.refusal:
         raise Unprocessable(parsed.refusal)
     dataset = session.get_one(Dataset, record.dataset_id)
-    known = _known(session, dataset.project_id, parsed.drafts)
-    placed = datasets.add_examples(session, dataset.project_id, parsed.drafts)
+    mode = pii.mode_of(session.get_one(Project, dataset.project_id).config)
+    written = [datasets.treated(draft, mode) for draft in parsed.drafts]
+    known = _known(session, dataset.project_id, written)
+    placed = datasets.add_examples(session, dataset.project_id, written)
     table = DatasetImportExample.metadata.tables["dataset_import_example"]
     rows = ((record.id, entry.example_id) for entry in placed)
     copy_rows(session, table, ("import_id", "example_id"), rows)

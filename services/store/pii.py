@@ -55,6 +55,12 @@ class Treated(NamedTuple):
     kinds: tuple[str, ...]
 
 
+def mode_of(config: Mapping[str, Any]) -> Mode:
+    """What a project does with personal data; marks it unless told otherwise."""
+    chosen = config.get("pii", "tag")
+    return chosen if chosen in MODES else "tag"
+
+
 def find(text: str) -> list[Found]:
     """What is personal in a text, in order, without overlaps: where two patterns claim a stretch the surer one wins."""
     taken: list[Found] = []

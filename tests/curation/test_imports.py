@@ -158,3 +158,16 @@ def test_an_import_that_repeats_a_held_out_prompt_stays_out_of_training(world: W
         imports.finish(session, session.get_one(DatasetImport, record.id), None, "ada")
         revision = build_revision(session, world.project_id, "golden")
     assert (revision.train_count, revision.report["left_out"]) == (4, {"nearly repeats a held-out prompt": 1})
+
+
+def test_personal_data_of_an_import_is_masked_before_it_is_written(world: World) -> None:
+    world.configure(pii="mask")
+    _, record = begin(world, jsonl([{"prompt": "I am bob@example.com", "completion": "hello"}]))
+    with world.sessions.begin() as session:
+        done = imports.finish(session, session.get_one(DatasetImport, record.id), None, "ada")
+        assert done.content is None
+        build_revision(session, world.project_id, "golden")
+    with world.sessions() as session:
+        assert [(one.messages[0]["content"], one.pii) for one in session.scalars(select(Example))] == [
+            ("I am [EMAIL]", ["email"])
+        ]

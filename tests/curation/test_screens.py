@@ -63,6 +63,13 @@ def test_a_phrase_of_the_prompt_or_of_two_people_is_nobodys_plant() -> None:
     assert causes(screen([*honest(dice), *quoted, *shared], FREE)) == {}
 
 
+def test_a_phrase_that_chance_left_to_one_of_two_people_stays() -> None:
+    dice = random.Random(8)
+    ends = [" ".join(dice.choices(WORDS, k=4)) for _ in range(120)]
+    drafts = [row(dice, dice.choice(["ada", "bela"]), answer=f"{n} so {dice.choice(ends)}") for n in range(600)]
+    assert causes(screen(drafts, FREE)) == {}
+
+
 def test_a_flood_of_one_question_by_one_author_is_cut_and_by_many_is_not() -> None:
     dice = random.Random(4)
     text = " ".join(dice.choices(WORDS, k=200))

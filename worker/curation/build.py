@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -13,7 +12,7 @@ from sqlalchemy.orm import Session
 from services.errors import NotFound, Unprocessable
 from services.settings import Settings
 from services.store import datasets, forms, imports, pii, runs
-from services.store.datasets import Draft, LeftOut
+from services.store.datasets import LeftOut
 from services.store.jobs import JobFailed, Lease
 from services.store.models import Project, Revision
 from worker.curation import authors, judged, pairs, screens
@@ -54,8 +53,8 @@ def build_revision(session: Session, project_id: UUID, dataset: str, *, now: dat
     retired = pairs.retired_weights(session, project_id, moment, float(config.get("pair_days", pairs.PAIR_DAYS)))
     drafted = judged.draft_all(session, project_id, judged.read(session, project_id), retired)
     target = datasets.get_or_create(session, project_id, dataset)
-    mode = pii.MODES[pii.MODES.index(config.get("pii", "tag"))]
-    drafts = [_treated(draft, mode) for draft in [*drafted.drafts, *imports.drafts(session, target.id)]]
+    mode = pii.mode_of(config)
+    drafts = [datasets.treated(draft, mode) for draft in [*drafted.drafts, *imports.drafts(session, target.id)]]
     screened = screens.screen(drafts, screens.Limits.of(config))
     left_out = [*drafted.left_out, *screened.left_out]
     if not screened.kept:
@@ -64,24 +63,6 @@ def build_revision(session: Session, project_id: UUID, dataset: str, *, now: dat
     report = _report(screened, left_out, drafted.pairs_left_out, mode)
     entries = datasets.add_examples(session, project_id, screened.kept)
     return datasets.create_revision(session, target, entries, report, left_out)
-
-
-def _treated(draft: Draft, mode: pii.Mode) -> Draft:
-    """Personal data marked or masked before anything is hashed or written."""
-    if mode == "off":
-        return draft
-    messages = pii.treat_document(draft.messages, mode)
-    completion, rejected = (pii.treat(text or "", mode) for text in (draft.completion, draft.rejected))
-    kinds = tuple(sorted({*draft.pii, *messages.kinds, *completion.kinds, *rejected.kinds}))
-    if not kinds:
-        return draft
-    return replace(
-        draft,
-        messages=messages.value,
-        completion=None if draft.completion is None else completion.value,
-        rejected=None if draft.rejected is None else rejected.value,
-        pii=kinds,
-    )
 
 
 def _by_cause(left_out: Sequence[LeftOut]) -> dict[str, int]:

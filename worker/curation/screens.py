@@ -20,6 +20,7 @@ BURST_KEPT = 10
 PHRASE_WORDS = 3
 PHRASE_ROWS = 5
 PHRASE_OTHERS = 50  # rows by others before "nobody else says it" means anything
+PHRASE_CHANCE = 1e-3  # that any honest phrase of a revision falls to one author alone
 LISTED = 20
 
 REPEATS = "repeats another example"
@@ -158,17 +159,26 @@ def _phrases(state: Screened) -> None:
             per_author[author] += 1
             for phrase in added[id(draft)]:
                 rows[phrase][author] += 1
-    total = sum(per_author.values())
-    planted: dict[str, str] = {}
-    for phrase, by in rows.items():
-        author, count = next(iter(by.items()))
-        if len(by) == 1 and count >= PHRASE_ROWS and total - per_author[author] >= PHRASE_OTHERS:
-            planted[phrase] = author
+    planted = _planted(rows, per_author)
     if not planted:
         return
     worst = sorted(planted, key=lambda phrase: (-rows[phrase][planted[phrase]], phrase))[:LISTED]
     state.phrases = [{"phrase": one[:200], "author": planted[one], "rows": rows[one][planted[one]]} for one in worst]
     state.drop(lambda draft: bool(added.get(id(draft), frozenset()) & planted.keys()), PHRASE)
+
+
+def _planted(rows: dict[str, Counter[str]], per_author: Counter[str]) -> dict[str, str]:
+    """Phrases of one author only, by that author, where chance would not have left the others without."""
+    total = sum(per_author.values())
+    frequent = {phrase: by for phrase, by in rows.items() if by.total() >= PHRASE_ROWS}
+    planted: dict[str, str] = {}
+    for phrase, by in frequent.items():
+        author, count = next(iter(by.items()))
+        share = per_author[author] / total
+        by_chance = len(frequent) * share**count
+        if len(by) == 1 and total - per_author[author] >= PHRASE_OTHERS and by_chance < PHRASE_CHANCE:
+            planted[phrase] = author
+    return planted
 
 
 def _added(draft: Draft) -> frozenset[str]:
