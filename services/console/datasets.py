@@ -37,7 +37,9 @@ def dataset_list(request: Request, here: Viewer, building: bool = False, importe
         "default_name": runs.DEFAULT_DATASET,
         "building": building,
         "imported": imported,
-        "agreement": agreement.alpha(here.session, here.project.id),
+        "agreement": request.app.state.figures.get(
+            ("agreement", here.project.id), lambda: agreement.alpha(here.session, here.project.id)
+        ),
     }
     return page(request, here, "datasets.html", context)
 
@@ -93,9 +95,9 @@ def _found(here: Here, name: str, digest: str) -> tuple[Dataset, Revision]:
     return dataset, revision
 
 
-def _change(session: Session, dataset: Dataset, revision: Revision) -> dict[str, dict[str, int]] | None:
+def _change(session: Session, dataset: Dataset, revision: Revision) -> revision_diff.Sizes | None:
     parent = datasets.find_revision(session, dataset.id, revision.parent_digest or "")
-    return revision_diff.explain(session, parent, revision).causes() if parent else None
+    return revision_diff.sizes(session, parent, revision) if parent else None
 
 
 def _links(session: Session, revision_id: UUID) -> dict[str, list[UUID]]:

@@ -5,14 +5,15 @@ from collections.abc import Iterable
 from typing import Literal, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import exists, select
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy import ColumnElement, exists, func, select
+from sqlalchemy.orm import Session, aliased, defer
 
 from services.store import reviews
 from services.store.copying import among
 from services.store.models import Annotation, Example, Revision, RevisionExample, RevisionLeftOut
 
 Kind = Literal["added", "removed", "changed"]
+TEXTS = 200  # of added and of removed rows that come with their texts; the others' are read when asked for
 FIELDS = ("kind", "source", "split", "slice", "group_key", "messages", "completion", "rejected", "reviewers")
 WORDS = {
     "completion": "the answer", "rejected": "the answer it replaces", "messages": "the prompt", "split": "the split",
@@ -28,6 +29,14 @@ class Change(NamedTuple):
     why: str
     before: Example | None
     after: Example | None
+
+
+class Sizes(NamedTuple):
+    """How many rows a revision adds to and removes from another, and how many both have."""
+
+    added: int
+    removed: int
+    kept: int
 
 
 class Explained(NamedTuple):
@@ -48,8 +57,11 @@ def explain(session: Session, old: Revision, new: Revision) -> Explained:
     """Every difference with its cause: what was left out of either and why, which judgements were taken back."""
     removed, added = _only_in(session, old, new), _only_in(session, new, old)
     replaced = _paired(removed, added)
-    gone = [one for one in removed if one.id not in {before.id for before, _ in replaced}]
-    come = [one for one in added if one.id not in {after.id for _, after in replaced}]
+    settled = {(before.id, after.id) for before, after in replaced}
+    before_ids, after_ids = {pair[0] for pair in settled}, {pair[1] for pair in settled}
+    gone = [one for one in removed if one.id not in before_ids]
+    come = [one for one in added if one.id not in after_ids]
+    _fill(session, [one for pair in replaced for one in pair] + come[:TEXTS] + gone[:TEXTS])
     then, now = _left_out(session, old, come), _left_out(session, new, gone)
     undone = _undone(session, gone)
     changes = [
@@ -60,21 +72,44 @@ def explain(session: Session, old: Revision, new: Revision) -> Explained:
     return Explained(changes, new.train_count + new.held_out_count - len(added))
 
 
-def _only_in(session: Session, one: Revision, other: Revision) -> list[Example]:
-    """Examples that `one` has and `other` has not, or with another weight."""
+def sizes(session: Session, old: Revision, new: Revision) -> Sizes:
+    """How many rows differ, without looking into them."""
+    counted = (
+        session.scalar(select(func.count()).select_from(RevisionExample).where(*_unshared(*pair)))
+        for pair in ((new, old), (old, new))
+    )
+    added, removed = (count or 0 for count in counted)
+    return Sizes(added, removed, new.train_count + new.held_out_count - added)
+
+
+def _unshared(one: Revision, other: Revision) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+    """Rows that `one` has and `other` has not, or with another weight."""
     twin = aliased(RevisionExample)
     there = exists().where(
         twin.revision_id == other.id,
         twin.example_id == RevisionExample.example_id,
         twin.weight == RevisionExample.weight,
     )
+    return RevisionExample.revision_id == one.id, ~there
+
+
+def _only_in(session: Session, one: Revision, other: Revision) -> list[Example]:
+    """Without their texts, which `_fill` reads for those that need them."""
     wanted = (
         select(Example)
         .join(RevisionExample, RevisionExample.example_id == Example.id)
-        .where(RevisionExample.revision_id == one.id, ~there)
+        .where(*_unshared(one, other))
         .order_by(RevisionExample.position)
+        .options(defer(Example.messages), defer(Example.completion), defer(Example.rejected))
     )
     return list(session.scalars(wanted))
+
+
+def _fill(session: Session, examples: Iterable[Example]) -> None:
+    """Read the texts of many rows at once."""
+    ids = [one.id for one in examples]
+    if ids:
+        session.scalars(select(Example).where(among(Example.id, ids)).execution_options(populate_existing=True)).all()
 
 
 def _paired(removed: Iterable[Example], added: Iterable[Example]) -> list[tuple[Example, Example]]:
