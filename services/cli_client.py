@@ -40,14 +40,24 @@ class AdminClient:
         """As `get`."""
         return self._send("PUT", path, body=body)
 
-    def text(self, path: str) -> Iterator[str]:
-        """The answer's lines as they come, for answers too long to hold."""
+    def upload(self, path: str, content: bytes, **parameters: object) -> dict[str, Any]:
+        """Send a file. As `get`."""
+        named = {name: str(value) for name, value in parameters.items()}
+        return self._send("POST", path, parameters=named, content=content)
+
+    def lines(self, path: str, **parameters: object) -> Iterator[str]:
+        """The answer's lines as they come. Raises as `get` does."""
+        named = {name: str(value) for name, value in parameters.items()}
         try:
-            with self._http.stream("GET", path) as response:
+            with self._http.stream("GET", path, params=named) as response:
                 if not response.is_success:
                     response.read()
                     raise _failure(response, self.url)
-                yield from response.iter_lines()
+                # Not iter_lines, which also breaks at U+2028 and the like inside a string.
+                rest = b""
+                for chunk in response.iter_bytes():
+                    *whole, rest = (rest + chunk).split(b"\n")
+                    yield from (line.decode() for line in whole)
         except httpx.HTTPError as error:
             raise Unavailable(f"{self.url} did not answer properly: {error or type(error).__name__}") from None
 
@@ -56,10 +66,16 @@ class AdminClient:
         return self._send("DELETE", path)
 
     def _send(
-        self, method: str, path: str, *, parameters: dict[str, str] | None = None, body: dict[str, Any] | None = None
+        self,
+        method: str,
+        path: str,
+        *,
+        parameters: dict[str, str] | None = None,
+        body: dict[str, Any] | None = None,
+        content: bytes | None = None,
     ) -> dict[str, Any]:
         try:
-            response = self._http.request(method, path, params=parameters, json=body)
+            response = self._http.request(method, path, params=parameters, json=body, content=content)
         except httpx.ConnectError:
             raise Unavailable(f"nothing answers at {self.url}: start the platform with `whet up`") from None
         except httpx.HTTPError as error:

@@ -62,29 +62,29 @@ def runs(
     slugs = [project] if project else [row["slug"] for row in client.get("/api/projects")["projects"]]
     found = [(slug, row) for slug in slugs for row in client.get(f"/api/p/{slug}/runs", limit=limit)["runs"]]
     newest = sorted(found, key=lambda pair: str(pair[1]["created_at"]), reverse=True)[:limit]
-    table = _table("run", "project", "state", "phase", "adapter", "started", "why")
+    table = print_table("run", "project", "state", "phase", "adapter", "started", "why")
     for slug, row in newest:
-        _row(
+        print_row(
             table, row["id"], slug, row["state"], row["phase"], short(row["artifact_digest"]),
             when(row["created_at"]), row["error"] or "",
         )  # fmt: skip
-    _print(table if newest else "No runs yet: `whet train PROJECT` starts one.")
+    print_text(table if newest else "No runs yet: `whet train PROJECT` starts one.")
 
 
 def deployments(project: Project) -> None:
     """What serves now, and every change with its reason."""
     found = AdminClient(Settings()).get(f"/api/p/{project}/deployment")
-    _print(
+    print_text(
         f"[bold]{project}[/bold]  generation {found['generation']}  serves {short(found['active_digest'])}  "
         f"last good {short(found['last_good_digest'])}{'  frozen' if found['frozen'] else ''}"
     )
-    table = _table("when", "generation", "what", "from", "to", "by", "reason")
+    table = print_table("when", "generation", "what", "from", "to", "by", "reason")
     for event in found["events"]:
-        _row(
+        print_row(
             table, when(event["at"]), str(event["generation"]), event["kind"], short(event["from_digest"]),
             short(event["to_digest"]), event["actor"], event["reason"],
         )  # fmt: skip
-    _print(table)
+    print_text(table)
 
 
 def rollback(
@@ -92,7 +92,7 @@ def rollback(
 ) -> None:
     """Go back to the last good weights, or to the base model."""
     found = AdminClient(Settings()).post(f"/api/p/{project}/deployment/rollback", {"reason": reason})
-    _print(f"{project} serves {short(found['active_digest'])} (generation {found['generation']})")
+    print_text(f"{project} serves {short(found['active_digest'])} (generation {found['generation']})")
 
 
 def speculator(
@@ -107,27 +107,27 @@ def speculator(
         return
     if action not in SPECULATOR_ACTIONS:
         raise InvalidRequest(f"no action {action!r}: status, {', '.join(SPECULATOR_ACTIONS)}")
-    _print(_drafting(project, client.post(f"{path}/{SPECULATOR_ACTIONS[action]}", {"reason": reason})))
+    print_text(_drafting(project, client.post(f"{path}/{SPECULATOR_ACTIONS[action]}", {"reason": reason})))
 
 
 def _show_speculator(project: str, found: dict[str, Any]) -> None:
-    _print(_drafting(project, found))
+    print_text(_drafting(project, found))
     if found["gain"]:
-        _print(
+        print_text(
             "{times:.2f} times as fast as without drafts ({low:.2f} to {high:.2f}), last day".format(**found["gain"])
         )
-    drafters = _table("drafter", "heads", "drafts", "drafted", "accepted", "a draft")
+    drafters = print_table("drafter", "heads", "drafts", "drafted", "accepted", "a draft")
     for row in found["drafters"]:
         numbers = (str(row["drafts"]), str(row["drafted"]), str(row["accepted"]), f"{row['per_draft']:.2f}")
-        _row(drafters, row["name"], short(row["digest"]) if row["digest"] else "", *numbers)
+        print_row(drafters, row["name"], short(row["digest"]) if row["digest"] else "", *numbers)
     if found["drafters"]:
-        _print(drafters)
-    events = _table("when", "what", "from", "to", "by", "reason")
+        print_text(drafters)
+    events = print_table("when", "what", "from", "to", "by", "reason")
     for event in found["events"]:
         ends = (_heads(event["from_digest"]), _heads(event["to_digest"]))
-        _row(events, when(event["at"]), event["kind"], *ends, event["actor"], event["reason"])
+        print_row(events, when(event["at"]), event["kind"], *ends, event["actor"], event["reason"])
     if found["events"]:
-        _print(events)
+        print_text(events)
 
 
 def _drafting(project: str, found: dict[str, Any]) -> str:
@@ -143,7 +143,7 @@ def _heads(digest: str | None) -> str:
 def sample(project: Project) -> None:
     """Choose answers for review now instead of at the next window's end."""
     job = AdminClient(Settings()).post(f"/api/p/{project}/sample")
-    _print(f"job {job['id']} {job['state']}")
+    print_text(f"job {job['id']} {job['state']}")
 
 
 @dataset_app.command("build")
@@ -164,11 +164,11 @@ def dataset_build(project: Project, name: Name = "golden") -> None:
 def dataset_show(project: Project, name: Name = "golden") -> None:
     """Revisions, newest first."""
     found = AdminClient(Settings()).get(f"/api/p/{project}/datasets/{name}")
-    table = _table("revision", "train", "held out", "looks", "made")
+    table = print_table("revision", "train", "held out", "looks", "made")
     for row in found["revisions"]:
         counts = (str(row["train_count"]), str(row["held_out_count"]), str(row["looks"]))
-        _row(table, short(row["digest"]), *counts, when(row["created_at"]))
-    _print(table if found["revisions"] else f"{project}/{name} has no revision yet.")
+        print_row(table, short(row["digest"]), *counts, when(row["created_at"]))
+    print_text(table if found["revisions"] else f"{project}/{name} has no revision yet.")
 
 
 def follow_run(client: AdminClient, run_id: str) -> dict[str, Any]:
@@ -186,11 +186,11 @@ def follow_run(client: AdminClient, run_id: str) -> dict[str, Any]:
                 break
             time.sleep(POLL_SECONDS if run["state"] not in FINAL else 0)
     made = "heads" if run["kind"] == "speculator" else "adapter"
-    _print(f"[bold]{run['state']}[/bold]: {run['phase']}  {made} {short(run['artifact_digest'])}")
+    print_text(f"[bold]{run['state']}[/bold]: {run['phase']}  {made} {short(run['artifact_digest'])}")
     if run["error"]:
-        _print(run["error"], markup=False)
+        print_text(run["error"], markup=False)
     for reason in (run["evaluation"] or {}).get("reasons", []):
-        _print(f"  {reason if isinstance(reason, str) else json.dumps(reason)}", markup=False)
+        print_text(f"  {reason if isinstance(reason, str) else json.dumps(reason)}", markup=False)
     return run
 
 
@@ -232,7 +232,7 @@ def when(moment: str | None) -> str:
     return (moment or "")[:19].replace("T", " ")
 
 
-def _table(*columns: str) -> Table:
+def print_table(*columns: str) -> Table:
     """Only the last column may wrap: the others hold what people copy."""
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
     for name in columns[:-1]:
@@ -241,12 +241,12 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _row(table: Table, *cells: str) -> None:
+def print_row(table: Table, *cells: str) -> None:
     """Cells are other people's text: never markup."""
     table.add_row(*map(escape, cells))
 
 
-def _print(what: RenderableType, *, markup: bool = True) -> None:
+def print_text(what: RenderableType, *, markup: bool = True) -> None:
     console = Console(highlight=False)
     # In a pipe there is no width to fit into.
     console.width = console.width if console.is_terminal else 250

@@ -165,7 +165,7 @@ def audit_verify() -> None:
 @audit_app.command("export")
 def audit_export() -> None:
     """The whole log as JSON lines on standard output."""
-    for line in _client().text("/api/audit/export"):
+    for line in _client().lines("/api/audit/export"):
         typer.echo(line)
 
 

@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "services.cli_access": ("services",),
     "services.cli_artifacts": ("services",),
     "services.cli_client": ("services",),
+    "services.cli_datasets": ("services",),
     "services.cli_learning": ("services",),
     "services.cli_people": ("services",),
     "whet_client": (),

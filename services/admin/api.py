@@ -5,7 +5,7 @@ from uuid import UUID
 
 from fastapi import APIRouter, FastAPI, Path, Query, Request
 
-from services.admin import people_api, review_api, shapes, speculator_api
+from services.admin import dataset_api, people_api, review_api, shapes, speculator_api
 from services.admin.access import Admin, Caller, Trainer, undeclared
 from services.errors import Conflict, Forbidden, NotFound
 from services.settings import Settings
@@ -14,7 +14,7 @@ from services.store.models import ApiKey, Job, Run, UserAccount
 from services.store.roles import Authority
 
 router = APIRouter(prefix="/api")
-PARTS = (speculator_api.router, people_api.router, review_api.router)
+PARTS = (dataset_api.router, speculator_api.router, people_api.router, review_api.router)
 Name = Annotated[str, Path(max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 

@@ -18,6 +18,7 @@ from services.console import (
     audit,
     browsing,
     bulk,
+    dataset_imports,
     datasets,
     deployment,
     exporting,
@@ -50,8 +51,8 @@ QUALITY_SECONDS = 20.0
 log = structlog.get_logger()
 ROUTERS: tuple[APIRouter, ...] = (
     home.router, sign_in.router, review.router, queue.router, bulk.router, exporting.router, browsing.router,
-    datasets.router, runs.router, deployment.router, speculator.router, joining.router, account.router, people.router,
-    keys.router, audit.router,
+    dataset_imports.router, datasets.router, runs.router, deployment.router, speculator.router, joining.router,
+    account.router, people.router, keys.router, audit.router,
 )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ class TokenReader:
 
     def pieces(self, body: InteractionBody) -> Pieces | None:
         """(text, natural log probability) a token, or None when another tokenizer made them."""
-        tokenizer = self._load()
+        tokenizer = self.tokenizer()
         if tokenizer is None or tokenizer.digest != body.tokenizer_hash or not body.token_ids:
             return None
         if len(body.token_ids) != len(body.token_logprobs):
@@ -39,7 +39,8 @@ class TokenReader:
         shown = [piece for piece in made if piece[0]]
         return shown if "".join(text for text, _ in shown).startswith(body.output) else None
 
-    def _load(self) -> Tokenizer | None:
+    def tokenizer(self) -> Tokenizer | None:
+        """The served model's; None when this machine has it not."""
         with self._lock:
             if self._tokenizer is None and not self._failed:
                 try:

@@ -105,6 +105,16 @@ def took(start: datetime | None, end: datetime | None) -> str:
     return duration(((end or datetime.now(UTC)) - start).total_seconds()) if start else "–"
 
 
+def last_part(identity: object) -> str:
+    """The end of an id: ids made close together begin alike."""
+    return str(identity)[-6:]
+
+
+def sentence(text: str) -> str:
+    """A text with a capital first letter, the rest as it is."""
+    return text[:1].upper() + text[1:]
+
+
 def content_text(content: object) -> str:
     """A message's content as text: plain strings as they are, parts joined, anything else as JSON."""
     if isinstance(content, str):
@@ -149,7 +159,8 @@ def excerpt(text: str | None, words: str = "") -> list[Piece]:
 FILTERS: dict[str, Any] = {
     "short": short, "count": count, "capped": capped, "percent": percent, "points": points,
     "figure": figure, "ms": milliseconds, "excerpt": excerpt,
-    "duration": duration, "ago": ago, "stamp": stamp, "iso": iso, "content_text": content_text, "pretty": pretty,
+    "duration": duration, "ago": ago, "stamp": stamp, "iso": iso,
+    "last_part": last_part, "sentence": sentence, "content_text": content_text, "pretty": pretty,
     "strategy": lambda name: STRATEGIES.get(name, name),
     "verdict": lambda name: VERDICTS.get(name, name),
     "split": lambda name: SPLITS.get(name, name),

@@ -5,11 +5,12 @@ from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import select, update
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from services.errors import NotFound
-from services.store.models import Evaluation, EvaluationRow, Example, Revision, Run
+from services.store import datasets
+from services.store.models import Evaluation, EvaluationRow, Example, Run
 
 
 class Row(NamedTuple):
@@ -50,12 +51,7 @@ def decide(
     evaluation.reasons = reasons
     evaluation.summary = summary
     evaluation.finished_at = datetime.now(UTC)
-    session.execute(
-        update(Revision)
-        .where(Revision.id == evaluation.revision_id)
-        .values(looks=Revision.looks + 1)
-        .execution_options(synchronize_session=False)
-    )
+    datasets.count_look(session, evaluation.revision_id)
     session.flush()
 
 

@@ -5,8 +5,8 @@ from typing import Any
 from uuid import UUID
 
 from pgvector.sqlalchemy import HALFVEC
-from sqlalchemy import DDL, FetchedValue, ForeignKey, Index, LargeBinary, UniqueConstraint, event, text
-from sqlalchemy.dialects.postgresql import JSONB, TSVECTOR
+from sqlalchemy import DDL, BigInteger, FetchedValue, ForeignKey, Index, LargeBinary, UniqueConstraint, event, text
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TSVECTOR
 from sqlalchemy.orm import Mapped, mapped_column
 
 from services.store.base import Base, Key, Now, one_of, uuid7
@@ -20,6 +20,7 @@ VERDICTS = ("accept", "correct", "reject", "skip", "escalate", "undo")
 STRATEGIES = ("negative_feedback", "low_confidence", "schema_failure", "disagreement", "novelty", "uniform", "chosen")
 BULK_KINDS = ("review", "tag", "withdraw")
 BULK_STATES = ("queued", "running", "done", "undoing", "undone", "failed")
+SOURCES = ("accepted", "corrected", "rejected", "preferred", "imported")
 JOB_STATES = ("queued", "running", "succeeded", "failed", "cancelled", "dead")
 RUN_STATES = ("queued", "running", "succeeded", "failed", "cancelled")
 ARTIFACT_STATES = (
@@ -399,7 +400,7 @@ class Example(Base):
     __table_args__ = (
         one_of("split", "train", "held_out"),
         one_of("kind", "completion", "preference", "unpaired"),
-        one_of("source", "accepted", "corrected", "rejected", "imported"),
+        one_of("source", *SOURCES),
         UniqueConstraint("project_id", "content_hash"),
     )
     id: Mapped[Key]
@@ -416,6 +417,8 @@ class Example(Base):
     interaction_id: Mapped[UUID | None] = mapped_column(index=True)
     annotation_ids: Mapped[list[Any]]
     reviewers: Mapped[list[Any]]
+    # Kinds of personal data found when it was written; masked or not, as the project chose then.
+    pii: Mapped[list[str]] = mapped_column(default=list, server_default=text("'{}'"))
     created_at: Mapped[Now]
 
 
@@ -431,7 +434,8 @@ class Dataset(Base):
 
 
 class Revision(Base):
-    """An immutable state of a dataset. `digest` is the SHA-256 of its canonical manifest; `looks` counts gate looks."""
+    """An immutable state of a dataset. `digest` is the SHA-256 of its canonical manifest, `held_out_digest` that of the
+    held-out entries alone (NULL on revisions of older releases); `looks` counts gate looks."""
 
     __tablename__ = "revision"
     __table_args__ = (UniqueConstraint("dataset_id", "digest"),)
@@ -441,6 +445,7 @@ class Revision(Base):
     parent_digest: Mapped[str | None]
     train_count: Mapped[int]
     held_out_count: Mapped[int]
+    held_out_digest: Mapped[str | None]
     report: Mapped[dict[str, Any]] = mapped_column(default=dict)
     looks: Mapped[int] = mapped_column(default=0, server_default="0")
     created_at: Mapped[Now]
@@ -456,6 +461,69 @@ class RevisionExample(Base):
     content_hash: Mapped[str]
     split: Mapped[str]
     weight: Mapped[float] = mapped_column(default=1.0, server_default="1")
+
+
+class RevisionLeftOut(Base):
+    """What was judged or imported and yet is not in a revision, with the cause in words."""
+
+    __tablename__ = "revision_left_out"
+    revision_id: Mapped[UUID] = mapped_column(ForeignKey("revision.id", ondelete="CASCADE"), primary_key=True)
+    position: Mapped[int] = mapped_column(primary_key=True)
+    interaction_id: Mapped[UUID | None] = mapped_column(index=True)
+    cause: Mapped[str]
+
+
+class DatasetImport(Base):
+    """A file of examples: first a preview that holds its bytes, then rows of a dataset and no bytes."""
+
+    __tablename__ = "dataset_import"
+    __table_args__ = (one_of("state", "preview", "done"), Index(None, "dataset_id", "created_at"))
+    id: Mapped[Key]
+    dataset_id: Mapped[UUID] = mapped_column(ForeignKey("dataset.id", ondelete="CASCADE"))
+    file_name: Mapped[str]
+    file_digest: Mapped[str]
+    content: Mapped[bytes | None] = mapped_column(LargeBinary)
+    state: Mapped[str]
+    mapping: Mapped[dict[str, Any]] = mapped_column(default=dict, server_default=text("'{}'"))
+    rows: Mapped[int] = mapped_column(default=0, server_default="0")
+    duplicates: Mapped[int] = mapped_column(default=0, server_default="0")
+    created_by: Mapped[str]
+    created_at: Mapped[Now]
+
+
+class DatasetImportExample(Base):
+    """Which examples an import brought, or found there already."""
+
+    __tablename__ = "dataset_import_example"
+    import_id: Mapped[UUID] = mapped_column(ForeignKey("dataset_import.id", ondelete="CASCADE"), primary_key=True)
+    example_id: Mapped[UUID] = mapped_column(ForeignKey("example.id", ondelete="CASCADE"), primary_key=True, index=True)
+
+
+class SplitGroup(Base):
+    """The side of a session, user or template: assigned once, before anything of it is labelled."""
+
+    __tablename__ = "split_group"
+    project_id: Mapped[UUID] = mapped_column(ForeignKey("project.id", ondelete="CASCADE"), primary_key=True)
+    group_key: Mapped[str] = mapped_column(primary_key=True)
+    split: Mapped[str]
+    created_at: Mapped[Now]
+
+
+class PromptCluster(Base):
+    """Prompts that nearly repeat one another, by their first: its MinHash, the bands to find it by, and its side."""
+
+    __tablename__ = "prompt_cluster"
+    __table_args__ = (
+        Index("ix_prompt_cluster_bands", "bands", postgresql_using="gin"), Index(None, "project_id"),
+    )  # fmt: skip
+    id: Mapped[Key]
+    project_id: Mapped[UUID] = mapped_column(ForeignKey("project.id", ondelete="CASCADE"))
+    split: Mapped[str]
+    fingerprint: Mapped[int]
+    sketch: Mapped[bytes] = mapped_column(LargeBinary)
+    bands: Mapped[list[int]] = mapped_column(ARRAY(BigInteger))
+    members: Mapped[int] = mapped_column(default=1, server_default="1")
+    created_at: Mapped[Now]
 
 
 # --- learning ---------------------------------------------------------------------------------------------

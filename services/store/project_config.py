@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from services.errors import InvalidRequest
+from services.store.pii import Mode
 from services.store.sampling import check_mix
 from services.store.speculation import SpeculationConfig
 
@@ -28,6 +29,9 @@ class ProjectConfig(BaseModel):
     second_share: float | None = Field(None, ge=0, le=1, description="Share of prompts asked again, to compare.")
     response_schema: dict[str, Any] | None = Field(None, description="JSON schema that answers have to keep.")
     accepted_share: float | None = Field(None, ge=0, le=1, description="Largest share of accepted rows in training.")
+    author_share: float | None = Field(None, gt=0, le=1, description="Largest share of training rows by one person.")
+    pair_days: float | None = Field(None, ge=0, le=3650, description="Weights gone longer than this give no pairs.")
+    pii: Mode | None = Field(None, description="Personal data in examples: left, marked (tag) or replaced (mask).")
     margin_points: float | None = Field(None, ge=0, le=100, description="How much worse a guarded slice may get.")
     min_held_out: int | None = Field(None, ge=2, description="Fewer held-out groups than this decide nothing.")
     metrics: list[Metric] | None = Field(None, min_length=1, description="What the gate scores by.")

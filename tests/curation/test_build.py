@@ -101,17 +101,16 @@ def test_an_undone_judgement_is_as_if_never_said(world: World) -> None:
     assert {row.completion for row in examples(world, build(world))} == {"right", "better"}
 
 
-def test_rejections_cut_off_answers_and_plain_completions_are_left_out_and_counted(world: World) -> None:
+def test_cut_off_answers_and_plain_completions_are_left_out_and_counted(world: World) -> None:
     world.corrected("kept", "wrong", "right")
-    world.judge(world.item(world.log("bad")), "reject")
     world.accepted("cut", "and then", finish_reason="length")
     world.corrected("plain", "wrong", "right", endpoint="/v1/completions")
 
     revision = build(world)
 
-    assert revision.report["left_out"] == {
-        "rejected without a correction": 1, "accepted although cut off": 1, "not a chat": 1,
-    }  # fmt: skip
+    assert revision.report["left_out"] == {"accepted although cut off": 1, "not a chat": 1}
+    with world.sessions() as session:
+        assert datasets.left_out(session, revision.id, "not a chat") == [world.interactions[2]]
 
 
 def test_accepted_answers_are_capped_in_training_but_not_in_the_held_out_part(world: World) -> None:
@@ -207,9 +206,9 @@ def test_a_runs_build_hands_over_to_training(world: World, settings: Settings) -
 
 
 def test_nothing_to_build_from_fails_the_job_with_the_reason(world: World, settings: Settings) -> None:
-    world.judge(world.item(world.log("bad")), "reject")
+    world.accepted("cut", "and then", finish_reason="length")
 
-    with pytest.raises(JobFailed, match="1 rejected without a correction"):
+    with pytest.raises(JobFailed, match="1 accepted although cut off"):
         build_through_a_job(world, settings, {"dataset": "golden"})
     with pytest.raises(Unprocessable, match="no reviewed example"):
         build(world)

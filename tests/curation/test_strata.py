@@ -11,7 +11,8 @@ from benchmarks.sampling_simulation import ORDERS, run
 from services.store.base import uuid7
 from services.store.quality import Stratum, estimate, wilson
 from services.store.sampling import DEFAULT_MIX, LEAST_AUDIT, PRECEDENCE, UNIFORM, Plan, check_mix, mix_of
-from worker.curation.strata import Candidate, interleave, plan, quotas, split_of, stratum_of
+from worker.curation.split import split_of
+from worker.curation.strata import Candidate, interleave, plan, quotas, stratum_of
 
 SIZES = st.dictionaries(st.sampled_from(PRECEDENCE), st.integers(1, 3000), max_size=6)
 CLAIMS = st.frozensets(st.sampled_from(PRECEDENCE[:-1]))

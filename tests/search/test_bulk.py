@@ -14,12 +14,12 @@ from services.store import bulk, jobs, reviews
 from services.store.base import Sessions
 from services.store.bulk import Selection
 from services.store.models import AuditEvent, BulkAction, BulkChange, Interaction, Job, Project, ReviewItem, UserAccount
+from services.store.quality import estimate_quality
 from services.store.search import Search
 from tests.console import seed
 from tests.console.conftest import SignIn
 from worker.curation import bulk as work
-from worker.curation import estimate
-from worker.curation.strata import split_of
+from worker.curation.split import Chosen, assign
 
 
 @pytest.fixture
@@ -107,8 +107,9 @@ def test_what_is_sent_to_review_waits_without_a_probability_and_an_undo_takes_ex
         assert {item.interaction_id for item in items} == set(ids[2:])
         assert {item.project_id for item in items} == {project.id}
         assert {item.probability for item in items} == {None}
-        assert all(item.split == split_of(project.id, item.group_key, 0.2) for item in items)
-        assert estimate.estimate_quality(session, project.id) is None
+        sides = assign(session, project.id, [Chosen(item.interaction_id, item.group_key) for item in items], 0.2)
+        assert all(item.split == sides[item.interaction_id] for item in items)
+        assert estimate_quality(session, project.id) is None
         leased = reviews.lease(session, project.id, lead.id, 5)
         assert leased
     assert undone(sessions, project, action_id).restored == 6

@@ -6,11 +6,12 @@ from uuid import uuid4
 
 import pytest
 
+from engine.text.supervision import turn_end
 from engine.text.tokenizer import Tokenizer
 from services.store.models import Example, InteractionBody
 from tests.training.tiny import TEMPLATE, make_model
 from worker.training.preflight import Bodies, Preflight, check
-from worker.training.rows import IGNORED, make_rows, turn_end
+from worker.training.rows import IGNORED, make_rows
 
 
 def example(prompt: str, completion: str, split: str = "train", **fields: object) -> Example:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -10,14 +11,11 @@ from sqlalchemy.orm import Session
 
 from services.errors import NotFound, Unprocessable
 from services.settings import Settings
-from services.store import datasets, runs
-from services.store.datasets import Draft, canonical
+from services.store import datasets, forms, imports, pii, runs
+from services.store.datasets import LeftOut
 from services.store.jobs import JobFailed, Lease
 from services.store.models import Project, Revision
-from worker.curation import judged
-from worker.curation.duplicates import near_duplicates
-
-ACCEPTED_SHARE = 0.3
+from worker.curation import authors, judged, pairs, screens
 
 log = structlog.get_logger()
 
@@ -43,59 +41,46 @@ def build_job(lease: Lease, settings: Settings) -> None:  # noqa: ARG001 - every
     log.info("revision built", digest=revision.digest, train=revision.train_count, held_out=revision.held_out_count)
 
 
-def build_revision(session: Session, project_id: UUID, dataset: str) -> Revision:
-    """The revision of everything judged so far; the existing one when nothing changed.
+def build_revision(session: Session, project_id: UUID, dataset: str, *, now: datetime | None = None) -> Revision:
+    """The revision of everything judged and imported so far; the existing one when nothing changed.
 
-    Raises Unprocessable when there is nothing to build from.
+    `now` decides which weights are long retired. Raises Unprocessable when there is nothing to build from.
     """
     project = session.get(Project, project_id)
     if project is None:
         raise NotFound(f"no project {project_id}")
-    drafted = judged.draft_all(session, project_id, judged.read(session, project_id))
-    share = float(project.config.get("accepted_share", ACCEPTED_SHARE))
-    left_out = drafted.left_out
-    kept = _screen(drafted.drafts, share, left_out)
-    if not kept:
-        causes = "; ".join(f"{count} {cause}" for cause, count in sorted(left_out.items()))
-        raise Unprocessable(f"no reviewed example to build from{f' ({causes})' if causes else ''}")
+    config, moment = project.config, now or datetime.now(UTC)
+    retired = pairs.retired_weights(session, project_id, moment, float(config.get("pair_days", pairs.PAIR_DAYS)))
+    drafted = judged.draft_all(session, project_id, judged.read(session, project_id), retired)
     target = datasets.get_or_create(session, project_id, dataset)
-    return datasets.create_revision(
-        session, target, datasets.add_examples(session, project_id, kept), _report(kept, left_out)
-    )
+    mode = pii.mode_of(config)
+    drafts = [datasets.treated(draft, mode) for draft in [*drafted.drafts, *imports.drafts(session, target.id)]]
+    screened = screens.screen(drafts, screens.Limits.of(config))
+    left_out = [*drafted.left_out, *screened.left_out]
+    if not screened.kept:
+        causes = "; ".join(f"{count} {cause}" for cause, count in sorted(_by_cause(left_out).items()))
+        raise Unprocessable(f"no reviewed example to build from{f' ({causes})' if causes else ''}")
+    report = _report(screened, left_out, drafted.pairs_left_out, mode)
+    entries = datasets.add_examples(session, project_id, screened.kept)
+    return datasets.create_revision(session, target, entries, report, left_out)
 
 
-def _screen(drafts: Sequence[Draft], accepted_share: float, left_out: Counter[str]) -> list[Draft]:
-    """Drop duplicates, training copies of held-out prompts, and accepted answers beyond their share."""
-    unique = _without_duplicates(drafts, left_out)
-    held_out = [draft for draft in unique if draft.split == "held_out"]
-    train = [draft for draft in unique if draft.split == "train"]
-    leaked = near_duplicates([draft.messages for draft in train], [draft.messages for draft in held_out])
-    left_out["nearly repeats a held-out prompt"] += len(leaked)
-    train = [draft for position, draft in enumerate(train) if position not in leaked]
-    return held_out + _cap_accepted(train, accepted_share, left_out)
+def _by_cause(left_out: Sequence[LeftOut]) -> dict[str, int]:
+    return dict(Counter(one.cause for one in left_out))
 
 
-def _without_duplicates(drafts: Sequence[Draft], left_out: Counter[str]) -> list[Draft]:
-    """One example per split for the same prompt and answer; the oldest interaction stays."""
-    seen: dict[tuple[str, bytes], Draft] = {}
-    for draft in drafts:
-        key = (draft.split, canonical([draft.messages, draft.completion]))
-        if key in seen:
-            left_out["repeats another example"] += 1
-        else:
-            seen[key] = draft
-    return list(seen.values())
-
-
-def _cap_accepted(train: Sequence[Draft], share: float, left_out: Counter[str]) -> list[Draft]:
-    """A model taught mostly by its own answers stops learning. Who stays is decided by hash, so a rebuild agrees."""
-    accepted = sorted((d for d in train if d.source == "accepted"), key=lambda draft: draft.content_hash)
-    others = [draft for draft in train if draft.source != "accepted"]
-    allowed = len(accepted) if share >= 1 else int(share / (1 - share) * len(others))
-    left_out["accepted beyond their share"] += max(0, len(accepted) - allowed)
-    return others + accepted[:allowed]
-
-
-def _report(kept: Sequence[Draft], left_out: Counter[str]) -> dict[str, Any]:
-    counted = Counter(f"{draft.split}.{draft.source}" for draft in kept)
-    return {"kept": dict(counted), "left_out": {cause: count for cause, count in left_out.items() if count}}
+def _report(
+    screened: screens.Screened, left_out: Sequence[LeftOut], pairs_left_out: Counter[str], mode: pii.Mode
+) -> dict[str, Any]:
+    kept = screened.kept
+    personal = Counter(kind for draft in kept for kind in draft.pii)
+    return {
+        "kept": dict(Counter(f"{draft.split}.{draft.source}" for draft in kept)),
+        "forms": {form: sum(len(forms.rows_of(draft, form)) for draft in kept) for form in forms.FORMS},
+        "left_out": _by_cause(left_out),
+        "pairs_left_out": dict(pairs_left_out),
+        "leaks": screened.leaks,
+        "phrases": screened.phrases,
+        "authors": authors.tell(kept),
+        "pii": {"mode": mode, "rows": sum(bool(draft.pii) for draft in kept), "kinds": dict(personal)},
+    }

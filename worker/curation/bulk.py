@@ -13,7 +13,8 @@ from services.store import bulk
 from services.store.bulk import Place, Selection
 from services.store.jobs import JobCancelled, JobFailed, Lease
 from services.store.models import BulkAction, Project
-from worker.curation.strata import order_hash, split_of
+from worker.curation.split import Chosen, assign
+from worker.curation.strata import order_hash
 
 BATCH = 500
 HELD_OUT_SHARE = 0.2
@@ -62,12 +63,11 @@ def _apply(session: Session, action: BulkAction, ids: Sequence[UUID]) -> int:
         return bulk.tag(session, action, ids)
     if action.kind == "withdraw":
         return bulk.withdraw(session, action, ids)
-    share = float(session.get_one(Project, action.project_id).config.get("held_out_share", HELD_OUT_SHARE))
-    groups = bulk.candidates(session, ids)
-    places = {
-        one: Place(split_of(action.project_id, group, share), order_hash(str(action.id), one))
-        for one, group in groups.items()
-    }
+    project = session.get_one(Project, action.project_id, with_for_update={"key_share": True}, populate_existing=True)
+    share = float(project.config.get("held_out_share", HELD_OUT_SHARE))
+    chosen = [Chosen(one, group) for one, group in bulk.candidates(session, ids).items()]
+    sides = assign(session, action.project_id, chosen, share)
+    places = {one: Place(side, order_hash(str(action.id), one)) for one, side in sides.items()}
     return bulk.to_review(session, action, places)
 
 

@@ -1,28 +1,49 @@
-"""Near-duplicates across the splits: MinHash finds the pairs, exact Jaccard on the shingles decides.
+"""Near-duplicates of prompts: MinHash finds the candidates, exact Jaccard on the shingles decides.
 
 Prompts of one application share their template, so the bar is high (0.95 of word 5-grams): a changed name in a
-thirty-word prompt is another prompt, a changed comma in a long one is not.
+thirty-word prompt is another prompt, a changed comma in a long one is not. Where many prompts are compared at once,
+shingles that half of them share are the template's and count for nothing.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import cache, cached_property
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, NamedTuple
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from datasketch import MinHash
 
 SHINGLE_WORDS = 5
+WORDS_MOST = 5000  # of the end, where prompts of one template differ
 THRESHOLD = 0.95
 PERMUTATIONS = 64
+BANDS = 8  # of 8 rows each: a pair as similar as THRESHOLD shares a band in 9,998 of 10,000 cases
+CANDIDATES_MOST = 64
+TEMPLATE_PROMPTS, TEMPLATE_SHARE = 50, 0.5
 
 Messages = Sequence[dict[str, Any]]
+Grams = frozenset[int]
+Sketch = NDArray[np.uint32]
 
 
-def shingles(messages: Messages) -> frozenset[str]:
-    """Word 5-grams of what the user side said; a shorter text is one shingle."""
+class Nearest(NamedTuple):
+    """The most similar prompt of an index, by its place there."""
+
+    place: int
+    similarity: float
+
+
+def shingles(messages: Messages) -> Grams:
+    """Hashes of the word 5-grams of what the user side said; a shorter text is one shingle."""
     said = [_text(message.get("content")) for message in messages if message.get("role") != "system"]
-    words = " ".join(said).lower().split()
+    words = " ".join(said).lower().split()[-WORDS_MOST:]
     count = max(1, len(words) - SHINGLE_WORDS + 1)
-    return frozenset(" ".join(words[start : start + SHINGLE_WORDS]) for start in range(count))
+    return frozenset(crc32(" ".join(words[start : start + SHINGLE_WORDS]).encode()) for start in range(count))
 
 
 def _text(content: object) -> str:
@@ -33,29 +54,84 @@ def _text(content: object) -> str:
     return ""
 
 
-def near_duplicates(train: Sequence[Messages], held_out: Iterable[Messages]) -> set[int]:
-    """Indices of the training prompts that a held-out prompt nearly repeats."""
-    from datasketch import MinHashLSH  # drags in scipy: half a second that only a build should pay
-
-    grams = [shingles(messages) for messages in train]
-    index = MinHashLSH(threshold=THRESHOLD - 0.1, num_perm=PERMUTATIONS)
-    with index.insertion_session() as insertion:
-        for position, gram in enumerate(grams):
-            insertion.insert(str(position), _sketch(gram))
-    found: set[int] = set()
-    for gram in {shingles(messages) for messages in held_out}:
-        nominated = (int(key) for key in index.query(_sketch(gram)))
-        found.update(position for position in nominated if _jaccard(gram, grams[position]) >= THRESHOLD)
-    return found
+def without_template(prompts: Sequence[Grams]) -> list[Grams]:
+    """The prompts without the shingles that half of them share; one that is nothing else stays whole."""
+    if len(prompts) < TEMPLATE_PROMPTS:
+        return list(prompts)
+    counted = Counter(gram for grams in prompts for gram in grams)
+    shared = {gram for gram, count in counted.items() if count > TEMPLATE_SHARE * len(prompts)}
+    return [grams - shared or grams for grams in prompts] if shared else list(prompts)
 
 
-def _sketch(gram: frozenset[str]) -> "MinHash":
+class Prompt:
+    """A prompt as it is compared; its sketch is made when first asked for."""
+
+    def __init__(self, grams: Grams) -> None:
+        self.grams = grams
+
+    @cached_property
+    def sketch(self) -> Sketch:
+        """MinHash values, by which similarity can be estimated when the shingles are gone."""
+        made = _empty_sketch().copy()
+        made.update_batch(list(self.grams))
+        values: Sketch = np.asarray(made.hashvalues, dtype=np.uint32)
+        return values
+
+    @cached_property
+    def fingerprint(self) -> int:
+        """Equal for prompts of the same shingles only, as a signed 64-bit integer."""
+        listed = np.sort(np.fromiter(self.grams, dtype="<u4", count=len(self.grams)))
+        return int.from_bytes(blake2b(listed.tobytes(), digest_size=8).digest(), signed=True)
+
+    @cached_property
+    def bands(self) -> tuple[int, ...]:
+        """Keys of which near-duplicates share one, as signed 64-bit integers."""
+        rows = self.sketch.astype("<u4").reshape(BANDS, -1)
+        digests = (blake2b(bytes([place]) + row.tobytes(), digest_size=8).digest() for place, row in enumerate(rows))
+        return tuple(int.from_bytes(digest, signed=True) for digest in digests)
+
+
+@cache
+def _empty_sketch() -> "MinHash":
+    """Drawing permutations takes longer than a sketch; datasketch loads scipy, for which only curation should pay."""
     from datasketch import MinHash
 
-    sketch = MinHash(num_perm=PERMUTATIONS)
-    sketch.update_batch([shingle.encode() for shingle in gram])
-    return sketch
+    return MinHash(num_perm=PERMUTATIONS, hashfunc=_as_it_is)
 
 
-def _jaccard(one: frozenset[str], other: frozenset[str]) -> float:
+def _as_it_is(value: int) -> int:
+    return value
+
+
+class Index:
+    """Prompts to find near-duplicates in."""
+
+    def __init__(self, prompts: Iterable[Prompt] = ()) -> None:
+        self._prompts: list[Prompt] = []
+        self._by_band: dict[int, list[int]] = {}
+        for prompt in prompts:
+            self.add(prompt)
+
+    def add(self, prompt: Prompt) -> None:
+        """It takes the next place."""
+        place = len(self._prompts)
+        self._prompts.append(prompt)
+        for band in prompt.bands:
+            self._by_band.setdefault(band, []).append(place)
+
+    @property
+    def size(self) -> int:
+        return len(self._prompts)
+
+    def nearest(self, prompt: Prompt) -> Nearest | None:
+        """The near-duplicate most like it, the earliest of equals; at most CANDIDATES_MOST are looked at."""
+        if not self._prompts:
+            return None
+        places = sorted({place for band in prompt.bands for place in self._by_band.get(band, ())[:CANDIDATES_MOST]})
+        similar = [Nearest(place, jaccard(prompt.grams, self._prompts[place].grams)) for place in places]
+        found = max(similar[:CANDIDATES_MOST], key=lambda one: (one.similarity, -one.place), default=None)
+        return found if found is not None and found.similarity >= THRESHOLD else None
+
+
+def jaccard(one: Grams, other: Grams) -> float:
     return len(one & other) / len(one | other)

@@ -2,112 +2,220 @@
 
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, literal, null, select
 from sqlalchemy.orm import Session
 
-from services.store import interactions, reviews
-from services.store.datasets import Draft
-from services.store.interactions import Logged
-from services.store.models import Annotation, Example, ReviewItem
+from services.store import reviews
+from services.store.copying import among
+from services.store.datasets import Draft, LeftOut, draft_of
+from services.store.models import Annotation, Example, Interaction, InteractionBody, ReviewItem
+from worker.curation.pairs import Retired, pair_flaw
+
+COUNTED = tuple(dict.fromkeys((*reviews.COUNTED, "prefer")))
+STATES = ("open", "done", "disputed")
+HELD_OUT_REVIEWERS = 2  # whatever an item's own target says
+TEXTS_AT_ONCE = 5000
+
+
+class Judgement(NamedTuple):
+    """A counted judgement that stands."""
+
+    id: UUID
+    author_id: UUID
+    verdict: str
+    correction: str | None = None
+    preference: str | None = None
+    adjudicates: bool = False
 
 
 @dataclass(frozen=True)
 class Judged:
     """A review item with the counted judgements that stand, oldest first."""
 
-    item: ReviewItem
-    annotations: Sequence[Annotation]
-
-    @property
-    def annotation_ids(self) -> tuple[str, ...]:
-        return tuple(str(annotation.id) for annotation in self.annotations)
+    interaction_id: UUID
+    split: str
+    group_key: str
+    overlap_target: int
+    state: str
+    alternative: Mapping[str, Any] | None
+    judgements: list[Judgement]
 
     @property
     def reviewers(self) -> tuple[str, ...]:
-        return tuple(sorted({str(annotation.author_id) for annotation in self.annotations}))
+        return tuple(sorted({str(one.author_id) for one in self.judgements}))
+
+    @property
+    def deciding(self) -> Sequence[Judgement]:
+        """The newest adjudication, which wins over all others, or everybody."""
+        adjudicated = [one for one in self.judgements if one.adjudicates]
+        return adjudicated[-1:] or self.judgements
+
+    @property
+    def annotation_ids(self) -> tuple[str, ...]:
+        return tuple(str(one.id) for one in self.judgements)
 
 
-class Drafted(NamedTuple):
-    """Usable drafts, and how many items were left out for which cause."""
+class Text(NamedTuple):
+    """What a logged interaction gives an example."""
 
-    drafts: list[Draft]
-    left_out: Counter[str]
+    endpoint: str
+    finish_reason: str
+    adapter_digest: str | None
+    messages: list[dict[str, Any]]
+    output: str
+
+
+@dataclass
+class Drafted:
+    """Usable drafts, what was left out, and why corrections gave no pair."""
+
+    drafts: list[Draft] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+    pairs_left_out: Counter[str] = field(default_factory=Counter)
 
 
 def read(session: Session, project_id: UUID) -> list[Judged]:
     """Every item of the project that has a standing judgement; undone ones are as if never said."""
     rows = session.execute(
-        select(ReviewItem, Annotation)
+        select(
+            ReviewItem.id, ReviewItem.interaction_id, ReviewItem.split, ReviewItem.group_key,
+            ReviewItem.overlap_target, ReviewItem.state, _optional(ReviewItem, "alternative"),
+            Annotation.id, Annotation.author_id, Annotation.verdict, Annotation.correction,
+            _optional(Annotation, "preference"), _optional(Annotation, "adjudicates", default=False),
+        )
         .join(Annotation, Annotation.review_item_id == ReviewItem.id)
         .where(
             ReviewItem.project_id == project_id,
-            ReviewItem.state.in_(("open", "done")),
-            Annotation.verdict.in_(reviews.COUNTED),
+            ReviewItem.state.in_(STATES),
+            Annotation.verdict.in_(COUNTED),
+            _optional(Annotation, "checked", default=False).is_(False),
             reviews.standing(),
         )
         .order_by(ReviewItem.interaction_id, Annotation.id)
-    )
-    grouped: dict[UUID, tuple[ReviewItem, list[Annotation]]] = {}
-    for item, annotation in rows:
-        grouped.setdefault(item.id, (item, []))[1].append(annotation)
-    return [Judged(item, annotations) for item, annotations in grouped.values()]
+    )  # fmt: skip
+    found: dict[UUID, Judged] = {}
+    for row in rows:
+        item = Judged(row[1], row[2], row[3], row[4], row[5], row[6], [])
+        found.setdefault(row[0], item).judgements.append(Judgement(*row[7:]))
+    return list(found.values())
 
 
-def draft_all(session: Session, project_id: UUID, judged: Sequence[Judged]) -> Drafted:
+def _optional(table: type, name: str, default: object = None) -> ColumnElement[Any]:
+    """A column that a database without pairs, adjudication and hidden checks does without."""
+    column: ColumnElement[Any] | None = getattr(table, name, None)
+    if column is not None:
+        return column
+    return null() if default is None else literal(default)
+
+
+def draft_all(session: Session, project_id: UUID, judged: Sequence[Judged], retired: Retired) -> Drafted:
     """A draft for every item whose reviewers are enough and agree."""
-    logged = interactions.get_many(session, [one.item.interaction_id for one in judged])
-    kept = _earlier_examples(session, project_id, judged)
-    drafts: list[Draft] = []
-    left_out: Counter[str] = Counter()
-    for one in judged:
-        outcome = _draft(one, logged.get(one.item.interaction_id), kept.get(one.item.interaction_id))
-        if isinstance(outcome, Draft):
-            drafts.append(outcome)
-        else:
-            left_out[outcome] += 1
-    return Drafted(drafts, left_out)
+    drafted = Drafted()
+    for start in range(0, len(judged), TEXTS_AT_ONCE):
+        batch = judged[start : start + TEXTS_AT_ONCE]
+        texts = dict(_texts(session, [one.interaction_id for one in batch]))
+        gone = [one.interaction_id for one in batch if one.interaction_id not in texts]
+        kept = _earlier_examples(session, project_id, gone) if gone else {}
+        for one in batch:
+            outcome = _of_item(one, texts.get(one.interaction_id), kept.get(one.interaction_id), retired, drafted)
+            if isinstance(outcome, Draft):
+                drafted.drafts.append(outcome)
+            else:
+                drafted.left_out.append(LeftOut(one.interaction_id, outcome))
+    return drafted
 
 
-def _draft(one: Judged, logged: Logged | None, earlier: Example | None) -> Draft | str:
+def _texts(session: Session, ids: Sequence[UUID]) -> Iterator[tuple[UUID, Text]]:
+    """Those whose body is still in the log."""
+    rows = session.execute(
+        select(
+            Interaction.id, Interaction.endpoint, Interaction.finish_reason, Interaction.adapter_digest,
+            InteractionBody.messages, InteractionBody.output,
+        )
+        .join(InteractionBody, InteractionBody.id == Interaction.id)
+        .where(among(Interaction.id, ids))
+    )  # fmt: skip
+    return ((row[0], Text(*row[1:])) for row in rows)
+
+
+def _of_item(
+    one: Judged, logged: Text | None, earlier: Example | None, retired: Retired, drafted: Drafted
+) -> Draft | str:
     """The draft, or why there is none."""
-    if len(one.reviewers) < one.item.overlap_target:
-        return "needs another reviewer"
-    if len({_said(annotation) for annotation in one.annotations}) > 1:
-        return "reviewers disagree"
-    first = one.annotations[0]
-    if first.verdict == "reject":
-        return "rejected without a correction"
-    if logged is None or logged.body is None:
+    doubt = unsettled(one)
+    if doubt is not None:
+        return doubt
+    if logged is None:
         same = earlier is not None and tuple(earlier.annotation_ids) == one.annotation_ids
-        return _from_example(earlier) if earlier is not None and same else "the log no longer holds it"
-    if logged.interaction.endpoint != "/v1/chat/completions":
+        return draft_of(earlier) if earlier is not None and same else "the log no longer holds it"
+    if logged.endpoint != "/v1/chat/completions":
         return "not a chat"
-    accepted = first.verdict == "accept"
-    if accepted and logged.interaction.finish_reason == "length":
-        return "accepted although cut off"
+    return draft(one, logged, retired, drafted.pairs_left_out)
+
+
+def unsettled(one: Judged) -> str | None:
+    """Why an item teaches nothing yet; None when its reviewers are enough and agree or a lead has decided."""
+    needed = max(one.overlap_target, HELD_OUT_REVIEWERS if one.split == "held_out" else 1)
+    if len(one.reviewers) < needed:
+        return "needs another reviewer"
+    decided = any(judgement.adjudicates for judgement in one.judgements)
+    if not decided and (one.state == "disputed" or len({_said(each) for each in one.judgements}) > 1):
+        return "reviewers disagree"
+    return None
+
+
+def draft(one: Judged, logged: Text, retired: Retired, pairs_left_out: Counter[str]) -> Draft | str:
+    """What a settled item teaches, by its verdict, or why it teaches nothing."""
+    last = one.deciding[0]
+    if last.verdict == "prefer":
+        return _preferred(one, logged, last, retired)
+    if last.verdict == "accept":
+        if logged.finish_reason == "length":
+            return "accepted although cut off"
+        return _draft(one, logged, "completion", "accepted", logged.output, None)
+    if last.verdict == "reject":
+        return _draft(one, logged, "unpaired", "rejected", None, logged.output)
+    correction = _clean(last.correction or "")
+    flaw = pair_flaw(correction, logged.output, logged.adapter_digest, retired)
+    if flaw is not None:
+        pairs_left_out[flaw] += 1
+        return _draft(one, logged, "completion", "corrected", correction, None)
+    return _draft(one, logged, "preference", "corrected", correction, logged.output)
+
+
+def _preferred(one: Judged, logged: Text, last: Judgement, retired: Retired) -> Draft | str:
+    other = str((one.alternative or {}).get("output") or "")
+    if not other or last.preference not in ("response", "alternative"):
+        return "a tie" if last.preference == "tie" else "a preference without its second answer"
+    better, worse = (logged.output, other) if last.preference == "response" else (other, logged.output)
+    flaw = pair_flaw(better, worse, logged.adapter_digest, retired)
+    return flaw or _draft(one, logged, "preference", "preferred", better, worse)
+
+
+def _draft(one: Judged, logged: Text, kind: str, source: str, completion: str | None, rejected: str | None) -> Draft:
     return Draft(
-        kind="completion" if accepted else "preference",
-        source="accepted" if accepted else "corrected",
-        split=one.item.split,
+        kind=kind,
+        source=source,
+        split=one.split,
         # The guard asks: does what was right stay right? The target: does what was wrong become right?
-        slice="accepted" if accepted else "target",
-        group_key=one.item.group_key,
-        messages=logged.body.messages,
-        completion=logged.body.output if accepted else _clean(first.correction or ""),
-        rejected=None if accepted else logged.body.output,
-        interaction_id=one.item.interaction_id,
+        slice="accepted" if source == "accepted" else "target",
+        group_key=one.group_key,
+        messages=logged.messages,
+        completion=completion,
+        rejected=rejected,
+        interaction_id=one.interaction_id,
         annotation_ids=one.annotation_ids,
         reviewers=one.reviewers,
     )
 
 
-def _said(annotation: Annotation) -> tuple[str, str]:
-    return annotation.verdict, _clean(annotation.correction or "")
+def _said(judgement: Judgement) -> tuple[str, str]:
+    return judgement.verdict, judgement.preference or _clean(judgement.correction or "")
 
 
 def _clean(text: str) -> str:
@@ -115,26 +223,8 @@ def _clean(text: str) -> str:
     return unicodedata.normalize("NFC", text).rstrip()
 
 
-def _earlier_examples(session: Session, project_id: UUID, judged: Sequence[Judged]) -> dict[UUID, Example]:
+def _earlier_examples(session: Session, project_id: UUID, gone: Sequence[UUID]) -> dict[UUID, Example]:
     """Copies made by earlier builds, for interactions whose body has passed its retention."""
-    wanted = select(Example).where(
-        Example.project_id == project_id, Example.interaction_id.in_([one.item.interaction_id for one in judged])
-    )
+    wanted = select(Example).where(Example.project_id == project_id, among(Example.interaction_id, gone))
     newest = session.scalars(wanted.order_by(Example.id))
     return {example.interaction_id: example for example in newest if example.interaction_id is not None}
-
-
-def _from_example(example: Example) -> Draft:
-    return Draft(
-        kind=example.kind,
-        source=example.source,
-        split=example.split,
-        slice=example.slice,
-        group_key=example.group_key,
-        messages=example.messages,
-        completion=example.completion,
-        rejected=example.rejected,
-        interaction_id=example.interaction_id,
-        annotation_ids=tuple(example.annotation_ids),
-        reviewers=tuple(example.reviewers),
-    )

@@ -24,7 +24,8 @@ from services.store.sampling import STAMP, Plan
 from worker.curation import second
 from worker.curation.frame import Window, frame, id_floor, in_window, reviewable
 from worker.curation.second import Second
-from worker.curation.strata import Placed, order_hash, plan, split_of
+from worker.curation.split import Chosen, assign
+from worker.curation.strata import Placed, order_hash, plan
 
 log = structlog.get_logger()
 
@@ -145,9 +146,11 @@ def _insert(
 ) -> int:
     if not placed:
         return 0
+    chosen = [Chosen(item.candidate.interaction_id, item.candidate.group_key) for item in placed]
+    sides = assign(session, project_id, chosen, held_out_share)
     rows: list[dict[str, Any]] = []
     for item in placed:
-        split = split_of(project_id, item.candidate.group_key, held_out_share)
+        split = sides[item.candidate.interaction_id]
         rows.append(
             {
                 "id": uuid7(), "project_id": project_id, "interaction_id": item.candidate.interaction_id,

@@ -1,4 +1,4 @@
-"""The sampling plan of one closed window, as pure functions: strata, quotas, the order of labelling, the split.
+"""The sampling plan of one closed window, as pure functions: strata, quotas, the order of labelling.
 
 Every interaction belongs to exactly one stratum. Inside a stratum the order is a hash, so whatever part of it has
 been labelled is a random sample of it, and labelled / size is its inclusion probability as realised.
@@ -98,9 +98,3 @@ def _turn(placed: int, quota: int) -> tuple[bool, float]:
 
 def order_hash(salt: str, interaction_id: UUID) -> str:
     return hashlib.sha256(f"{salt}/{interaction_id}".encode()).hexdigest()
-
-
-def split_of(project_id: UUID, group_key: str, held_out_share: float) -> str:
-    """The group's side, the same for every item it ever has."""
-    hashed = hashlib.sha256(f"split/{project_id}/{group_key}".encode()).digest()
-    return "held_out" if int.from_bytes(hashed[:8]) < held_out_share * 2**64 else "train"

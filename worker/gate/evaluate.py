@@ -14,6 +14,7 @@ from engine.sync_client import SyncEngineClient
 from engine.text.tokenizer import Tokenizer
 from services.settings import Settings
 from services.store import datasets, deployments, evaluations, failpoints, runs
+from services.store.forms import is_supervised
 from services.store.jobs import JobCancelled, JobFailed, Lease
 from services.store.models import EvaluationRow, Example, Project
 from worker.gate.decide import Decision, Policy, ScoredRow, decide
@@ -106,7 +107,7 @@ def make_policy(config: dict[str, Any]) -> Policy:
 def _held_out(session: Session, revision_id: UUID) -> list[Example]:
     """Rows with a golden answer; there is nothing to score the others by."""
     members = datasets.members(session, revision_id, "held_out")
-    return [member.example for member in members if member.example.completion is not None]
+    return [member.example for member in members if is_supervised(member.example)]
 
 
 def _compare(lease: Lease, settings: Settings, order: Order) -> list[EvaluationRow]:

@@ -92,9 +92,10 @@ def histogram(lengths: Sequence[int]) -> dict[str, Any]:
 def compare_with_log(tokenizer: Tokenizer, examples: Sequence[Example], bodies: Bodies) -> dict[str, Any]:
     """Render every prompt again and compare with the ids the engine was given when it was served.
 
-    Only prompts logged under today's tokenizer and template can be compared; the others are counted.
+    Only prompts logged under today's tokenizer and template can be compared; the others are counted, and so are those
+    whose personal data was masked since.
     """
-    equal, other, different = 0, 0, []
+    equal, other, masked, different = 0, 0, 0, []
     for example in examples:
         body = bodies.get(example.interaction_id) if example.interaction_id else None
         if body is None:
@@ -102,6 +103,8 @@ def compare_with_log(tokenizer: Tokenizer, examples: Sequence[Example], bodies: 
         same_model = (body.tokenizer_hash, body.template_hash) == (tokenizer.digest, tokenizer.template_digest)
         if not same_model or body.worked_examples:
             other += 1
+        elif example.pii and body.messages != example.messages:
+            masked += 1
         elif tokenizer.encode_chat(example.messages) == body.prompt_token_ids:
             equal += 1
         else:
@@ -111,6 +114,7 @@ def compare_with_log(tokenizer: Tokenizer, examples: Sequence[Example], bodies: 
         "template": tokenizer.template_digest,
         "equal_to_served": equal,
         "served_under_another": other,
+        "masked": masked,
         "different": different[:LISTED],
     }
 

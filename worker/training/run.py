@@ -16,6 +16,7 @@ from engine.digest import base_digest
 from engine.text.tokenizer import Tokenizer
 from services.settings import Settings
 from services.store import datasets, failpoints, runs
+from services.store.forms import is_supervised
 from services.store.jobs import JobCancelled, JobFailed, Lease
 from services.store.models import Example, InteractionBody
 from services.store.runs import TrainParams
@@ -127,7 +128,9 @@ def _preflight(lease: Lease, order: Order, tokenizer: Tokenizer) -> tuple[Prefli
 
 
 def _examples(session: Session, order: Order, split: str) -> list[Example]:
-    return [member.example for member in datasets.members(session, order.revision_id, split)]
+    """Only answers that are right as they stand: supervision has nothing to take from the others."""
+    found = [member.example for member in datasets.members(session, order.revision_id, split)]
+    return [example for example in found if is_supervised(example)]
 
 
 def _bodies(session: Session, examples: Sequence[Example]) -> dict[UUID, InteractionBody]:

@@ -1,0 +1,67 @@
+"""A chat and its answer as the tokens a model is trained on: what it is shown, and what it is asked to say.
+
+The trainer makes its rows with this and the console draws its mask with it, so the picture is the training.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from engine.text.detokenizer import Detokenizer
+from engine.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """The prompt as the engine is given it, the answer, the end token, nothing after it. The last two are learned."""
+
+    prompt: list[int]
+    answer: list[int]
+    end: int
+
+
+class MaskPiece(NamedTuple):
+    """A token as text, and whether the model learns to say it. A character cut in two belongs to its last token."""
+
+    text: str
+    learned: bool
+
+
+def turn_end(tokenizer: Tokenizer) -> int:
+    """The token with which the template ends an answer. Raises ValueError unless the engine stops at it.
+
+    Supervising anything else would teach the model to go on where the engine has stopped listening, or never to stop.
+    """
+    asked: list[dict[str, Any]] = [{"role": "user", "content": "a"}]
+    prompt = tokenizer.encode_chat(asked)
+    whole = tokenizer.encode_chat([*asked, {"role": "assistant", "content": "b"}], add_generation_prompt=False)
+    said = [*prompt, *tokenizer.encode_plain("b")]
+    if whole[: len(said)] != said:
+        raise ValueError("the chat template writes a finished answer differently from the prompt that asks for it")
+    after = whole[len(said) : len(said) + 1]
+    if not after or after[0] not in tokenizer.eos_ids:
+        raise ValueError(f"the chat template ends an answer with token {after}, at which the engine does not stop")
+    return after[0]
+
+
+def supervise(tokenizer: Tokenizer, messages: list[dict[str, Any]], answer: str, end: int) -> Supervised:
+    """`end` is `turn_end`'s. Raises ValueError when the template refuses the chat."""
+    return Supervised(tokenizer.encode_chat(messages), tokenizer.encode_plain(answer), end)
+
+
+def mask_pieces(tokenizer: Tokenizer, row: Supervised) -> list[MaskPiece]:
+    """Every token of the row in order, control tokens as they are spelled."""
+    return [
+        *(MaskPiece(text, False) for text in _texts(tokenizer, row.prompt)),
+        *(MaskPiece(text, True) for text in _texts(tokenizer, [*row.answer, row.end])),
+    ]
+
+
+def _texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    reader, made = Detokenizer(tokenizer.backend), list[str]()
+    for token_id in ids:
+        if token_id in tokenizer.special_ids:
+            made += [reader.flush(), tokenizer.token_bytes(token_id).decode(errors="replace")]
+            reader = Detokenizer(tokenizer.backend)
+        else:
+            made.append(reader.push(token_id))
+    return [text for text in [*made, reader.flush()] if text]

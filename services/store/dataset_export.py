@@ -1,0 +1,40 @@
+"""A revision as lines of JSON in one of TRL's forms, streamed: what the page, the API and the command give alike."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+from uuid import UUID
+
+from services.store import datasets
+from services.store.base import Sessions
+from services.store.datasets import Located
+from services.store.forms import Form, rows_of
+
+
+def lines(sessions: Sessions, revision_id: UUID, form: Form, split: str | None = None) -> Iterator[bytes]:
+    """One JSON object a line, each with the content hash and the split it came from, in manifest order.
+
+    Opens a session of its own: a response is streamed after its request's transaction has ended.
+    """
+    with sessions() as session:
+        for example, _ in datasets.stream(session, revision_id, split):
+            rows = [] if example.content_hash.startswith(datasets.ERASED) else rows_of(example, form)
+            for row in rows:
+                whole = {**row, "example": example.content_hash, "split": example.split}
+                yield json.dumps(whole, ensure_ascii=False).encode() + b"\n"
+            session.expunge(example)
+
+
+def file_name(found: Located, form: Form, split: str | None) -> str:
+    """What a browser saves it as; project and dataset names hold nothing a file name may not."""
+    part = f"-{split}" if split else ""
+    return f"{found.project.slug}-{found.dataset.name}-{found.revision.digest[:12]}-{form}{part}.jsonl"
+
+
+def described(found: Located) -> dict[str, Any]:
+    """What goes beside the rows, so that a copy can be traced back."""
+    return {
+        "project": found.project.slug, "dataset": found.dataset.name, "digest": found.revision.digest,
+        "held_out_digest": found.revision.held_out_digest, "parent_digest": found.revision.parent_digest,
+        "train_count": found.revision.train_count, "held_out_count": found.revision.held_out_count,
+    }  # fmt: skip

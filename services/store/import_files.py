@@ -1,0 +1,132 @@
+"""Reading files of examples: JSONL, CSV, Parquet. Hostile until proved otherwise: bounded, and every row on its own."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+from services.errors import InvalidRequest, TooLarge
+
+ROWS_MOST = 100_000
+COLUMNS_MOST = 100
+BYTES_MOST = 32 * 2**20
+UNPACKED_MOST = 256 * 2**20
+BATCH_ROWS = 1000
+FORMATS = ("jsonl", "csv", "parquet")
+
+
+class RowError(NamedTuple):
+    """What is wrong with a row, counted from 1 without a heading."""
+
+    row: int
+    message: str
+
+
+class Table(NamedTuple):
+    """A file's rows as documents by column; a row that could not be read is a RowError in its place."""
+
+    format: str
+    columns: list[str]
+    rows: list[dict[str, Any] | RowError]
+
+
+def read(file_name: str, content: bytes) -> Table:
+    """The whole file. Raises InvalidRequest, TooLarge for one that cannot be read at all."""
+    kind = format_of(file_name)
+    if len(content) > BYTES_MOST:
+        raise TooLarge(f"the file has {len(content):,} bytes; imports end at {BYTES_MOST:,}")
+    if not content.strip():
+        raise InvalidRequest("the file is empty")
+    rows: list[dict[str, Any] | RowError] = []
+    columns: dict[str, None] = {}
+    for row in {"jsonl": _jsonl, "csv": _csv, "parquet": _parquet}[kind](content):
+        if len(rows) == ROWS_MOST:
+            raise TooLarge(f"the file has more than {ROWS_MOST:,} rows; import it in parts")
+        rows.append(row)
+        if not isinstance(row, RowError):
+            columns |= dict.fromkeys(row)
+        if len(columns) > COLUMNS_MOST:
+            raise InvalidRequest(f"the file has more than {COLUMNS_MOST} columns")
+    return Table(kind, list(columns), rows)
+
+
+def format_of(file_name: str) -> str:
+    """By the name's ending. Raises InvalidRequest."""
+    ending = PurePath(file_name).suffix.lower().lstrip(".")
+    kind = {"ndjson": "jsonl", "json": "jsonl"}.get(ending, ending)
+    if kind not in FORMATS:
+        raise InvalidRequest(f"{file_name[-60:]!r} is no .jsonl, .csv or .parquet file")
+    return kind
+
+
+def _text(content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"the file is not UTF-8: byte {error.start:,}") from error
+
+
+def _jsonl(content: bytes) -> Iterator[dict[str, Any] | RowError]:
+    number = 0
+    for line in _text(content).split("\n"):
+        if not line.strip():
+            continue
+        number += 1
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield RowError(number, f"is not JSON: {str(error)[:100]}")
+            continue
+        yield row if isinstance(row, dict) else RowError(number, "is no JSON object")
+
+
+def _csv(content: bytes) -> Iterator[dict[str, Any] | RowError]:
+    reader = csv.reader(io.StringIO(_text(content), newline=""), strict=True)
+    try:
+        heading = next(reader)
+    except csv.Error as error:
+        raise InvalidRequest(f"the heading cannot be read: {error}") from error
+    if len(set(heading)) != len(heading) or not all(heading):
+        raise InvalidRequest("the heading must name every column, each differently")
+    number = 0
+    while True:
+        number += 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield RowError(number, f"cannot be read, and nothing after it: {error}")
+            return
+        if len(cells) != len(heading):
+            yield RowError(number, f"has {len(cells)} cells, the heading {len(heading)}")
+            continue
+        yield dict(zip(heading, cells, strict=True))
+
+
+def _parquet(content: bytes) -> Iterator[dict[str, Any] | RowError]:
+    import pyarrow as pa  # a second of loading that only Parquet should pay
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(io.BytesIO(content))
+        groups = (file.metadata.row_group(place) for place in range(file.metadata.num_row_groups))
+        if sum(group.total_byte_size for group in groups) > UNPACKED_MOST:
+            raise TooLarge(f"the file unpacks to more than {UNPACKED_MOST:,} bytes; import it in parts")
+        unpacked = 0
+        for batch in file.iter_batches(batch_size=BATCH_ROWS):
+            unpacked += batch.nbytes
+            if unpacked > UNPACKED_MOST:
+                raise TooLarge(f"the file unpacks to more than {UNPACKED_MOST:,} bytes; import it in parts")
+            yield from batch.to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise InvalidRequest(f"the Parquet file cannot be read: {str(error)[:200]}") from error
+
+
+def plain(value: Any) -> Any:  # noqa: ANN401 - a document
+    """A cell without the nulls that Parquet puts where other rows have fields."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items() if item is not None}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,216 @@
+"""Revisions: differences with their causes, rebuilding, the held-out digest, personal data, exports that TRL reads."""
+
+import json
+from pathlib import Path
+from uuid import UUID, uuid4
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import update
+from typer.testing import CliRunner
+
+from services import cli
+from services.cli_datasets import to_parquet
+from services.store import dataset_export, datasets, revision_diff
+from services.store.datasets import Entry
+from services.store.forms import FORMS, Form
+from services.store.models import Example, Revision
+from tests.curation.world import World
+from worker.curation.build import build_revision
+
+ENTRIES = st.dictionaries(
+    st.text("abcdef", min_size=1, max_size=3),
+    st.tuples(st.sampled_from(["train", "held_out"]), st.sampled_from([1.0, 0.5])),
+    max_size=12,
+)
+
+
+def build(world: World) -> Revision:
+    with world.sessions.begin() as session:
+        return build_revision(session, world.project_id, "golden")
+
+
+def explained(world: World, old: Revision, new: Revision) -> revision_diff.Explained:
+    with world.sessions() as session:
+        return revision_diff.explain(session, old, new)
+
+
+def entries(drawn: dict[str, tuple[str, float]]) -> list[Entry]:
+    one = UUID(int=1)
+    return [Entry(one, key, split, "corrected", "target", ("a",), weight) for key, (split, weight) in drawn.items()]
+
+
+@given(ENTRIES, ENTRIES)
+def test_applying_a_diff_to_the_old_manifest_gives_the_new_one(
+    old: dict[str, tuple[str, float]], new: dict[str, tuple[str, float]]
+) -> None:
+    changed = datasets.compare(entries(old), entries(new))
+    lines = {one.content_hash: one.manifest() for one in entries(old)}
+    for one in changed.removed:
+        del lines[one["content_hash"]]
+    lines |= {one["content_hash"]: one for one in changed.added}
+    assert lines == {one.content_hash: one.manifest() for one in entries(new)}
+    assert changed.kept == len(new) - len(changed.added)
+
+
+def test_every_change_has_its_cause(world: World) -> None:
+    world.configure(accepted_share=1)
+    world.corrected("kept", "wrong answer", "right answer")
+    lonely = world.item(world.log("lonely"), "held_out")
+    world.judge(lonely, "correct", "much better", 0)
+    gone = world.item(world.log("gone", "wrong answer"))
+    taken_back = world.judge(gone, "correct", "mistaken answer")
+    fixed = world.item(world.log("fixed", "wrong answer"))
+    hasty = world.judge(fixed, "correct", "hasty answer")
+    world.accepted("torn", "fine", group="torn group")
+    old = build(world)
+
+    world.judge(lonely, "correct", "much better", 1)
+    world.undo(taken_back)
+    world.undo(hasty)
+    world.judge(fixed, "correct", "careful answer")
+    world.corrected("new", "wrong answer", "right answer")
+    world.corrected("held", "wrong answer", "right answer", "held_out", group="torn group")
+    new = build(world)
+
+    assert explained(world, old, new).causes() == {
+        "added": {"newly judged": 2, "before: needs another reviewer": 1},
+        "removed": {"its judgement was taken back": 1, "its group is held out": 1},
+        "changed": {"the answer changed": 1},
+    }
+    assert explained(world, old, new).kept == 1
+    assert explained(world, new, new).changes == []
+
+
+def test_a_rebuild_gives_the_digests_again_and_notices_any_edit(world: World) -> None:
+    world.configure(accepted_share=1)
+    for index in range(4):
+        world.corrected(f"train {index}", "wrong answer", f"right answer {index}")
+        world.corrected(f"held {index}", "wrong answer", f"right answer {index}", "held_out")
+    revision = build(world)
+    with world.sessions.begin() as session:
+        assert datasets.rebuild(session, revision.id) == (revision.digest, revision.held_out_digest, 8, [], 0)
+        edited = datasets.members(session, revision.id, "held_out", limit=1)[0].example.id
+        session.execute(update(Example).where(Example.id == edited).values(completion="edited"))
+    with world.sessions() as session:
+        made = datasets.rebuild(session, revision.id)
+    assert made.changed == [edited]
+    assert made.digest != revision.digest
+    assert made.held_out_digest != revision.held_out_digest
+
+
+def test_a_look_counts_for_every_revision_with_the_same_held_out_part(world: World) -> None:
+    world.corrected("held", "wrong answer", "right answer", "held_out")
+    world.corrected("train", "wrong answer", "right answer")
+    first = build(world)
+    world.corrected("more", "wrong answer", "right answer")
+    second = build(world)
+    world.corrected("held too", "wrong answer", "right answer", "held_out")
+    third = build(world)
+
+    with world.sessions.begin() as session:
+        datasets.count_look(session, first.id)
+
+    assert first.held_out_digest == second.held_out_digest != third.held_out_digest
+    with world.sessions() as session:
+        assert [session.get_one(Revision, one.id).looks for one in (first, second, third)] == [1, 1, 0]
+
+
+def test_rejected_answers_and_unpaired_corrections_reach_their_forms(world: World) -> None:
+    world.judge(world.item(world.log("bad", "a terrible answer")), "reject")
+    world.corrected("typo", "we recieve all of your many letters today", "we receive all of your many letters today")
+    revision = build(world)
+    assert revision.report["forms"] == {"prompt-completion": 1, "preference": 0, "unpaired": 2}
+    assert revision.report["pairs_left_out"] == {"the two answers hardly differ": 1}
+
+
+@pytest.mark.parametrize(
+    ("mode", "prompt", "kinds"),
+    [
+        ("off", "I am bob@example.com", []),
+        ("tag", "I am bob@example.com", ["email"]),
+        ("mask", "I am [EMAIL]", ["email"]),
+    ],
+)
+def test_personal_data_is_left_marked_or_masked_as_the_project_says(
+    world: World, mode: str, prompt: str, kinds: list[str]
+) -> None:
+    world.configure(pii=mode)
+    world.corrected("I am bob@example.com", "wrong answer", "right answer")
+    revision = build(world)
+    with world.sessions() as session:
+        example = datasets.members(session, revision.id)[0].example
+        assert (example.messages[0]["content"], example.pii) == (prompt, kinds)
+        assert datasets.rebuild(session, revision.id).digest == revision.digest
+
+
+# --- exports ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def exported(world: World) -> Revision:
+    world.configure(accepted_share=1)
+    parts = [{"role": "system", "content": None}, {"role": "user", "content": [{"type": "text", "text": "2021-03-04"}]}]
+    world.corrected("parts", "wrong answer", "2021-03-04", messages=parts)
+    world.corrected("one", "wrong answer", "right answer\u2028two lines")
+    world.accepted("two", "fine")
+    world.judge(world.item(world.log("three", "a terrible answer")), "reject")
+    world.corrected("held", "wrong answer", "right answer", "held_out")
+    return build(world)
+
+
+def write(world: World, revision: Revision, form: Form, path: Path) -> int:
+    lines = list(dataset_export.lines(world.sessions, revision.id, form, "train"))
+    path.write_bytes(b"".join(lines))
+    return len(lines)
+
+
+@pytest.mark.parametrize(("form", "rows"), [("prompt-completion", 3), ("preference", 2), ("unpaired", 6)])
+def test_datasets_and_trl_read_what_is_exported(
+    world: World, exported: Revision, tmp_path: Path, form: Form, rows: int
+) -> None:
+    from datasets import Dataset
+    from trl.data_utils import is_conversational, unpair_preference_dataset
+
+    path = tmp_path / "train.jsonl"
+    assert write(world, exported, form, path) == rows
+    to_parquet(path)
+    lines = [json.loads(line) for line in path.read_text().split("\n") if line]
+    read = Dataset.from_parquet(str(path.with_suffix(".parquet")), cache_dir=str(tmp_path / "cache"))
+    assert len(read) == rows
+    wanted: dict[str, set[str]] = {
+        "prompt-completion": {"prompt", "completion"}, "preference": {"prompt", "chosen", "rejected"},
+        "unpaired": {"prompt", "completion", "label"},
+    }  # fmt: skip
+    assert set(read.column_names) == wanted[form] | {"example", "split"}
+    for row, line in zip(read, lines, strict=True):
+        assert is_conversational(row)
+        assert {name: _bare(row[name]) for name in row} == {name: _bare(line[name]) for name in line}
+    if form == "preference":
+        plain = read.remove_columns(["example", "split"])
+        assert len(unpair_preference_dataset(plain)) == 2 * rows
+
+
+def _bare(value: object) -> object:
+    """Without the nulls a table has where a message lacks a field."""
+    if isinstance(value, list):
+        return [{key: item for key, item in message.items() if item is not None} for message in value]
+    return value
+
+
+def test_every_form_of_every_example_is_told_in_the_report(world: World, exported: Revision, tmp_path: Path) -> None:
+    for form in FORMS:
+        count = len(list(dataset_export.lines(world.sessions, exported.id, form)))
+        assert exported.report["forms"][form] == count
+
+
+def test_the_commands_exist_and_refuse_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("x")
+    into = ["--to", str(tmp_path / "full")]
+    refused = CliRunner().invoke(cli.app, ["dataset", "export", uuid4().hex, *into])
+    assert refused.exit_code == 1
+    assert "is not empty" in refused.output
+    unknown = CliRunner().invoke(cli.app, ["dataset", "export", uuid4().hex, "--kind", "poems", *into])
+    assert "prompt-completion, preference, unpaired" in unknown.output
