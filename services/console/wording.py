@@ -18,6 +18,7 @@ VERDICTS = {
     "accept": "accepted",
     "correct": "corrected",
     "reject": "rejected",
+    "prefer": "preferred",
     "skip": "skipped",
     "escalate": "escalated",
     "undo": "undone",

@@ -46,7 +46,7 @@ def read(session: Session, project_id: UUID) -> list[Judged]:
         .join(Annotation, Annotation.review_item_id == ReviewItem.id)
         .where(
             ReviewItem.project_id == project_id,
-            ReviewItem.state.in_(("open", "done")),
+            ReviewItem.state.in_(("open", "done", "disputed")),
             Annotation.verdict.in_(reviews.COUNTED),
             reviews.standing(),
         )
