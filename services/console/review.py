@@ -66,13 +66,6 @@ class KeysRequest(BaseModel):
     keys: dict[str, str] = Field(max_length=40)
 
 
-class GoldRequest(BaseModel):
-    """Whether reviewers are to be checked by the item."""
-
-    model_config = ConfigDict(extra="forbid")
-    gold: bool
-
-
 @router.get("/p/{slug}/review")
 def review_page(request: Request, here: Reviewer, queue: Queue = "open") -> Response:
     """The page; its items come by the lease endpoint. All queues but the open one are for leads."""
@@ -144,16 +137,11 @@ def release(here: Reviewer, item_id: UUID, sent: HeartbeatRequest) -> JSONRespon
 
 
 @router.post("/p/{slug}/review/items/{item_id}/gold")
-def mark_gold(here: Lead, item_id: UUID, sent: GoldRequest) -> JSONResponse:
-    """Make a settled item a hidden check of reviewers who have not seen it, or stop that."""
-    item = reviews.lock_item(here.session, here.project.id, item_id)
-    if sent.gold:
-        gold.mark(here.session, item, here.user.id)
-    else:
-        gold.unmark(here.session, item)
-    action = "review.gold" if sent.gold else "review.gold_removed"
-    audit.record(here.session, here.user.email, action, f"project:{here.project.id}", {"item": str(item_id)})
-    return JSONResponse({"gold": sent.gold})
+def mark_gold(here: Lead, item_id: UUID) -> JSONResponse:
+    """Make a settled item a hidden check of reviewers who have not seen it."""
+    gold.mark(here.session, reviews.lock_item(here.session, here.project.id, item_id), here.user.id)
+    audit.record(here.session, here.user.email, "review.gold", f"project:{here.project.id}", {"item": str(item_id)})
+    return JSONResponse({"gold": True})
 
 
 @router.post("/p/{slug}/review/undo")

@@ -2,6 +2,7 @@
 
 from hashlib import sha256
 from typing import Annotated, Any
+from uuid import UUID
 
 from fastapi import APIRouter, Form, Request, Response
 from fastapi.responses import RedirectResponse
@@ -11,7 +12,7 @@ from sqlalchemy.orm import Session
 from services.console.access import Here, Lead
 from services.console.views import page
 from services.errors import Conflict, InvalidRequest
-from services.store import audit, gold, interactions, projects
+from services.store import audit, gold, interactions, projects, reviews
 from services.store.models import Project, ReviewItem
 
 router = APIRouter()
@@ -71,6 +72,15 @@ def save(
     projects.configure(here.session, here.project, changes)
     _tell(here, before)
     return RedirectResponse(f"/p/{here.project.slug}/review/guide?saved=1", status_code=303)
+
+
+@router.post("/p/{slug}/review/guide/gold/{item_id}/remove")
+def remove_gold(here: Lead, item_id: UUID) -> Response:
+    """Check nobody by the item any more."""
+    gold.unmark(here.session, reviews.lock_item(here.session, here.project.id, item_id))
+    subject = f"project:{here.project.id}"
+    audit.record(here.session, here.user.email, "review.gold_removed", subject, {"item": str(item_id)})
+    return RedirectResponse(f"/p/{here.project.slug}/review/guide", status_code=303)
 
 
 def _tags(lines: str) -> list[str]:

@@ -118,10 +118,19 @@ def pretty(value: object) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, default=str)
 
 
+ARROWS = {"ArrowLeft": "←", "ArrowRight": "→", "ArrowUp": "↑", "ArrowDown": "↓"}
+
+
+def keycap(key: str) -> str:
+    """A key as its cap shows it."""
+    return ARROWS.get(key, key)
+
+
 FILTERS: dict[str, Any] = {
     "short": short, "count": count, "capped": capped, "percent": percent, "points": points,
     "figure": figure, "ms": milliseconds,
     "duration": duration, "ago": ago, "stamp": stamp, "iso": iso, "content_text": content_text, "pretty": pretty,
+    "keycap": keycap,
     "strategy": lambda name: STRATEGIES.get(name, name),
     "verdict": lambda name: VERDICTS.get(name, name),
     "split": lambda name: SPLITS.get(name, name),
