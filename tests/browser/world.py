@@ -70,6 +70,7 @@ def _queue(session: Session) -> None:
         for name, role in (("mary", "reviewer"), ("alan", "reviewer"), ("radia", "lead"))
     )
     _judged(session, project, BETTER, [(first.id, "accept"), (second.id, "reject")], lead.id)
+    _judged(session, project, ANSWER, [(first.id, "correct"), (second.id, "reject")], lead.id, hide=False)
     _judged(session, project, ANSWER, [(first.id, "accept"), (second.id, "correct")], None)
     messages = [{"role": "system", "content": seed.GUIDELINES * 3}, {"role": "user", "content": TEXT}]
     schema = {"grammar": {"kind": "json_schema", "text": SCHEMA}}
@@ -80,7 +81,13 @@ def _queue(session: Session) -> None:
 
 
 def _judged(
-    session: Session, project: Project, output: str, said: list[tuple[uuid.UUID, str]], lead: uuid.UUID | None
+    session: Session,
+    project: Project,
+    output: str,
+    said: list[tuple[uuid.UUID, str]],
+    lead: uuid.UUID | None,
+    *,
+    hide: bool = True,
 ) -> None:
     messages = [{"role": "user", "content": TEXT}]
     logged = seed.interaction(session, project.id, output=output, messages=messages)
@@ -92,7 +99,8 @@ def _judged(
     if lead is not None:
         [held] = reviews.lease(session, project.id, lead, 1, queue="disputed")
         _say(session, held, lead, "accept", comment="The festival is an event, so it is no organisation.")
-        gold.mark(session, item, lead)
+        if hide:
+            gold.mark(session, item, lead)
 
 
 def _say(session: Session, held: ReviewItem, user: uuid.UUID, verdict: str, **values: object) -> None:
@@ -129,7 +137,7 @@ def _pair(page: Page) -> None:
 REVIEW = [
     Scene("review", "/p/review/review", _keys()),
     Scene("review-edit", "/p/review/review", _edited),
-    Scene("review-reject", "/p/review/review", _keys("x", "1", "2")),
+    Scene("review-reject", "/p/review/review", _keys("x", "1", "3")),
     Scene("review-flag", "/p/review/review", _keys("s", "ArrowRight", "Shift+ArrowRight", "2", "s", "ArrowRight")),
     Scene("review-keys", "/p/review/review", _keys("?")),
     Scene("review-guidelines", "/p/review/review", _keys("g")),

@@ -42,26 +42,34 @@ export function selectedIn(area) {
 // Moves by words: `at` is the span marked now, `step` is 1 or -1, `stretch` moves the end only.
 export function moved(text, at, step, stretch) {
   if (stretch) {
-    const end = step > 0 ? wordFrom(text, at.end)?.end : wordBefore(text, at.end)?.start;
-    return end !== undefined && end > at.start ? { ...at, end: trimmed(text, at.start, end) } : at;
+    const end = step > 0 ? wordFrom(text, at.end)?.end : lastWithin(text, at);
+    return end > at.start ? { ...at, end } : at;
   }
   return (step > 0 ? wordFrom(text, at.end) : wordBefore(text, at.start)) ?? at;
 }
 
+// A word, or a sign where somebody wrote nothing but signs.
+const WORD = /[\p{L}\p{N}\p{M}_'’-]+/gu;
+const SIGN = /\S+/gu;
+
 export function wordFrom(text, index) {
-  const word = /\S+/gu;
-  word.lastIndex = index;
-  const found = word.exec(text);
-  return found ? { start: found.index, end: found.index + found[0].length } : null;
+  for (const pattern of [WORD, SIGN]) {
+    pattern.lastIndex = index;
+    const found = pattern.exec(text);
+    if (found) return { start: found.index, end: found.index + found[0].length };
+  }
+  return null;
 }
 
 function wordBefore(text, index) {
-  const end = text.slice(0, index).trimEnd().length;
-  if (end === 0) return null;
-  const start = end - text.slice(Math.max(0, end - LONGEST_QUOTE), end).match(/\S+$/u)[0].length;
-  return { start, end };
+  const from = Math.max(0, index - LONGEST_QUOTE);
+  const near = text.slice(from, index);
+  const found = [...near.matchAll(WORD)].at(-1) ?? [...near.matchAll(SIGN)].at(-1);
+  return found ? { start: from + found.index, end: from + found.index + found[0].length } : null;
 }
 
-function trimmed(text, start, end) {
-  return start + text.slice(start, end).trimEnd().length;
+// Where a span ends when its last word is given up.
+function lastWithin(text, { start, end }) {
+  const last = wordBefore(text, end);
+  return last && wordBefore(text, last.start)?.end;
 }

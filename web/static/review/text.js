@@ -30,12 +30,13 @@ export function readable(text) {
 
 // The text with its spans as marks; `pending` is the one being chosen.
 export function marked(text, spans, pending) {
-  const shown = [...spans, ...(pending ? [{ ...pending, pending: true }] : [])].sort((one, two) => one.start - two.start);
+  const apart = pending ? spans.filter((one) => one.end <= pending.start || one.start >= pending.end) : spans;
+  const shown = pending ? [...apart, { ...pending, pending: true }].sort((one, two) => one.start - two.start) : spans;
   const nodes = [];
   let from = 0;
   for (const span of shown) {
     const start = Math.max(span.start, from);
-    if (span.end <= start) continue; // under another one
+    if (span.end <= start) continue; // overlaps come only from other clients
     nodes.push(...readable(text.slice(from, start)));
     const mark = element("mark", span.pending ? "pending" : "");
     mark.append(...readable(text.slice(start, span.end)));

@@ -41,7 +41,7 @@ export class View {
     this.drawn = null;
     this.at("conversation").replaceChildren(...conversation(item));
     this.root.querySelectorAll(".scroll").forEach((area) => { area.scrollTop = 0; });
-    this.at("panes").classList.toggle("paired", Boolean(item.pair));
+    this.at("panes").classList.toggle("paired", Boolean(item.pair || item.dispute.length));
     this.root.querySelectorAll("[data-for-pair]").forEach((part) => { part.hidden = !item.pair; });
     this.root.querySelectorAll("[data-for-single]").forEach((part) => { part.hidden = Boolean(item.pair); });
     (item.pair ?? []).forEach((text, side) => {
