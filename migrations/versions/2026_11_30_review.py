@@ -29,11 +29,12 @@ COUNTED = f"""
     {STANDS} AND one.verdict IN ('accept', 'correct', 'reject', 'prefer') AND NOT one.checked AND NOT one.adjudicates
 """
 # The row lock comes in a statement of its own: the count after it then sees what others committed before we got it.
+# Not FOR UPDATE: two inserts at once already share the row by their foreign keys, and would wait for each other.
 COUNT_JUDGEMENTS = f"""
     CREATE FUNCTION whet_count_judgements() RETURNS trigger LANGUAGE plpgsql AS $$
     DECLARE item uuid := CASE WHEN TG_OP = 'DELETE' THEN OLD.review_item_id ELSE NEW.review_item_id END;
     BEGIN
-        PERFORM 1 FROM review_item WHERE id = item FOR UPDATE;
+        PERFORM 1 FROM review_item WHERE id = item FOR NO KEY UPDATE;
         IF EXISTS (
             SELECT 1 FROM annotation one WHERE one.review_item_id = item AND {STANDS}
             GROUP BY one.author_id HAVING count(*) > 1

@@ -19,7 +19,7 @@ NAMED = ("ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown", "Home", "End", "Page
 
 def of_person(session: Session, user_id: UUID) -> dict[str, str]:
     """Every action's key. What was stored for actions that no longer exist is passed over."""
-    stored = session.get(ReviewKeys, user_id)
+    stored = session.get(ReviewKeys, user_id, populate_existing=True)
     chosen = stored.keys if stored is not None else {}
     return {action: str(chosen.get(action, usual)) for action, usual in USUAL.items()}
 
@@ -32,8 +32,7 @@ def choose(session: Session, user_id: UUID, keys: Mapping[str, str]) -> dict[str
     _check(keys)
     different = {action: key for action, key in keys.items() if USUAL[action] != key}
     row = insert(ReviewKeys).values(user_id=user_id, keys=different)
-    session.execute(row.on_conflict_do_update(index_elements=["user_id"], set_={"keys": row.excluded.keys}))
-    session.expire_all()
+    session.execute(row.on_conflict_do_update(index_elements=["user_id"], set_={"keys": row.excluded["keys"]}))
     return of_person(session, user_id)
 
 

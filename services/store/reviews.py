@@ -293,7 +293,8 @@ def _was_asked(session: Session, item: ReviewItem, undone: Annotation) -> bool:
         return gold.is_check(item)
     if item.state == "escalated":
         asked = [one for one in standing_annotations(session, item.id) if one.verdict == "escalate"]
-        return undone.verdict in COUNTED and all(one.created_at < undone.created_at for one in asked)
+        when = (undone.created_at, undone.id)
+        return undone.verdict in COUNTED and all((one.created_at, one.id) < when for one in asked)
     return item.state == "open" or (item.state == "disputed" and undone.adjudicates)
 
 
