@@ -118,7 +118,7 @@ def looked_back(request: Request, here: Here, looked: Sequence[reviews_history.L
                 "item": shown,
                 "annotation_id": str(annotation.id),
                 "judgement": _as_said(here, annotation),
-                "reveal": {"state": item.state} | told(item, record),
+                "reveal": {"state": item.state, "adjudicates": annotation.adjudicates} | told(item, record),
             }
         )
     return entries

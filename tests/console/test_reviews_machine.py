@@ -24,7 +24,7 @@ from services.store.models import Annotation, Project, ReviewItem
 from services.store.reviews import Judgement, LostLease
 from tests.console import seed
 
-EXAMPLES = int(os.environ.get("WHET_MACHINE_EXAMPLES", "500"))
+EXAMPLES = int(os.environ.get("WHET_MACHINE_EXAMPLES", "300"))
 STEPS = 12
 COUNTED = ("accept", "reject", "correct")
 TARGETS = (1, 2, 2, 3)

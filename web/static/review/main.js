@@ -14,7 +14,6 @@ const RENEW_MS = 30000;
 const IDLE_MS = 10 * 60000; // nobody is here: let the leases go to those who are
 const PAUSE_MS = 30000; // longer silences are not counted as attention
 const LOOK_AGAIN_MS = 8000;
-const UNDO_DEPTH = 20;
 
 class Review {
   constructor(root) {
@@ -27,6 +26,8 @@ class Review {
     this.tags = [];
     this.draft = null;
     this.letters = false;
+    this.turn = 0; // counts what changed the queue from this side
+    this.undoes = Promise.resolve();
     this.lastInput = performance.now();
     this.view = new View(root, (name) => this.act(name), (change) => this.edited(change));
     this.flagging = new Flagging(this.view.at("response"));
@@ -61,9 +62,11 @@ class Review {
 
   async fill() {
     clearTimeout(this.again);
+    const { turn } = this;
     const before = this.item?.id;
     try {
-      const answer = await this.transport.lease(this.kind);
+      const answer = await this.transport.lease(this.kind, this.queue.length);
+      if (turn !== this.turn) return this.fill(); // what was answered is older than what was judged or undone since
       this.tags = answer.tags;
       this.adopt(answer.items);
       this.unreachable = false;
@@ -73,6 +76,7 @@ class Review {
     if (this.item?.id !== before || !this.item) this.show();
     if (!this.item || this.unreachable) this.again = setTimeout(() => this.fill(), LOOK_AGAIN_MS);
     this.showSaving();
+    return undefined;
   }
 
   // The server's word on which items are held; those already judged here are on their way out.
@@ -164,6 +168,7 @@ class Review {
     const waiting = new Set(this.outbox.entries.map((entry) => entry.itemId));
     const earlier = judged
       .filter((one) => !known.has(one.annotation_id) && !waiting.has(one.item.id))
+      .filter((one) => one.reveal.adjudicates === (this.kind === "disputed")) // undone, it waits where it was judged
       .map(({ item, annotation_id: annotationId, judgement, reveal }) => (
         { item, draft: draftOf(item, judgement), key: null, annotationId, reveal }
       ));
@@ -292,6 +297,7 @@ class Review {
       toast(lacking);
       return;
     }
+    this.turn += 1;
     const item = this.queue.shift();
     const draft = this.draft;
     draft.activeMs += Math.min(999, Math.round(performance.now() - this.began) % 1000);
@@ -329,19 +335,23 @@ class Review {
     this.fill();
   }
 
-  async undo() {
-    const entry = this.looking ?? this.past.slice(-UNDO_DEPTH).findLast((one) => !one.undoing);
+  // One after the other, the newest first, however fast the key is pressed.
+  undo() {
+    const chosen = this.looking;
+    this.undoes = this.undoes.then(() => this.undoOne(chosen));
+  }
+
+  async undoOne(chosen) {
+    const entry = this.past.includes(chosen) ? chosen : this.past.at(-1);
     if (!entry) {
       toast("There is nothing to undo.");
       return;
     }
-    entry.undoing = true;
     try {
       await this.takeBack(entry);
     } catch (error) {
       toast(`Not undone: ${error.message}.`, "bad");
     }
-    entry.undoing = false;
   }
 
   async takeBack(entry) {
@@ -352,6 +362,7 @@ class Review {
       entry.item.lease_token = answer.lease_token;
       if (!answer.lease_token) toast("Undone. The item waits for somebody else now.");
     }
+    this.turn += 1;
     this.past = this.past.filter((one) => one !== entry);
     if (entry.item.lease_token) {
       remember(`${this.prefix}:draft:${entry.item.id}`, JSON.stringify({ ...entry.draft, key: crypto.randomUUID() }));

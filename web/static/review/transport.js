@@ -16,8 +16,9 @@ export class Transport {
     this.base = `/p/${slug}/review`;
   }
 
-  lease(queue) {
-    return this.#ask("POST", "/lease", { count: 5, queue });
+  // Those held already count: five of them wait here, or more after undoing.
+  lease(queue, held) {
+    return this.#ask("POST", "/lease", { count: Math.min(20, Math.max(5, held)), queue });
   }
 
   annotate(itemId, body) {
