@@ -41,8 +41,7 @@ def signed_in(browser: Browser, url: str, sessions: Sessions, scene: world.Scene
 def take(page: Page, scene: world.Scene, directory: Path) -> None:
     """The scene's pictures. Steps are taken once; theme and size change under them."""
     page.set_viewport_size({"width": 1280, "height": 720})
-    page.goto(scene.path)
-    scene.steps(page)
+    world.visit(page, scene)
     for suffix, (width, height) in SIZES.items():
         page.set_viewport_size({"width": width, "height": height})
         for theme in THEMES:

@@ -24,8 +24,7 @@ def test_no_page_shuts_anybody_out(sessions: Sessions, open_as: OpenAs, theme: s
     page.evaluate(f"localStorage.setItem('whet:theme', '{theme}')")
     found = {}
     for scene in scenes:
-        page.goto(scene.path)
-        scene.steps(page)
+        world.visit(page, scene)
         assert page.locator("html").get_attribute("data-theme") == theme
         found[scene.name] = axe.grave(page)
     assert {name: faults for name, faults in found.items() if faults} == {}

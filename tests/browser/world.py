@@ -109,9 +109,22 @@ def _say(session: Session, held: ReviewItem, user: uuid.UUID, verdict: str, **va
     reviews.submit(session, held.project_id, held.id, user, held.lease_token, judgement)
 
 
+FETCHED = """() => document.querySelector("[data-empty]").hidden
+  || document.querySelector("[data-empty-text] h2").textContent !== "Fetching items" """
+FORGET_DRAFTS = """() => Object.keys(localStorage).filter((key) => key.includes(":draft:"))
+  .forEach((key) => localStorage.removeItem(key))"""
+
+
+def visit(page: Page, scene: Scene) -> None:
+    """Show a scene, from a page of the same console; what was drafted in another one is forgotten."""
+    page.evaluate(FORGET_DRAFTS)
+    page.goto(scene.path)
+    scene.steps(page)
+
+
 def _keys(*keys: str) -> Callable[[Page], None]:
     def press(page: Page) -> None:
-        page.locator("[data-response]:visible, [data-side-left]:visible, [data-empty]:visible").first.wait_for()
+        page.wait_for_function(FETCHED)
         page.wait_for_timeout(300)
         for key in keys:
             page.keyboard.press(key)
