@@ -42,7 +42,14 @@ def hostile_queue(sessions: Sessions, outputs: list[str]) -> None:
 
 
 def shown(page: Page, output: str) -> None:
-    page.wait_for_function("text => document.querySelector('[data-response]').textContent === text", arg=output)
+    """Whole, every character at its place. Of a flood of unseen ones the later ones are shown as \ufffd."""
+    page.wait_for_function(
+        """text => { const shown = document.querySelector("[data-response]").textContent;
+          return shown.length === text.length && shown.replaceAll("\\ufffd", "") === [...text].filter(
+            (one, at) => shown[at] !== "\\ufffd" || text.length < 10000).join(""); }""",
+        arg=output,
+        timeout=15_000,
+    )
 
 
 def untouched(page: Page, url: str, asked: list[str]) -> None:

@@ -125,7 +125,9 @@ def test_a_reload_keeps_flags_and_what_was_judged_can_still_be_undone(sessions: 
     page.wait_for_timeout(260)
     judge(page, "ArrowLeft")
     expect(page.locator("[data-past]")).to_contain_text("Accepted")
-    judge(page, "ArrowRight", "x", "Enter")
+    judge(page, "ArrowRight", "x")
+    page.wait_for_timeout(260)
+    judge(page, "Enter")
     saved(page)
     assert stored(sessions)[1].spans == [{"start": 6, "end": 11, "quote": "flags", "tag": seed.TAGS[0]}]
     judge(page, "u")

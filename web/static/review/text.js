@@ -9,7 +9,7 @@ export function element(name, className, text) {
 
 // Characters that show nothing or turn the reading direction: a text that holds them does not say what it seems to.
 const UNSEEN = /[\u00ad\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufeff\uffa0]+/g;
-const MOST_MARKED = 2000;
+const MOST_MARKED = 500;
 
 // The text as nodes, with what cannot be seen marked. Each mark isolates what is in it, so that it turns nothing else.
 export function readable(text) {
@@ -24,7 +24,9 @@ export function readable(text) {
     nodes.push(mark);
     from = found.index + found[0].length;
   }
-  if (from < text.length) nodes.push(document.createTextNode(text.slice(from)));
+  // More marks would only slow the page down; what is left turns nothing either, and every character keeps its place.
+  const rest = nodes.length > 2 * MOST_MARKED ? text.slice(from).replace(UNSEEN, (run) => "\ufffd".repeat(run.length)) : text.slice(from);
+  if (rest) nodes.push(document.createTextNode(rest));
   return nodes;
 }
 
