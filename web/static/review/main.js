@@ -213,6 +213,7 @@ class Review {
     const everywhere = {
       help: () => this.keyDialog.open(), guidelines: () => this.view.toggleGuidelines(), undo: () => this.undo(),
       older: () => this.look(1), newer: () => this.look(-1), escape: () => this.view.escape(), gold: () => this.gold(),
+      more: () => { this.view.showWhole(); this.render(); },
       tint: () => { this.view.toggleTint(); this.render(); }, diff: () => { this.letters = !this.letters; this.render(); },
     };
     if (everywhere[name]) return everywhere[name]();

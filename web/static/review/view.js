@@ -16,6 +16,7 @@ const NOTHING = {
   escalated: ["Nothing is escalated", "When a reviewer asks for a second opinion, it lands here."],
   disputed: ["Nothing is disputed", "When reviewers of one answer disagree, a lead who was none of them decides here."],
 };
+const SHOWN_AT_ONCE = 100000; // characters; a megabyte in one line would keep the browser busy for seconds at every key
 const AWAY = ["The console cannot be reached", "Nothing is lost. This page asks again every few seconds."];
 
 export class View {
@@ -39,14 +40,12 @@ export class View {
     this.#present(true);
     this.current = item;
     this.drawn = null;
+    this.whole = false;
     this.at("conversation").replaceChildren(...conversation(item));
     this.root.querySelectorAll(".scroll").forEach((area) => { area.scrollTop = 0; });
     this.at("panes").classList.toggle("paired", Boolean(item.pair || item.dispute.length));
     this.root.querySelectorAll("[data-for-pair]").forEach((part) => { part.hidden = !item.pair; });
     this.root.querySelectorAll("[data-for-single]").forEach((part) => { part.hidden = Boolean(item.pair); });
-    (item.pair ?? []).forEach((text, side) => {
-      this.at(["side-left", "side-right"][side]).replaceChildren(...(text ? readable(text) : ["(empty answer)"]));
-    });
     this.at("tint").disabled = !item.tokens;
     this.at("tint").title = item.tokens ? "" : "The tokens of this answer cannot be read with the tokenizer in use";
     this.at("told").hidden = !item.told;
@@ -71,12 +70,19 @@ export class View {
   #response({ item, draft, pending }) {
     const tint = this.showTint && Boolean(item.tokens);
     this.at("tint").setAttribute("aria-pressed", String(tint));
-    const wanted = JSON.stringify([item.id, tint, draft.spans, pending]);
+    const wanted = JSON.stringify([item.id, tint, draft.spans, pending, this.whole]);
     if (this.drawn === wanted) return;
     this.drawn = wanted;
+    const longest = Math.max(...[item.output, ...(item.pair ?? [])].map((text) => text.length));
+    const shown = (text) => (this.whole ? text : text.slice(0, SHOWN_AT_ONCE));
+    this.at("more").hidden = this.whole || longest <= SHOWN_AT_ONCE;
+    this.at("more").textContent = `Show all ${longest.toLocaleString("en")} characters`;
+    (item.pair ?? []).forEach((text, side) => {
+      this.at(["side-left", "side-right"][side]).replaceChildren(...(text ? readable(shown(text)) : ["(empty answer)"]));
+    });
     const area = this.at("response");
     if (tint) area.replaceChildren(...tinted(item.tokens));
-    else if (item.output) area.replaceChildren(...marked(item.output, draft.spans, pending));
+    else if (item.output) area.replaceChildren(...marked(shown(item.output), draft.spans, pending));
     else area.textContent = "(empty answer)";
   }
 
@@ -286,6 +292,10 @@ export class View {
   toggleGuidelines() {
     const drawer = this.at("drawer");
     drawer.hidden = !drawer.hidden;
+  }
+
+  showWhole() {
+    this.whole = true;
   }
 
   hideTint() {
