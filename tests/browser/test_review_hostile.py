@@ -3,7 +3,7 @@
 from itertools import islice, product
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, TimeoutError, expect
 
 from services.store.base import Sessions
 from tests.browser.conftest import OpenAs
@@ -41,15 +41,21 @@ def hostile_queue(sessions: Sessions, outputs: list[str]) -> None:
             seed.item(session, logged, priority=place, overlap=2 if place == 5 else 1)
 
 
+SHOWS = """text => { const shown = document.querySelector("[data-response]").textContent;
+  return shown.length === text.length && [...text].every((one, at) => one === shown[at]
+    || (at >= 500 && shown[at] === "\\ufffd")); }"""
+
+
 def shown(page: Page, output: str) -> None:
     """Every character at its place; of many unseen ones the later are shown as \ufffd, of a megabyte the start."""
-    page.wait_for_function(
-        """text => { const shown = document.querySelector("[data-response]").textContent;
-          return shown.length === text.length && [...text].every((one, at) => one === shown[at]
-            || (at >= 500 && shown[at] === "\\ufffd")); }""",
-        arg=output[:100_000],
-        timeout=15_000,
-    )
+    try:
+        page.wait_for_function(SHOWS, arg=output[:100_000], timeout=10_000)
+    except TimeoutError:
+        told = page.locator("[data-response]").evaluate(
+            "area => [area.textContent.length, area.textContent.slice(0, 60)]"
+        )
+        toast = page.locator("[data-toasts]").inner_text()
+        pytest.fail(f"{output[:60]!r} ({len(output)}) is not shown; {told!r} is, {toast!r}", pytrace=False)
 
 
 def untouched(page: Page, url: str, asked: list[str]) -> None:
