@@ -89,6 +89,7 @@ def test_two_hundred_hostile_answers_are_shown_whole_and_do_nothing(
             page.keyboard.press("Enter" if place % 7 == 0 else "c")
             page.keyboard.press("Escape")
             page.keyboard.press("a")
+            page.wait_for_timeout(20)
             page.keyboard.press("Enter")
     expect(page.locator("[data-empty]")).to_contain_text("All caught up")
     expect(page.locator("[data-save]")).to_have_text("Saved", timeout=10_000)
