@@ -71,7 +71,7 @@ def lease(
     waiting = here.where(ReviewItem.state == queue)
     mine = or_(ReviewItem.state == queue, gold.held(user_id)) if queue == "open" else ReviewItem.state == queue
     held = here.where(mine, ReviewItem.lease_user_id == user_id, ReviewItem.lease_expires_at > func.now())
-    items = _locked(session, held.limit(count))
+    items = _locked(session, held.limit(count), wait=True)
     if len(items) < count:
         # One clock, Postgres's, so that consoles on machines that disagree never share an item.
         free = waiting.where(
@@ -103,10 +103,11 @@ def _with_gold(
     return [at.get(place) or next(rest) for place in range(len(new))]
 
 
-def _locked(session: Session, query: Select[ReviewItem]) -> list[ReviewItem]:
+def _locked(session: Session, query: Select[ReviewItem], *, wait: bool = False) -> list[ReviewItem]:
+    """In the queue's order, locked. Items of others are passed over while locked, one's own waited for."""
     ordered = query.order_by(ReviewItem.priority, ReviewItem.order_hash)
     return list(
-        session.scalars(ordered.with_for_update(skip_locked=True), execution_options={"populate_existing": True})
+        session.scalars(ordered.with_for_update(skip_locked=not wait), execution_options={"populate_existing": True})
     )
 
 

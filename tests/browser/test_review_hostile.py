@@ -138,6 +138,7 @@ def test_hostile_words_of_reviewers_and_leads_do_nothing_either(
         expect(other.locator("[data-save]")).to_have_text("Saved", timeout=10_000)
     page.goto("/p/other/review?queue=disputed")
     expect(page.locator("[data-dispute] .said")).to_have_count(2)
+    page.wait_for_timeout(300)
     page.keyboard.press("]")
     page.keyboard.insert_text(evil)
     page.keyboard.press("Control+Enter")

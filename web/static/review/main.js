@@ -60,13 +60,19 @@ class Review {
 
   // --- the queue -------------------------------------------------------------------------------------------
 
-  async fill() {
+  // One request at a time: of two at once the second would be given other items than the first holds.
+  fill() {
+    this.filling ??= this.refill().finally(() => { this.filling = null; });
+    return this.filling;
+  }
+
+  async refill() {
     clearTimeout(this.again);
     const { turn } = this;
     const before = this.item?.id;
     try {
       const answer = await this.transport.lease(this.kind, this.queue.length);
-      if (turn !== this.turn) return this.fill(); // what was answered is older than what was judged or undone since
+      if (turn !== this.turn) return this.refill(); // what was answered is older than what was judged or undone since
       this.tags = answer.tags;
       this.adopt(answer.items);
       this.unreachable = false;
