@@ -2,6 +2,7 @@
 #
 #   make up                                       the platform on this machine
 #   make up ARGS="--model PATH_OR_HF_ID"          with another model
+#   make screenshots OUT=DIRECTORY               every page of the console in both themes
 #   make bench-serving ARGS="--publish"           servers side by side, the table into README
 #   make test TORCH_INDEX=<index URL>             torch from that index (CPU or CUDA builds)
 
@@ -15,10 +16,10 @@ STAMP := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help up demo test check format bench bench-serving install chromium clean
+.PHONY: help up demo test check format bench bench-serving screenshots install chromium clean
 
 help:
-	@echo "make up | demo | test | check | bench | bench-serving   (README.md says what each does)"
+	@echo "make up | demo | test | check | bench | bench-serving | screenshots   (README.md says what each does)"
 
 up: $(STAMP)
 	$(BIN)/whet up $(ARGS)
@@ -44,6 +45,9 @@ bench: $(STAMP)
 		echo "== $$module"; \
 		$(BIN)/python -m benchmarks.$$module || exit 1; \
 	done
+
+screenshots: $(STAMP) chromium
+	$(BIN)/python -m tests.browser.screenshots $(or $(OUT),out/screenshots) $(ARGS)
 
 bench-serving: $(STAMP)
 	$(BIN)/python -m benchmarks.serving $(ARGS)

@@ -158,14 +158,20 @@ class Reviewer:
 
     def judge(self, item: dict[str, Any]) -> None:
         """Submit a judgement; a lease lost to a slow machine is someone else's item now, not an error."""
-        verdict = review(self._application, item["messages"], item["output"])
-        body = {
-            "verdict": verdict.verdict, "correction": verdict.correction, "tags": [],
-            "lease_token": item["lease_token"], "idempotency_key": str(uuid.uuid4()),
-        }  # fmt: skip
+        verdict, said = self._say(item)
+        body = said | {"tags": [], "lease_token": item["lease_token"], "idempotency_key": str(uuid.uuid4())}
         answer = self._http.post(f"/p/{self._project}/review/items/{item['id']}/annotations", json=body)
         if answer.status_code == httpx.codes.CONFLICT:
             return
         answer.raise_for_status()
         self.counts.reviewed += 1
-        self.counts.corrected += verdict.verdict == "correct"
+        self.counts.corrected += verdict == "correct"
+
+    def _say(self, item: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """The verdict, and the part of the body that says it."""
+        if item["pair"]:
+            good = [review(self._application, item["messages"], text).verdict == "accept" for text in item["pair"]]
+            side = "tie" if good[0] == good[1] else "left" if good[0] else "right"
+            return "prefer", {"verdict": "prefer", "preference": side}
+        verdict = review(self._application, item["messages"], item["output"])
+        return verdict.verdict, {"verdict": verdict.verdict, "correction": verdict.correction}

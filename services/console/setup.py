@@ -28,6 +28,7 @@ from services.console import (
     people,
     queue,
     review,
+    review_guide,
     runs,
     sign_in,
     speculator,
@@ -52,7 +53,7 @@ log = structlog.get_logger()
 ROUTERS: tuple[APIRouter, ...] = (
     home.router, sign_in.router, review.router, queue.router, bulk.router, exporting.router, browsing.router,
     dataset_imports.router, datasets.router, runs.router, deployment.router, speculator.router, joining.router,
-    account.router, people.router, keys.router, audit.router,
+    account.router, people.router, keys.router, audit.router, review_guide.router,
 )  # fmt: skip
 
 

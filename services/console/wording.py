@@ -20,6 +20,7 @@ VERDICTS = {
     "accept": "accepted",
     "correct": "corrected",
     "reject": "rejected",
+    "prefer": "preferred",
     "skip": "skipped",
     "escalate": "escalated",
     "undo": "undone",
@@ -156,9 +157,17 @@ def excerpt(text: str | None, words: str = "") -> list[Piece]:
     return [piece for piece in [*pieces, Piece(cut[at:], hit=False)] if piece.text]
 
 
+ARROWS = {"ArrowLeft": "←", "ArrowRight": "→", "ArrowUp": "↑", "ArrowDown": "↓"}
+
+
+def keycap(key: str) -> str:
+    """A key as its cap shows it."""
+    return ARROWS.get(key, key)
+
+
 FILTERS: dict[str, Any] = {
     "short": short, "count": count, "capped": capped, "percent": percent, "points": points,
-    "figure": figure, "ms": milliseconds, "excerpt": excerpt,
+    "figure": figure, "ms": milliseconds, "excerpt": excerpt, "keycap": keycap,
     "duration": duration, "ago": ago, "stamp": stamp, "iso": iso,
     "last_part": last_part, "sentence": sentence, "content_text": content_text, "pretty": pretty,
     "strategy": lambda name: STRATEGIES.get(name, name),

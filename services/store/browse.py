@@ -84,7 +84,7 @@ def judgements(session: Session, interaction_id: UUID) -> list[Judged]:
     rows = session.execute(
         select(Annotation, UserAccount.name, and_(standing()))
         .join(UserAccount, UserAccount.id == Annotation.author_id)
-        .where(Annotation.interaction_id == interaction_id)
+        .where(Annotation.interaction_id == interaction_id, ~Annotation.checked)
         .order_by(Annotation.id)
     )
     return [Judged(*row) for row in rows]

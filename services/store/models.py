@@ -5,7 +5,18 @@ from typing import Any
 from uuid import UUID
 
 from pgvector.sqlalchemy import HALFVEC
-from sqlalchemy import DDL, BigInteger, FetchedValue, ForeignKey, Index, LargeBinary, UniqueConstraint, event, text
+from sqlalchemy import (
+    DDL,
+    BigInteger,
+    CheckConstraint,
+    FetchedValue,
+    ForeignKey,
+    Index,
+    LargeBinary,
+    UniqueConstraint,
+    event,
+    text,
+)
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TSVECTOR
 from sqlalchemy.orm import Mapped, mapped_column
 
@@ -16,7 +27,8 @@ SCOPES = ("infer", "feedback", "review", "train", "admin")
 SIGN_IN_METHODS = ("link", "invitation", "oidc")
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
 ORIGINS = ("live", "pinned", "cached", "shadow", "evaluation")
-VERDICTS = ("accept", "correct", "reject", "skip", "escalate", "undo")
+VERDICTS = ("accept", "correct", "reject", "prefer", "skip", "escalate", "undo")
+PREFERENCES = ("response", "alternative", "tie")
 STRATEGIES = ("negative_feedback", "low_confidence", "schema_failure", "disagreement", "novelty", "uniform", "chosen")
 BULK_KINDS = ("review", "tag", "withdraw")
 BULK_STATES = ("queued", "running", "done", "undoing", "undone", "failed")
@@ -274,17 +286,21 @@ class Feedback(Base):
 class ReviewItem(Base):
     """An interaction waiting for human eyes. One lease at a time; `probability` is π as realised in its stratum.
 
-    `split` is fixed before labelling; held-out items want two distinct reviewers (`overlap_target`).
+    `split` is fixed before labelling; held-out items want two distinct reviewers (`overlap_target`). `judged` is kept
+    by a trigger on `annotation`, so that no writer can go beyond the target. `alternative` makes the item a pair;
+    `gold` holds the known verdict of a hidden check.
     """
 
     __tablename__ = "review_item"
     __table_args__ = (
         one_of("strategy", *STRATEGIES),
         one_of("split", "train", "held_out"),
-        one_of("state", "open", "done", "escalated", "withdrawn"),
+        one_of("state", "open", "done", "escalated", "disputed", "withdrawn"),
+        CheckConstraint("judged BETWEEN 0 AND overlap_target", name="judged"),
         UniqueConstraint("interaction_id"),
         Index("ix_review_item_queue", "project_id", "state", "priority", "order_hash"),
         Index("ix_review_item_held", "lease_user_id", postgresql_where=text("lease_user_id IS NOT NULL")),
+        Index("ix_review_item_gold", "project_id", postgresql_where=text("gold IS NOT NULL")),
         Index(None, "project_id", "window"),
         Index(None, "project_id", "created_at"),
         Index(None, "project_id", "done_at"),
@@ -301,6 +317,9 @@ class ReviewItem(Base):
     split: Mapped[str]
     group_key: Mapped[str]
     overlap_target: Mapped[int] = mapped_column(default=1)
+    judged: Mapped[int] = mapped_column(default=0, server_default="0")
+    alternative: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
+    gold: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
     state: Mapped[str] = mapped_column(default="open")
     lease_user_id: Mapped[UUID | None] = mapped_column(ForeignKey("user_account.id"))
     lease_token: Mapped[UUID | None]
@@ -310,13 +329,19 @@ class ReviewItem(Base):
 
 
 class Annotation(Base):
-    """One reviewer's judgement. Appended, never overwritten: an undo is a row that supersedes another."""
+    """One reviewer's judgement. Appended, never overwritten: an undo is a row that supersedes another.
+
+    `checked` ones answered a hidden gold item and count for nothing else; one that `adjudicates` settles a dispute.
+    """
 
     __tablename__ = "annotation"
     __table_args__ = (
         one_of("verdict", *VERDICTS),
+        one_of("preference", *PREFERENCES),
+        CheckConstraint("(verdict = 'prefer') = (preference IS NOT NULL)", name="prefer"),
         UniqueConstraint("author_id", "idempotency_key"),
         Index(None, "review_item_id"),
+        Index("ix_annotation_supersedes", "supersedes", postgresql_where=text("supersedes IS NOT NULL")),
         Index(None, "project_id", "created_at"),
     )
     id: Mapped[Key]
@@ -327,10 +352,13 @@ class Annotation(Base):
     idempotency_key: Mapped[str]
     verdict: Mapped[str]
     correction: Mapped[str | None]
+    preference: Mapped[str | None]
     tags: Mapped[list[str]]
     spans: Mapped[list[Any]] = mapped_column(default=list, server_default=text("'[]'"))
     comment: Mapped[str | None]
     assisted: Mapped[bool] = mapped_column(default=False)
+    checked: Mapped[bool] = mapped_column(default=False, server_default="false")
+    adjudicates: Mapped[bool] = mapped_column(default=False, server_default="false")
     active_ms: Mapped[int | None]
     supersedes: Mapped[UUID | None] = mapped_column(ForeignKey("annotation.id"))
     created_at: Mapped[Now]
@@ -388,6 +416,14 @@ class BulkChange(Base):
     action_id: Mapped[UUID] = mapped_column(ForeignKey("bulk_action.id", ondelete="CASCADE"), primary_key=True)
     interaction_id: Mapped[UUID] = mapped_column(primary_key=True)
     before: Mapped[dict[str, Any]]
+
+
+class ReviewKeys(Base):
+    """The keys somebody chose for the review page, where they differ from the usual ones: action to key."""
+
+    __tablename__ = "review_keys"
+    user_id: Mapped[UUID] = mapped_column(ForeignKey("user_account.id", ondelete="CASCADE"), primary_key=True)
+    keys: Mapped[dict[str, Any]]
 
 
 # --- golden data ------------------------------------------------------------------------------------------

@@ -208,10 +208,15 @@ def queue(session: Session, project_id: UUID) -> list[Strategy]:
 
 
 def worked_examples(session: Session, project_id: UUID, count: int = 3) -> list[Worked]:
-    """Corrected rows two people judged, or failing those any corrected rows; held-out rows are never shown."""
+    """Corrected rows two people judged, or failing those any corrected rows; held-out and gold rows are never shown."""
+    gold = select(ReviewItem.id).where(
+        ReviewItem.interaction_id == Example.interaction_id, ReviewItem.gold.is_not(None)
+    )
     query = (
         select(Example)
-        .where(Example.project_id == project_id, Example.source == "corrected", Example.split == "train")
+        .where(
+            Example.project_id == project_id, Example.source == "corrected", Example.split == "train", ~gold.exists()
+        )
         .order_by(func.jsonb_array_length(Example.reviewers).desc(), Example.id)
         .limit(count)
     )

@@ -20,6 +20,8 @@ class ProjectConfig(BaseModel):
 
     tags: list[str] | None = Field(None, max_length=40, description="What reviewers may tag an answer with.")
     guidelines: str | None = Field(None, max_length=20_000, description="What reviewers read beside an answer.")
+    blind_review: bool | None = Field(None, description="Hide weights and queue reason until a judgement is stored.")
+    gold_share: float | None = Field(None, ge=0, le=0.5, description="Share of a reviewer's items that are gold.")
     held_out_share: float | None = Field(None, ge=0, le=0.9, description="Share of groups kept for evaluation.")
     window_seconds: int | None = Field(None, ge=1, le=30 * 86_400, description="Length of a sampling window.")
     window_grace_seconds: int | None = Field(None, ge=0, le=86_400, description="Wait for late rows of a window.")

@@ -1,19 +1,14 @@
 """The console served on a free port, and a real Chromium that reports every violation of its content policy."""
 
-import shutil
-import socket
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import uvicorn
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page
 
 from services.settings import Settings
 from services.store.base import Sessions
-from services.web import create_app
+from tests.browser import serving
 from tests.console import seed
 
 WATCH_POLICY = """
@@ -28,35 +23,19 @@ OpenAs = Callable[..., Page]
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
     """Not for the whole session: while Playwright runs, so does its event loop, and asyncio.run() is refused."""
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None:
-        pytest.fail("these tests drive a real browser and found none: `make test` installs Chromium on Debian")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+    try:
+        with serving.chromium() as browser:
+            yield browser
+    except LookupError as error:
+        pytest.fail(str(error))
 
 
 @pytest.fixture
 def console_url(sessions: Sessions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The console in a thread of this process, on a port the system chose."""
+    """The console in a thread of this process."""
     monkeypatch.setenv("WHET_HOME", str(tmp_path))
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen()
-        config = uvicorn.Config(create_app(Settings(), sessions), log_level="warning", access_log=False)
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        try:
-            deadline = time.monotonic() + 30
-            while not server.started and time.monotonic() < deadline:
-                time.sleep(0.02)
-            assert server.started
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(30)
+    with serving.console(Settings(), sessions) as url:
+        yield url
 
 
 @pytest.fixture

@@ -63,6 +63,7 @@ def interaction(
     messages: list[dict[str, Any]] | None = None,
     ago: timedelta = timedelta(),
     digest: str | None = None,
+    parameters: dict[str, object] | None = None,
     **values: object,
 ) -> Interaction:
     """One logged answer, `ago` before now."""
@@ -81,8 +82,9 @@ def interaction(
     session.add(
         InteractionBody(
             id=identity, messages=messages or [{"role": "user", "content": "Text: Anna Reed was seen in Oslo."}],
-            parameters={"temperature": 0.0, "max_tokens": 128}, output=output, prompt_token_ids=[], token_ids=[],
-            token_logprobs=[], prompt_hash="p", template_hash="t", tokenizer_hash="k", spool_version=1,
+            parameters={"temperature": 0.0, "max_tokens": 128} | (parameters or {}), output=output,
+            prompt_token_ids=[], token_ids=[], token_logprobs=[],
+            prompt_hash="p", template_hash="t", tokenizer_hash="k", spool_version=1,
         )
     )  # fmt: skip
     session.flush()

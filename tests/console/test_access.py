@@ -237,4 +237,4 @@ def test_strangers_reach_nothing_but_sign_in_and_health(client: TestClient, proj
 def test_a_reviewer_may_not_look_into_the_escalated_queue(sign_in: SignIn, project: Project) -> None:
     client = sign_in("ada@example.org", "reviewer")
     assert client.get("/p/entities/review?queue=escalated", headers=PAGE).status_code == 403
-    assert client.post("/p/entities/review/lease", json={"escalated": True}).status_code == 403
+    assert client.post("/p/entities/review/lease", json={"queue": "escalated"}).status_code == 403

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from services.errors import Conflict, InvalidRequest, NotFound, Unprocessable, WhetError
+from services.errors import Conflict, NotFound, Unprocessable, WhetError
 from services.store import reviews
 from services.store.base import Sessions
 from services.store.models import Annotation, Project, ReviewItem
@@ -246,7 +246,7 @@ def test_an_escalated_item_leaves_the_queue_until_a_lead_decides(sessions: Sessi
         ada, lead = people(session, 2)
         judge(session, project, ada, reviews.lease(session, project.id, ada)[0], verdict="escalate", comment="unsure")
         assert reviews.lease(session, project.id, lead) == []
-        [held] = reviews.lease(session, project.id, lead, escalated=True)
+        [held] = reviews.lease(session, project.id, lead, queue="escalated")
         judge(session, project, lead, held)
         assert session.get_one(ReviewItem, held.id).state == "done"
 
@@ -278,24 +278,28 @@ def test_a_judgement_that_says_nothing_or_cannot_be_kept_is_refused(sessions: Se
         assert session.scalar(select(func.count()).select_from(Annotation)) == 0
 
 
-UNKEPT_SPANS: list[tuple[list[dict[str, object]], str]] = [
-    ([{"label": "a\x00b"}], "cannot be stored"),
-    ([{"label": ["fine", {"deep": "\x00"}]}], "cannot be stored"),
-    ([{"a\x00": 1}], "cannot be stored"),
-    ([{"label": "\ud83d"}], "cannot be stored"),
-    ([{"start": float("nan")}], "no plain JSON"),
-    ([{"label": "x" * 20_000}], "end at"),
+UNKEPT_SPANS: list[tuple[dict[str, object], str]] = [
+    ({"start": 0, "end": 3}, "a span is"),
+    ({"start": 0, "end": 3, "quote": "one", "label": "x"}, "a span is"),
+    ({"start": 2, "end": 2, "quote": ""}, "ends behind its start"),
+    ({"start": -1, "end": 2, "quote": "on"}, "starts at 0"),
+    ({"start": True, "end": 3, "quote": "ne"}, "starts at 0"),
+    ({"start": 0, "end": 3, "quote": None}, "are text"),
+    ({"start": 0, "end": 3, "quote": "two"}, "does not quote"),
+    ({"start": 0, "end": 9, "quote": "one"}, "does not quote"),
+    ({"start": 0, "end": 1, "quote": "\ud83d"}, "storable"),
+    ({"start": 0, "end": 3, "quote": "one", "tag": "unheard of"}, "no tag unheard of"),
 ]
 
 
-def test_spans_that_cannot_be_kept_are_refused_and_others_are_kept(sessions: Sessions, project: Project) -> None:
+def test_a_span_is_kept_only_when_it_quotes_the_response(sessions: Sessions, project: Project) -> None:
     with sessions.begin() as session:
-        seed.queue(session, project.id, ["one"])
+        seed.queue(session, project.id, ["o\U0001f600ne"])
         [ada] = people(session, 1)
         [held] = reviews.lease(session, project.id, ada)
-    for spans, sentence in UNKEPT_SPANS:
-        with sessions.begin() as session, pytest.raises(InvalidRequest, match=sentence):
-            judge(session, project, ada, held, spans=spans)
-    good = [{"start": 0, "end": 3, "labels": ["name", "städte"]}]
+    for span, sentence in UNKEPT_SPANS:
+        with sessions.begin() as session, pytest.raises(Unprocessable, match=sentence):
+            judge(session, project, ada, held, spans=[span])
+    good = [{"start": 1, "end": 3, "quote": "\U0001f600n", "tag": seed.TAGS[0]}]  # characters, not UTF-16 units
     with sessions.begin() as session:
         assert judge(session, project, ada, held, spans=good).spans == good

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, literal, null, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from services.store import reviews
@@ -16,7 +16,6 @@ from services.store.datasets import Draft, LeftOut, draft_of
 from services.store.models import Annotation, Example, Interaction, InteractionBody, ReviewItem
 from worker.curation.pairs import Retired, pair_flaw
 
-COUNTED = tuple(dict.fromkeys((*reviews.COUNTED, "prefer")))
 STATES = ("open", "done", "disputed")
 HELD_OUT_REVIEWERS = 2  # whatever an item's own target says
 TEXTS_AT_ONCE = 5000
@@ -84,16 +83,16 @@ def read(session: Session, project_id: UUID) -> list[Judged]:
     rows = session.execute(
         select(
             ReviewItem.id, ReviewItem.interaction_id, ReviewItem.split, ReviewItem.group_key,
-            ReviewItem.overlap_target, ReviewItem.state, _optional(ReviewItem, "alternative"),
+            ReviewItem.overlap_target, ReviewItem.state, ReviewItem.alternative,
             Annotation.id, Annotation.author_id, Annotation.verdict, Annotation.correction,
-            _optional(Annotation, "preference"), _optional(Annotation, "adjudicates", default=False),
+            Annotation.preference, Annotation.adjudicates,
         )
         .join(Annotation, Annotation.review_item_id == ReviewItem.id)
         .where(
             ReviewItem.project_id == project_id,
             ReviewItem.state.in_(STATES),
-            Annotation.verdict.in_(COUNTED),
-            _optional(Annotation, "checked", default=False).is_(False),
+            Annotation.verdict.in_(reviews.COUNTED),
+            ~Annotation.checked,
             reviews.standing(),
         )
         .order_by(ReviewItem.interaction_id, Annotation.id)
@@ -103,14 +102,6 @@ def read(session: Session, project_id: UUID) -> list[Judged]:
         item = Judged(row[1], row[2], row[3], row[4], row[5], row[6], [])
         found.setdefault(row[0], item).judgements.append(Judgement(*row[7:]))
     return list(found.values())
-
-
-def _optional(table: type, name: str, default: object = None) -> ColumnElement[Any]:
-    """A column that a database without pairs, adjudication and hidden checks does without."""
-    column: ColumnElement[Any] | None = getattr(table, name, None)
-    if column is not None:
-        return column
-    return null() if default is None else literal(default)
 
 
 def draft_all(session: Session, project_id: UUID, judged: Sequence[Judged], retired: Retired) -> Drafted:

@@ -2,10 +2,17 @@
 // the item appeared does nothing until it has been let go.
 
 const SHORTEST_LOOK_MS = 250;
+const DRAWN = { ArrowLeft: "←", ArrowRight: "→", ArrowUp: "↑", ArrowDown: "↓" };
+
+export function drawn(key) {
+  return DRAWN[key] ?? key;
+}
 
 export class Keys {
-  constructor(act) {
+  constructor(act, keyOf) {
     this.act = act;
+    this.use(keyOf);
+    this.capture = null; // while set, this takes the key first: event -> an action's name, or null
     this.down = new Set();
     this.stale = new Set();
     this.shownAt = 0;
@@ -17,6 +24,14 @@ export class Keys {
     addEventListener("blur", () => this.down.clear());
   }
 
+  // Which key stands for which action; the page shows the same.
+  use(keyOf) {
+    this.actions = new Map(Object.entries(keyOf).map(([action, key]) => [key, action]));
+    document.querySelectorAll("[data-key-of]").forEach((shown) => {
+      shown.textContent = drawn(keyOf[shown.dataset.keyOf]);
+    });
+  }
+
   // Call when another item comes into view.
   itemShown() {
     this.stale = new Set(this.down);
@@ -26,26 +41,25 @@ export class Keys {
   #press(event) {
     const held = event.repeat || this.stale.has(event.code);
     this.down.add(event.code);
+    if (document.querySelector("dialog[open]")) return;
     const typing = event.target.matches?.("textarea, input, select");
-    const name = this.#name(event, typing);
-    if (name === null || document.querySelector("dialog[open]")) return;
+    const name = (typing ? null : this.capture?.(event)) ?? this.#name(event, typing);
+    if (name === null) return;
     event.preventDefault();
-    if (held) return;
+    if (held && !name.startsWith("span ")) return;
     if (name === "submit" && performance.now() - this.shownAt < SHORTEST_LOOK_MS) return;
     this.act(name);
   }
 
   #name(event, typing) {
-    const command = event.ctrlKey || event.metaKey;
+    const command = (event.ctrlKey || event.metaKey) && !event.getModifierState("AltGraph");
     if (event.key === "Enter" && (command || !typing)) return this.#onButton(event, command) ? null : "submit";
     if (event.key === "Escape") return "escape";
-    if (typing || command || event.altKey) return null;
+    const alone = !command && (!event.altKey || event.getModifierState("AltGraph")); // [ and ] take AltGr on many layouts
+    if (typing || !alone) return null;
     if (/^[1-9]$/.test(event.key)) return `pick ${event.key}`;
-    const plain = {
-      a: "accept", x: "reject", e: "edit", k: "skip", f: "escalate", u: "undo", c: "comment", d: "diff", p: "tint",
-      g: "guidelines", "?": "help", ArrowLeft: "older", ArrowRight: "newer",
-    };
-    return plain[event.key] ?? null;
+    const key = event.getModifierState("CapsLock") ? event.key.toLowerCase() : event.key;
+    return this.actions.get(key) ?? null;
   }
 
   // Enter on a focused button or link presses that, as everywhere.

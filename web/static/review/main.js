@@ -1,8 +1,12 @@
 // The review page: which item is in front of the reviewer, what they have decided, and where it goes.
 
 import { recall, remember, toast } from "../app.js";
+import { SKIP_REASONS, draftOf, emptyDraft, missing, toBody, touched } from "./draft.js";
+import { Flagging } from "./flagging.js";
+import { KeyDialog } from "./keydialog.js";
 import { Keys } from "./keys.js";
 import { Outbox } from "./outbox.js";
+import { tooLong, withSpan } from "./spans.js";
 import { Transport } from "./transport.js";
 import { View } from "./view.js";
 
@@ -10,12 +14,10 @@ const RENEW_MS = 30000;
 const IDLE_MS = 10 * 60000; // nobody is here: let the leases go to those who are
 const PAUSE_MS = 30000; // longer silences are not counted as attention
 const LOOK_AGAIN_MS = 8000;
-const UNDO_DEPTH = 20;
-const SKIP_REASONS = ["unclear", "needs an expert", "broken text", "not my language"];
 
 class Review {
   constructor(root) {
-    this.escalated = root.dataset.escalated === "yes";
+    this.kind = root.dataset.queue;
     this.transport = new Transport(root.dataset.slug);
     this.prefix = `whet:${root.dataset.slug}:${root.dataset.user}`;
     this.queue = [];
@@ -24,9 +26,18 @@ class Review {
     this.tags = [];
     this.draft = null;
     this.letters = false;
+    this.turn = 0; // counts what changed the queue from this side
+    this.undoes = Promise.resolve();
     this.lastInput = performance.now();
     this.view = new View(root, (name) => this.act(name), (change) => this.edited(change));
-    this.keys = new Keys((name) => this.act(name));
+    this.flagging = new Flagging(this.view.at("response"));
+    const keyOf = JSON.parse(root.dataset.keys);
+    this.keys = new Keys((name) => this.act(name), keyOf);
+    this.keys.capture = (event) => this.flagging.name(event);
+    this.keyDialog = new KeyDialog(this.view.at("help"), keyOf, {
+      save: (keys) => this.transport.chooseKeys(keys),
+      changed: (keys) => this.keys.use(keys),
+    });
     this.outbox = new Outbox(`${this.prefix}:outbox`, this.transport, {
       stored: (entry, answer) => this.stored(entry, answer),
       refused: (entry, error) => this.refused(entry, error),
@@ -34,12 +45,13 @@ class Review {
     });
   }
 
-  start() {
+  async start() {
     for (const name of ["keydown", "pointerdown"]) document.addEventListener(name, () => this.noticeInput(), true);
     setInterval(() => this.countAttention(), 1000);
     setInterval(() => this.renew(), RENEW_MS);
     this.outbox.resume();
-    this.fill();
+    await this.fill();
+    this.rememberPast();
   }
 
   get item() {
@@ -48,11 +60,19 @@ class Review {
 
   // --- the queue -------------------------------------------------------------------------------------------
 
-  async fill() {
+  // One request at a time: of two at once the second would be given other items than the first holds.
+  fill() {
+    this.filling ??= this.refill().finally(() => { this.filling = null; });
+    return this.filling;
+  }
+
+  async refill() {
     clearTimeout(this.again);
+    const { turn } = this;
     const before = this.item?.id;
     try {
-      const answer = await this.transport.lease(this.escalated);
+      const answer = await this.transport.lease(this.kind, this.queue.length);
+      if (turn !== this.turn) return this.refill(); // what was answered is older than what was judged or undone since
       this.tags = answer.tags;
       this.adopt(answer.items);
       this.unreachable = false;
@@ -62,6 +82,7 @@ class Review {
     if (this.item?.id !== before || !this.item) this.show();
     if (!this.item || this.unreachable) this.again = setTimeout(() => this.fill(), LOOK_AGAIN_MS);
     this.showSaving();
+    return undefined;
   }
 
   // The server's word on which items are held; those already judged here are on their way out.
@@ -96,10 +117,11 @@ class Review {
 
   show() {
     this.back = 0;
+    this.flagging.leave();
     this.draft = this.item ? this.loadDraft(this.item) : null;
     this.keys.itemShown();
     this.began = performance.now();
-    if (!this.item) this.view.nothing(this.unreachable, this.escalated);
+    if (!this.item) this.view.nothing(this.unreachable, this.kind);
     else {
       this.view.item(this.item);
       this.view.focusPage();
@@ -107,8 +129,12 @@ class Review {
     this.render();
   }
 
+  get looking() {
+    return this.back > 0 ? this.past[this.past.length - this.back] : null;
+  }
+
   render() {
-    const looking = this.back > 0 ? this.past[this.past.length - this.back] : null;
+    const looking = this.looking;
     this.view.render({
       item: looking?.item ?? this.item,
       draft: looking?.draft ?? this.draft,
@@ -116,8 +142,9 @@ class Review {
       tags: this.tags,
       reasons: SKIP_REASONS,
       letters: this.letters,
+      pending: this.flagging.at,
       ready: this.ready(),
-      undoable: this.past.some((entry) => !entry.undone),
+      undoable: this.past.length > 0,
       place: looking ? `${this.back} back` : "",
     });
     this.showSaving();
@@ -127,21 +154,41 @@ class Review {
     const next = Math.min(Math.max(this.back + step, 0), this.past.length);
     if (next === this.back) return;
     this.back = next;
-    const item = next > 0 ? this.past[this.past.length - next].item : this.item;
+    this.flagging.leave();
+    const item = this.looking?.item ?? this.item;
     if (item) this.view.item(item);
-    else this.view.nothing(this.unreachable, this.escalated);
+    else this.view.nothing(this.unreachable, this.kind);
     this.keys.itemShown();
+    this.render();
+  }
+
+  // Judgements from before the page was loaded: looking back and undoing go on where they were.
+  async rememberPast() {
+    let judged;
+    try {
+      ({ judged } = await this.transport.history());
+    } catch {
+      return; // what was judged since the page was loaded is there all the same
+    }
+    const known = new Set(this.past.map((one) => one.annotationId));
+    const waiting = new Set(this.outbox.entries.map((entry) => entry.itemId));
+    const earlier = judged
+      .filter((one) => !known.has(one.annotation_id) && !waiting.has(one.item.id))
+      .filter((one) => one.reveal.adjudicates === (this.kind === "disputed")) // undone, it waits where it was judged
+      .map(({ item, annotation_id: annotationId, judgement, reveal }) => (
+        { item, draft: draftOf(item, judgement), key: null, annotationId, reveal }
+      ));
+    this.past = [...earlier, ...this.past];
     this.render();
   }
 
   // --- drafts -------------------------------------------------------------------------------------------------
 
   loadDraft(item) {
-    const empty = { verdict: null, text: item.output, tags: [], comment: "", reason: null, activeMs: 0, key: crypto.randomUUID() };
     try {
-      return { ...empty, ...JSON.parse(recall(`${this.prefix}:draft:${item.id}`) ?? "{}") };
+      return { ...emptyDraft(item), ...JSON.parse(recall(`${this.prefix}:draft:${item.id}`) ?? "{}") };
     } catch {
-      return empty; // an unreadable draft is no draft
+      return emptyDraft(item); // an unreadable draft is no draft
     }
   }
 
@@ -163,37 +210,56 @@ class Review {
   }
 
   ready() {
-    if (!this.draft || this.back > 0) return false;
-    const { verdict, text, comment, reason } = this.draft;
-    if (verdict === "correct") return text.trim() !== "" && text !== this.item.output;
-    if (verdict === "skip") return Boolean(reason || comment.trim());
-    if (verdict === "escalate") return comment.trim() !== "";
-    return verdict !== null;
+    return Boolean(this.draft) && this.back === 0 && !missing(this.item, this.draft);
   }
 
   // --- actions ------------------------------------------------------------------------------------------------
 
   act(name) {
     const everywhere = {
-      help: () => this.view.toggleHelp(), guidelines: () => this.view.toggleGuidelines(), undo: () => this.undo(),
-      older: () => this.look(1), newer: () => this.look(-1), escape: () => this.view.escape(),
-      tint: () => this.view.toggleTint(), diff: () => { this.letters = !this.letters; this.render(); },
+      help: () => this.keyDialog.open(), guidelines: () => this.view.toggleGuidelines(), undo: () => this.undo(),
+      older: () => this.look(1), newer: () => this.look(-1), escape: () => this.view.escape(), gold: () => this.gold(),
+      more: () => { this.view.showWhole(); this.render(); },
+      tint: () => { this.view.toggleTint(); this.render(); }, diff: () => { this.letters = !this.letters; this.render(); },
     };
     if (everywhere[name]) return everywhere[name]();
     if (!this.item || this.back > 0) return undefined;
+    const [word, detail, number] = name.split(" ");
+    if (word === "pick") return this.pick(Number(detail));
+    if (word === "span") return this.flag(detail, Number(number));
+    if (word === "unflag") return this.edited({ spans: this.draft.spans.filter((_, place) => place !== Number(detail)) });
+    if (word === "adopt") return this.takeOver(Number(detail));
+    if (["left", "right", "tie"].includes(name)) return this.side(name);
     if (name === "submit") return this.submit();
     if (name === "comment") return this.view.focusComment();
-    if (name.startsWith("pick ")) return this.pick(Number(name.slice(5)));
     return this.choose(name === "edit" ? "correct" : name);
   }
 
   choose(verdict) {
+    if (this.item.pair && ["accept", "correct"].includes(verdict)) return;
+    this.flagging.leave();
     this.draft.verdict = verdict;
+    this.draft.preference = null;
     this.keepDraft();
     this.render();
     if (verdict === "correct") this.view.focusEditor();
     if (verdict === "escalate") this.view.focusComment();
-    return undefined;
+  }
+
+  // [ ] = choose in a pair; where judges disagree they take over what one of them said.
+  side(name) {
+    if (this.item.dispute.length && name !== "tie") this.takeOver(name === "left" ? 0 : 1);
+    else if (this.item.pair) this.edited({ verdict: "prefer", preference: name });
+  }
+
+  takeOver(place) {
+    const said = this.item.dispute[place];
+    if (!said) return;
+    const { verdict, text, preference, tags, spans } = draftOf(this.item, said);
+    Object.assign(this.draft, { verdict, text, preference, tags, spans });
+    this.keepDraft();
+    this.render();
+    this.view.focusComment();
   }
 
   pick(number) {
@@ -208,34 +274,45 @@ class Review {
     this.edited({ tags });
   }
 
+  flag(how, number) {
+    const text = this.item.output;
+    if (how === undefined) this.beginFlag(text);
+    else if (how === "leave") this.flagging.leave();
+    else if (how === "move" || how === "stretch") this.flagging.move(text, number, how === "stretch");
+    else if (this.flagging.at) {
+      const tag = how === "tag" ? this.tags[number - 1] : null;
+      if (tag === undefined) return;
+      const span = { ...this.flagging.at, tag };
+      this.flagging.leave();
+      if (tooLong(span)) toast("A flagged span is at most 2,000 characters long.");
+      else this.edited({ spans: withSpan(this.draft.spans, span) });
+    }
+    this.render();
+    if (this.flagging.at) this.view.showPending();
+  }
+
+  beginFlag(text) {
+    if (this.item.pair || this.draft.verdict === "correct") {
+      toast(this.item.pair ? "Spans are flagged in single responses." : "Flag spans before you edit; another verdict leaves the editor.");
+    } else if (!this.flagging.begin(text)) toast("There is nothing to flag.");
+    else this.view.hideTint();
+  }
+
   submit() {
-    if (!this.ready()) {
-      toast(this.missing());
+    const lacking = missing(this.item, this.draft);
+    if (lacking) {
+      toast(lacking);
       return;
     }
+    this.turn += 1;
     const item = this.queue.shift();
     const draft = this.draft;
-    const reason = draft.verdict === "skip" ? draft.reason : null;
-    const comment = [reason, draft.comment.trim()].filter(Boolean).join(": ");
-    const body = {
-      verdict: draft.verdict, lease_token: item.lease_token, idempotency_key: draft.key, tags: draft.tags,
-      active_ms: draft.activeMs + Math.min(999, Math.round(performance.now() - this.began) % 1000),
-    };
-    if (draft.verdict === "correct") body.correction = draft.text;
-    if (comment) body.comment = comment;
-    this.past.push({ item, draft, key: draft.key, annotationId: null, undone: false, reveal: null });
-    this.outbox.add(item.id, body);
+    draft.activeMs += Math.min(999, Math.round(performance.now() - this.began) % 1000);
+    this.past.push({ item, draft, key: draft.key, annotationId: null, reveal: null });
+    this.outbox.add(item.id, toBody(item, draft));
     remember(`${this.prefix}:draft:${item.id}`, null);
     this.show();
     this.fill();
-  }
-
-  missing() {
-    const { verdict, text } = this.draft;
-    if (verdict === "correct") return text.trim() ? "Nothing is changed yet. Accept it, or edit it." : "A correction cannot be empty.";
-    if (verdict === "skip") return "Say why: press a number, or write a comment.";
-    if (verdict === "escalate") return "Say in the comment what the lead should decide.";
-    return "Choose a verdict first: a, e, x, k or f.";
   }
 
   stored(entry, answer) {
@@ -243,7 +320,8 @@ class Review {
     if (judged) {
       judged.annotationId = answer.id;
       judged.reveal = answer;
-      this.view.reveal(answer);
+      this.revealed = judged;
+      this.view.reveal(judged);
       judged.whenStored?.();
     }
     this.refreshProgress();
@@ -254,7 +332,8 @@ class Review {
   refused(entry, error) {
     const judged = this.past.find((one) => one.key === entry.body.idempotency_key);
     if (judged) {
-      judged.undone = true;
+      this.past = this.past.filter((one) => one !== judged);
+      this.back = 0;
       remember(`${this.prefix}:draft:${entry.itemId}`, JSON.stringify({ ...judged.draft, key: crypto.randomUUID() }));
       judged.whenStored?.();
     }
@@ -263,40 +342,53 @@ class Review {
     this.fill();
   }
 
-  async undo() {
-    const recent = this.past.slice(-UNDO_DEPTH);
-    const looking = this.back > 0 ? this.past[this.past.length - this.back] : null;
-    const entry = looking && !looking.undone ? looking : recent.findLast((one) => !one.undone && !one.undoing);
+  // One after the other, the newest first, however fast the key is pressed.
+  undo() {
+    const chosen = this.looking;
+    this.undoes = this.undoes.then(() => this.undoOne(chosen));
+  }
+
+  async undoOne(chosen) {
+    const entry = this.past.includes(chosen) ? chosen : this.past.at(-1);
     if (!entry) {
       toast("There is nothing to undo.");
       return;
     }
-    entry.undoing = true;
     try {
       await this.takeBack(entry);
     } catch (error) {
       toast(`Not undone: ${error.message}.`, "bad");
     }
-    entry.undoing = false;
   }
 
   async takeBack(entry) {
-    if (!this.outbox.takeBack(entry.key)) {
-      if (!entry.annotationId && !entry.undone) await new Promise((resolve) => { entry.whenStored = resolve; });
+    if (!entry.key || !this.outbox.takeBack(entry.key)) {
+      if (!entry.annotationId) await new Promise((resolve) => { entry.whenStored = resolve; });
       if (!entry.annotationId) return;
       const answer = await this.transport.undo(entry.annotationId);
       entry.item.lease_token = answer.lease_token;
-      if (!answer.lease_token) toast("Undone. Another reviewer holds the item now.");
+      if (!answer.lease_token) toast("Undone. The item waits for somebody else now.");
     }
-    entry.undone = true;
+    this.turn += 1;
     this.past = this.past.filter((one) => one !== entry);
     if (entry.item.lease_token) {
       remember(`${this.prefix}:draft:${entry.item.id}`, JSON.stringify({ ...entry.draft, key: crypto.randomUUID() }));
       this.queue = [entry.item, ...this.queue.filter((item) => item.id !== entry.item.id)];
     }
+    this.revealed = null;
     this.view.reveal(null);
     this.show();
     this.refreshProgress();
+  }
+
+  async gold() {
+    if (!this.revealed) return;
+    try {
+      await this.transport.markGold(this.revealed.item.id);
+      toast("Reviewers who have not seen it will be checked by it.");
+    } catch (error) {
+      toast(`Not marked: ${error.message}.`, "bad");
+    }
   }
 
   // --- the bottom line ---------------------------------------------------------------------------------------
@@ -314,7 +406,7 @@ class Review {
     if (this.outbox.offline) this.view.saving("offline", `Offline: ${waiting} kept here, trying again`);
     else if (waiting) this.view.saving("busy", "Saving");
     else if (this.unreachable) this.view.saving("offline", "Offline: trying again");
-    else if (this.draft && this.item && (this.draft.verdict || this.draft.text !== this.item.output || this.draft.comment)) {
+    else if (this.draft && this.item && touched(this.item, this.draft)) {
       this.view.saving("draft", this.draftKept === false ? "Draft not kept: storage is off" : "Draft kept here");
     } else this.view.saving("", "Saved");
   }

@@ -16,8 +16,9 @@ export class Transport {
     this.base = `/p/${slug}/review`;
   }
 
-  lease(escalated) {
-    return this.#ask("POST", "/lease", { count: 5, escalated });
+  // Those held already count: five of them wait here, or more after undoing.
+  lease(queue, held) {
+    return this.#ask("POST", "/lease", { count: Math.min(20, Math.max(5, held)), queue });
   }
 
   annotate(itemId, body) {
@@ -28,8 +29,20 @@ export class Transport {
     return this.#ask("POST", "/undo", { annotation_id: annotationId });
   }
 
+  markGold(itemId) {
+    return this.#ask("POST", `/items/${itemId}/gold`);
+  }
+
+  chooseKeys(keys) {
+    return this.#ask("PUT", "/keys", { keys });
+  }
+
   progress() {
     return this.#ask("GET", "/progress");
+  }
+
+  history() {
+    return this.#ask("GET", "/history");
   }
 
   async #ask(method, path, body) {

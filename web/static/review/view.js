@@ -1,30 +1,37 @@
 // What the review page looks like in a given state. It decides nothing.
 
-import { conversation, difference, element, tinted } from "./text.js";
+import { cards } from "./dispute.js";
+import { problemsOf } from "./schema.js";
+import { conversation, difference, element, marked, readable, tinted } from "./text.js";
 
-const LABELS = { accept: "Accepted", correct: "Corrected", reject: "Rejected", skip: "Skipped", escalate: "Escalated" };
+const LABELS = {
+  accept: "Accepted", correct: "Corrected", reject: "Rejected", prefer: "Compared", skip: "Skipped", escalate: "Escalated",
+};
 const WHY = {
   negative_feedback: "negative feedback", low_confidence: "low confidence", schema_failure: "a schema failure",
   disagreement: "disagreement", novelty: "novelty", uniform: "the uniform audit",
 };
+const NOTHING = {
+  open: ["All caught up", "Nothing waits for you. New items arrive when the sampler closes its next time window; this page shows them at once."],
+  escalated: ["Nothing is escalated", "When a reviewer asks for a second opinion, it lands here."],
+  disputed: ["Nothing is disputed", "When reviewers of one answer disagree, a lead who was none of them decides here."],
+};
+const SHOWN_AT_ONCE = 100000; // characters; a megabyte in one line would keep the browser busy for seconds at every key
+const AWAY = ["The console cannot be reached", "Nothing is lost. This page asks again every few seconds."];
 
 export class View {
   constructor(root, act, edited) {
     this.at = (name) => root.querySelector(`[data-${name}]`) ?? document.querySelector(`[data-${name}]`);
     this.root = root;
-    this.edited = edited;
     this.showTint = false;
     document.addEventListener("click", (event) => {
-      const button = event.target.closest?.("[data-do], [data-verdict], [data-pick]");
+      const button = event.target.closest?.("[data-do], [data-verdict], [data-side], [data-pick]");
       if (!button) return;
-      act(button.dataset.do ?? (button.dataset.pick ? `pick ${button.dataset.pick}` : this.#verdictAction(button)));
+      const { verdict, side, pick } = button.dataset;
+      act(button.dataset.do ?? side ?? (pick ? `pick ${pick}` : verdict === "correct" ? "edit" : verdict));
     });
     this.at("editor").addEventListener("input", (event) => edited({ text: event.target.value }));
     this.at("comment").addEventListener("input", (event) => edited({ comment: event.target.value }));
-  }
-
-  #verdictAction(button) {
-    return button.dataset.verdict === "correct" ? "edit" : button.dataset.verdict;
   }
 
   // --- content ------------------------------------------------------------------------------------------------
@@ -32,19 +39,23 @@ export class View {
   item(item) {
     this.#present(true);
     this.current = item;
+    this.drawn = null;
+    this.whole = false;
     this.at("conversation").replaceChildren(...conversation(item));
-    this.at("conversation").scrollTop = 0;
-    this.#response();
+    this.root.querySelectorAll(".scroll").forEach((area) => { area.scrollTop = 0; });
+    this.at("panes").classList.toggle("paired", Boolean(item.pair || item.dispute.length));
+    this.root.querySelectorAll("[data-for-pair]").forEach((part) => { part.hidden = !item.pair; });
+    this.root.querySelectorAll("[data-for-single]").forEach((part) => { part.hidden = Boolean(item.pair); });
+    this.at("tint").disabled = !item.tokens;
+    this.at("tint").title = item.tokens ? "" : "The tokens of this answer cannot be read with the tokenizer in use";
+    this.at("told").hidden = !item.told;
+    if (item.told) this.at("told").replaceChildren(element("div", "note", this.#told(item.told)));
   }
 
-  nothing(unreachable, escalated) {
+  nothing(unreachable, kind) {
     this.#present(false);
     this.current = null;
-    const [title, text] = unreachable
-      ? ["The console cannot be reached", "Nothing is lost. This page asks again every few seconds."]
-      : escalated
-        ? ["Nothing is escalated", "When a reviewer asks for a second opinion, it lands here."]
-        : ["All caught up", "Nothing waits for you. New items arrive when the sampler closes its next time window; this page shows them at once."];
+    const [title, text] = unreachable ? AWAY : NOTHING[kind];
     const area = this.at("empty-text");
     area.querySelector("h2").textContent = title;
     area.querySelector("p").textContent = text;
@@ -55,14 +66,24 @@ export class View {
     this.at("empty").hidden = some;
   }
 
-  #response() {
-    const { output, tokens } = this.current;
+  // Drawn again only when it changes: a response may be a megabyte long, and this runs on every key.
+  #response({ item, draft, pending }) {
+    const tint = this.showTint && Boolean(item.tokens);
+    this.at("tint").setAttribute("aria-pressed", String(tint));
+    const wanted = JSON.stringify([item.id, tint, draft.spans, pending, this.whole]);
+    if (this.drawn === wanted) return;
+    this.drawn = wanted;
+    const longest = Math.max(...[item.output, ...(item.pair ?? [])].map((text) => text.length));
+    const shown = (text) => (this.whole ? text : text.slice(0, SHOWN_AT_ONCE));
+    this.at("more").hidden = this.whole || longest <= SHOWN_AT_ONCE;
+    this.at("more").textContent = `Show all ${longest.toLocaleString("en")} characters`;
+    (item.pair ?? []).forEach((text, side) => {
+      this.at(["side-left", "side-right"][side]).replaceChildren(...(text ? readable(shown(text)) : ["(empty answer)"]));
+    });
     const area = this.at("response");
-    if (this.showTint && tokens) area.replaceChildren(...tinted(tokens));
-    else area.textContent = output || "(empty answer)";
-    this.at("tint").disabled = !tokens;
-    this.at("tint").title = tokens ? "" : "The tokens of this answer cannot be read with the tokenizer in use";
-    this.at("tint").setAttribute("aria-pressed", String(this.showTint && Boolean(tokens)));
+    if (tint) area.replaceChildren(...tinted(item.tokens));
+    else if (item.output) area.replaceChildren(...marked(shown(item.output), draft.spans, pending));
+    else area.textContent = "(empty answer)";
   }
 
   // --- state --------------------------------------------------------------------------------------------------
@@ -72,13 +93,21 @@ export class View {
     this.at("place").textContent = state.place;
     this.at("panes").classList.toggle("past", Boolean(state.past));
     if (!state.item || !state.draft) return;
-    const { verdict } = state.draft;
-    this.root.querySelectorAll("[data-verdict]").forEach((button) => {
-      button.setAttribute("aria-checked", String(button.dataset.verdict === verdict));
+    const { verdict, preference } = state.draft;
+    this.root.querySelectorAll("[data-verdict], [data-side]").forEach((button) => {
+      const chosen = button.dataset.side ? verdict === "prefer" && button.dataset.side === preference : button.dataset.verdict === verdict;
+      button.setAttribute("aria-checked", String(chosen));
       button.disabled = Boolean(state.past);
     });
+    for (const side of ["left", "right"]) {
+      this.at(`side-${side}`).parentElement.classList.toggle("chosen", verdict === "prefer" && preference === side);
+    }
     this.at("submit").disabled = !state.ready;
+    this.#response(state);
     this.#editor(state);
+    this.#check(state);
+    this.#dispute(state);
+    this.#flags(state);
     this.#tags(state);
     this.#comment(state);
     this.#pastNote(state.past);
@@ -88,7 +117,7 @@ export class View {
     const editing = state.draft.verdict === "correct" && !state.past;
     const changed = state.draft.text !== state.item.output && state.draft.verdict === "correct";
     const editor = this.at("editor");
-    this.at("response").hidden = editing;
+    this.at("response").hidden = editing || Boolean(state.item.pair);
     editor.hidden = !editing;
     if (editing && editor.value !== state.draft.text) editor.value = state.draft.text;
     if (editing) this.#grow(editor);
@@ -106,6 +135,49 @@ export class View {
     editor.style.height = `${editor.scrollHeight + 2}px`;
   }
 
+  // Whether the text as it would be kept still follows its schema.
+  #check({ item, draft }) {
+    const area = this.at("check");
+    const problems = item.pair ? null : this.#problems(item, draft.verdict === "correct" ? draft.text : item.output);
+    const silent = problems === null || (item.schema === null && draft.verdict !== "correct");
+    area.hidden = silent;
+    if (silent) return;
+    area.className = problems.length ? "check bad" : "check ok";
+    area.textContent = problems.length ? problems.join("; ") : item.schema === null ? "Valid JSON" : "Follows its schema";
+  }
+
+  #problems(item, text) {
+    if (this.checked?.id !== item.id || this.checked.text !== text) {
+      this.checked = { id: item.id, text, problems: problemsOf(text, item.schema, item.output) };
+    }
+    return this.checked.problems;
+  }
+
+  #dispute({ item, draft, letters }) {
+    const area = this.at("dispute");
+    area.hidden = !item.dispute.length;
+    if (item.dispute.length && !area.contains(document.activeElement)) area.replaceChildren(...cards(item, draft, letters));
+  }
+
+  #flags(state) {
+    const { spans } = state.draft;
+    this.at("flagging").hidden = !state.pending;
+    this.at("flag-group").hidden = !spans.length;
+    this.at("flags").replaceChildren(...spans.map((span, place) => {
+      const line = element("li", "");
+      line.append(element("q", "", state.item.output.slice(span.start, span.end)));
+      if (span.tag) line.append(element("span", "muted", span.tag));
+      if (!state.past) {
+        const remove = element("button", "icon-btn", "×");
+        remove.type = "button";
+        remove.dataset.do = `unflag ${place}`;
+        remove.setAttribute("aria-label", "Remove this flag");
+        line.append(remove);
+      }
+      return line;
+    }));
+  }
+
   #tags(state) {
     const skipping = state.draft.verdict === "skip";
     const names = skipping ? state.reasons : state.tags;
@@ -118,10 +190,8 @@ export class View {
       tag.type = "button";
       tag.disabled = Boolean(state.past);
       tag.setAttribute("aria-pressed", String(chosen.includes(name)));
-      if (index < 9) {
-        tag.dataset.pick = String(index + 1);
-        tag.append(element("kbd", "", String(index + 1)));
-      }
+      tag.dataset.pick = String(index + 1);
+      if (index < 9) tag.append(element("kbd", "", String(index + 1)));
       tag.append(document.createTextNode(name));
       return tag;
     });
@@ -133,7 +203,8 @@ export class View {
   #comment(state) {
     const comment = this.at("comment");
     const wanted = { skip: "Or in your own words", escalate: "What should the lead decide?" };
-    this.at("comment-label").textContent = wanted[state.draft.verdict] ?? "Comment";
+    const usual = state.item.dispute.length ? "Why do you decide so?" : "Comment";
+    this.at("comment-label").textContent = wanted[state.draft.verdict] ?? usual;
     comment.disabled = Boolean(state.past);
     if (comment.value !== state.draft.comment) comment.value = state.draft.comment;
   }
@@ -143,10 +214,10 @@ export class View {
     area.hidden = !past;
     this.at("submit").parentElement.hidden = Boolean(past);
     if (!past) return;
-    const note = element("div", "note");
+    const keyOf = (action) => document.querySelector(`[data-key-of="${action}"]`).textContent;
     const told = past.reveal ? `${this.#told(past.reveal)} ` : "";
-    note.textContent = `${LABELS[past.draft.verdict]}. ${told}Press u to undo it, → to go on.`;
-    area.replaceChildren(note);
+    const text = `${LABELS[past.draft.verdict]}. ${told}Press ${keyOf("undo")} to undo it, ${keyOf("newer")} to go on.`;
+    area.replaceChildren(element("div", "note", text));
   }
 
   #told(reveal) {
@@ -155,16 +226,24 @@ export class View {
 
   // --- the bottom line ---------------------------------------------------------------------------------------
 
-  reveal(answer) {
+  reveal(judged) {
     const area = this.at("reveal");
-    if (!answer) {
+    if (!judged) {
       area.replaceChildren();
       return;
     }
+    const answer = judged.reveal;
     const link = element("a", "", "See it");
     link.href = `/p/${this.root.dataset.slug}/interactions/${answer.interaction_id}`;
     link.target = "_blank";
     area.replaceChildren(document.createTextNode(`${this.#told(answer)} `), link);
+    if (answer.adjudicates) {
+      const gold = element("button", "btn small quiet", "Check reviewers by it");
+      gold.type = "button";
+      gold.dataset.do = "gold";
+      gold.title = "Show it, unmarked, to reviewers who have not seen it, and count how often they are right";
+      area.append(" ", gold);
+    }
   }
 
   progress(figures) {
@@ -173,6 +252,10 @@ export class View {
     const median = this.at("median");
     median.parentElement.hidden = figures.median_seconds === null;
     if (figures.median_seconds !== null) median.textContent = figures.median_seconds.toPrecision(2);
+    for (const queue of ["escalated", "disputed"]) {
+      const badge = document.querySelector(`[data-count="${queue}"]`);
+      if (badge) badge.textContent = figures[queue] ? String(figures[queue]) : "";
+    }
   }
 
   saving(kind, text) {
@@ -197,13 +280,13 @@ export class View {
     this.at("comment").focus();
   }
 
+  showPending() {
+    this.at("response").querySelector("mark.pending")?.scrollIntoView({ block: "nearest" });
+  }
+
   escape() {
     if (!this.at("drawer").hidden) this.at("drawer").hidden = true;
     else document.activeElement?.blur?.();
-  }
-
-  toggleHelp() {
-    this.at("help").showModal();
   }
 
   toggleGuidelines() {
@@ -211,9 +294,16 @@ export class View {
     drawer.hidden = !drawer.hidden;
   }
 
+  showWhole() {
+    this.whole = true;
+  }
+
+  hideTint() {
+    this.showTint = false;
+  }
+
   toggleTint() {
-    if (!this.current?.tokens) return;
+    if (!this.current?.tokens || this.current.pair) return;
     this.showTint = !this.showTint;
-    this.#response();
   }
 }

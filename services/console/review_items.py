@@ -1,0 +1,129 @@
+"""A review item as a reviewer may see it: blind, the sides of a pair drawn for each reviewer and item.
+
+What chose an item and which weights answered is told only after the judgement is stored, unless the project says
+otherwise; which side of a pair was served is told by nothing that is sent.
+"""
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from hashlib import sha256
+from typing import Any
+from uuid import UUID
+
+from fastapi import Request
+from sqlalchemy.orm import Session
+
+from services.console.access import Here
+from services.console.tokens import token_pieces
+from services.store import interactions, reviews, reviews_history
+from services.store.interactions import Logged
+from services.store.models import Annotation, InteractionBody, ReviewItem
+
+SIDES = ("left", "right")
+
+
+def served_left(user_id: UUID, item_id: UUID) -> bool:
+    """Whether this person sees the served response of a pair on the left; the same each time they look."""
+    return sha256(user_id.bytes + item_id.bytes).digest()[0] % 2 == 0
+
+
+def meant(side: str | None, user_id: UUID, item_id: UUID) -> str | None:
+    """What a side stands for, and what it stands for as a side: the same map both ways. Other words are passed on."""
+    order = ("response", "alternative") if served_left(user_id, item_id) else ("alternative", "response")
+    there = dict(zip(SIDES, order, strict=True))
+    back = {meaning: side for side, meaning in there.items()}
+    return (there | back).get(side, side) if side is not None else None
+
+
+def blind(request: Request, here: Here, item: ReviewItem, logged: Logged, body: InteractionBody) -> dict[str, Any]:
+    """Everything the page shows of an item before it is judged."""
+    pair = _pair(here, item, body)
+    return {
+        "id": str(item.id),
+        "lease_token": str(item.lease_token),
+        "lease_expires_at": iso(item.lease_expires_at),
+        "messages": body.messages,
+        "output": "" if pair else body.output,
+        "pair": pair,
+        "retrieved": body.retrieved,
+        "tools": body.parameters.get("tools") or [],
+        "schema": _schema(body),
+        "tokens": None if pair else token_pieces(request, body),
+        "told": None if here.project.config.get("blind_review", True) else told(item, logged),
+        "history": [],
+        "dispute": [],
+    }
+
+
+def _pair(here: Here, item: ReviewItem, body: InteractionBody) -> list[str] | None:
+    if item.alternative is None:
+        return None
+    texts = [body.output, str(item.alternative.get("output", ""))]
+    return texts if served_left(here.user.id, item.id) else texts[::-1]
+
+
+def _schema(body: InteractionBody) -> object:
+    """The JSON schema the app asked the answer to follow, if it did."""
+    grammar = body.parameters.get("grammar")
+    if not isinstance(grammar, dict) or grammar.get("kind") != "json_schema":
+        return None
+    try:
+        return json.loads(grammar.get("text", ""))
+    except (ValueError, RecursionError):
+        return None
+
+
+def told(item: ReviewItem, logged: Logged | None) -> dict[str, Any]:
+    """What would anchor a judgement: why the item was chosen, and which weights answered."""
+    return {
+        "strategy": item.strategy,
+        "adapter_digest": logged.interaction.adapter_digest if logged else None,
+        "interaction_id": str(item.interaction_id),
+    }
+
+
+def for_lead(session: Session, here: Here, item: ReviewItem, queue: str) -> dict[str, Any]:
+    """What a lead needs beside the item: why it was escalated, or what its judges said, unnamed."""
+    if queue == "escalated":
+        spoken = reviews.standing_annotations(session, item.id)
+        return {"history": [{"comment": one.comment} for one in spoken if one.verdict == "escalate"]}
+    if queue == "disputed":
+        return {"dispute": [_as_said(here, one) for one in reviews_history.of_dispute(session, item.id)]}
+    return {}
+
+
+def _as_said(here: Here, one: Annotation) -> dict[str, Any]:
+    return {
+        "verdict": one.verdict,
+        "correction": one.correction,
+        "preference": meant(one.preference, here.user.id, one.review_item_id),
+        "tags": one.tags,
+        "spans": one.spans,
+        "comment": one.comment,
+    }
+
+
+def looked_back(request: Request, here: Here, looked: Sequence[reviews_history.Looked]) -> list[dict[str, Any]]:
+    """Judgements already made, for the page that was reloaded since; those whose text is gone are left out."""
+    logged = interactions.get_many(here.session, [one.item.interaction_id for one in looked])
+    entries = []
+    for annotation, item in looked:
+        record = logged.get(item.interaction_id)
+        if record is None or record.body is None:
+            continue
+        shown = blind(request, here, item, record, record.body) | {"lease_token": None}
+        entries.append(
+            {
+                "item": shown,
+                "annotation_id": str(annotation.id),
+                "judgement": _as_said(here, annotation),
+                "reveal": {"state": item.state, "adjudicates": annotation.adjudicates} | told(item, record),
+            }
+        )
+    return entries
+
+
+def iso(moment: datetime | None) -> str | None:
+    """A moment as JSON carries it."""
+    return moment.isoformat() if moment else None

@@ -1,0 +1,162 @@
+"""A small world with something on every page, and the list of the pages, for walks through all of them."""
+
+import random
+import uuid
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+from playwright.sync_api import Page
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from services.store import gold, reviews
+from services.store.models import Interaction, Project, ReviewItem, Revision, Run
+from tests.console import seed, seed_speed
+
+HERE = "/p/entities"
+ANSWER = '{"people": ["Anna Reed", "Ivy Stone"], "places": ["Oslo"], "organisations": ["Northwind"], "dates": []}'
+BETTER = '{"people": ["Anna Reed", "Ivy Stone"], "places": ["Oslo"], "organisations": [], "dates": ["2021-03-04"]}'
+TEXT = "Anna Reed and Ivy Stone met in Oslo on 04 March 2021 to speak about the Northwind festival."
+SCHEMA = '{"type": "object", "required": ["people", "places"], "properties": {"people": {"type": "array"}}}'
+
+
+class Scene(NamedTuple):
+    """A page and what is done on it before it is looked at."""
+
+    name: str
+    path: str
+    steps: Callable[[Page], object] = lambda _: None
+    email: str = "boss@example.org"
+    role: str = "admin"
+
+
+def build(session: Session) -> list[Scene]:
+    """Fill an empty database and say what there is to see."""
+    project = seed.lived_in(session, size=40)
+    seed_speed.sped_up(session, project, size=200)
+    young = seed.project(session, "young", "Young")
+    session.add(seed_speed.answer(young, datetime.now(UTC), random.Random(1), speculation=None, rate=90.0))
+    _queue(session)
+    runs = list(session.scalars(select(Run.id)))
+    digest = session.scalars(select(Revision.digest).limit(1)).one()
+    logged = session.scalars(select(ReviewItem.interaction_id).where(ReviewItem.project_id == project.id)).first()
+    baseline = session.scalars(select(Interaction.id).where(~Interaction.speculated).limit(1)).one()
+    return [
+        Scene("home", "/"),
+        Scene("overview", HERE),
+        Scene("overview-young", "/p/young"),
+        Scene("interactions", f"{HERE}/interactions"),
+        Scene("interactions-none", f"{HERE}/interactions?q=nothing-like-it"),
+        Scene("interaction", f"{HERE}/interactions/{logged}"),
+        Scene("interaction-baseline", f"{HERE}/interactions/{baseline}"),
+        Scene("datasets", f"{HERE}/datasets"),
+        Scene("revision", f"{HERE}/datasets/golden/{digest}"),
+        Scene("runs", f"{HERE}/runs"),
+        *(Scene(f"run-{place}", f"{HERE}/runs/{run}") for place, run in enumerate(runs)),
+        Scene("deployment", f"{HERE}/deployment"),
+        *REVIEW,
+    ]
+
+
+# --- review -----------------------------------------------------------------------------------------------
+
+
+def _queue(session: Session) -> None:
+    """A project of its own with a single answer, a pair, a dispute, a decided and a gold item at the front."""
+    project = seed.project(session, "review", "Newsroom entities")
+    first, second, lead = (
+        seed.person(session, f"{name}@example.org", role, project.id).user
+        for name, role in (("mary", "reviewer"), ("alan", "reviewer"), ("radia", "lead"))
+    )
+    _judged(session, project, BETTER, [(first.id, "accept"), (second.id, "reject")], lead.id)
+    _judged(session, project, ANSWER, [(first.id, "correct"), (second.id, "reject")], lead.id, hide=False)
+    _judged(session, project, ANSWER, [(first.id, "accept"), (second.id, "correct")], None)
+    messages = [{"role": "system", "content": seed.GUIDELINES * 3}, {"role": "user", "content": TEXT}]
+    schema = {"grammar": {"kind": "json_schema", "text": SCHEMA}}
+    for place in range(3):
+        logged = seed.interaction(session, project.id, output=ANSWER, messages=messages, parameters=schema)
+        pair = {"output": BETTER, "digest": None} if place == 2 else None
+        seed.item(session, logged, priority=place, alternative=pair)
+
+
+def _judged(
+    session: Session,
+    project: Project,
+    output: str,
+    said: list[tuple[uuid.UUID, str]],
+    lead: uuid.UUID | None,
+    *,
+    hide: bool = True,
+) -> None:
+    messages = [{"role": "user", "content": TEXT}]
+    logged = seed.interaction(session, project.id, output=output, messages=messages)
+    item = seed.item(session, logged, overlap=len(said), split="train")
+    for user, verdict in said:
+        [held] = reviews.lease(session, project.id, user, 1)
+        correction = BETTER if verdict == "correct" else None
+        _say(session, held, user, verdict, correction=correction, comment="Northwind is an event", active_ms=7_200)
+    if lead is not None:
+        [held] = reviews.lease(session, project.id, lead, 1, queue="disputed")
+        _say(session, held, lead, "accept", comment="The festival is an event, so it is no organisation.")
+        if hide:
+            gold.mark(session, item, lead)
+
+
+def _say(session: Session, held: ReviewItem, user: uuid.UUID, verdict: str, **values: object) -> None:
+    assert held.lease_token is not None
+    judgement = reviews.Judgement(verdict, str(uuid.uuid4()), **values)  # type: ignore[arg-type]
+    reviews.submit(session, held.project_id, held.id, user, held.lease_token, judgement)
+
+
+FETCHED = """() => document.querySelector("[data-empty]").hidden
+  || document.querySelector("[data-empty-text] h2").textContent !== "Fetching items" """
+FORGET_DRAFTS = """() => Object.keys(localStorage).filter((key) => key.includes(":draft:"))
+  .forEach((key) => localStorage.removeItem(key))"""
+
+
+def visit(page: Page, scene: Scene) -> None:
+    """Show a scene, from a page of the same console; what was drafted in another one is forgotten."""
+    page.evaluate(FORGET_DRAFTS)
+    page.goto(scene.path)
+    scene.steps(page)
+
+
+def _keys(*keys: str) -> Callable[[Page], None]:
+    def press(page: Page) -> None:
+        page.wait_for_function(FETCHED)
+        page.wait_for_timeout(300)
+        for key in keys:
+            page.keyboard.press(key)
+        page.wait_for_timeout(100)
+
+    return press
+
+
+def _edited(page: Page) -> None:
+    _keys("e")(page)
+    page.locator("[data-editor]").fill(BETTER)
+    page.keyboard.press("Escape")
+    page.keyboard.press("3")
+
+
+def _pair(page: Page) -> None:
+    _keys("a", "Enter")(page)
+    _keys("a", "Enter")(page)
+    _keys("]")(page)
+    page.locator("[data-reveal] a").wait_for()
+
+
+REVIEW = [
+    Scene("review", "/p/review/review", _keys()),
+    Scene("review-edit", "/p/review/review", _edited),
+    Scene("review-reject", "/p/review/review", _keys("x", "1", "3")),
+    Scene("review-flag", "/p/review/review", _keys("s", "ArrowRight", "Shift+ArrowRight", "2", "s", "ArrowRight")),
+    Scene("review-keys", "/p/review/review", _keys("?")),
+    Scene("review-guidelines", "/p/review/review", _keys("g")),
+    Scene("review-pair", "/p/review/review", _pair),
+    Scene("review-history", "/p/review/review", _keys("ArrowLeft")),
+    Scene("review-disputed", "/p/review/review?queue=disputed", _keys("]")),
+    Scene("review-escalated", "/p/review/review?queue=escalated", _keys()),
+    Scene("review-guide", "/p/review/review/guide"),
+]
