@@ -20,7 +20,7 @@ LONGEST_GRACE_SECONDS = 60
 # The shipper is at most this far behind the gateway in ordinary times.
 SETTLE_SECONDS = 5.0
 HEARTBEAT_QUEUES = ("cpu",)
-ROUTINE_KINDS = ("heartbeat", "review.sample")
+ROUTINE_KINDS = ("heartbeat", "review.sample", "pins.check", "examples.embed")
 ROUTINE_KEPT = timedelta(hours=24)
 # No answer takes longer to land.
 HORIZON = timedelta(minutes=10)

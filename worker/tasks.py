@@ -22,9 +22,11 @@ from services.store.base import Sessions, make_sessions
 from services.store.jobs import JobCancelled, JobFailed, Lease, LostLease
 from worker import logs
 from worker.curation.build import build_job
+from worker.curation.embed import embed_job
 from worker.curation.sample import sample_job
 from worker.gate.evaluate import evaluate_job
 from worker.gate.speculator_job import evaluate_speculator_job
+from worker.rollout.pins import check_pins_job
 from worker.rollout.speculator import deploy_speculator_job
 from worker.rollout.swap import deploy_job
 from worker.training.run import train_job
@@ -60,6 +62,8 @@ HANDLERS: Mapping[str, Handler] = {
     "train.speculator": speculator_job,
     "evaluate.speculator": evaluate_speculator_job,
     "deploy.speculator": deploy_speculator_job,
+    "pins.check": check_pins_job,
+    "examples.embed": embed_job,
 }
 
 

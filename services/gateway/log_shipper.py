@@ -26,7 +26,7 @@ from services.gateway.log_spool import QUARANTINE
 from services.gateway.spool_format import to_row
 from services.gateway.spool_tail import Damage, Ended, Tail
 from services.settings import Settings
-from services.store import interactions, keys, partitions
+from services.store import interactions, keys, partitions, pins
 from services.store.base import Sessions, make_sessions, uuid7_time
 from services.store.failpoints import reach
 
@@ -99,6 +99,7 @@ class Shipper:
             with self._sessions.begin() as session:
                 self._ensure_partitions(session, rows)
                 connection: psycopg.Connection[Any] = session.connection().connection.driver_connection  # type: ignore[assignment]
+                pins.count_hits(session, rows)
                 fresh = interactions.land(connection, rows)
                 self._touch_keys(session, rows)
                 reach("shipper.before_commit")

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from services.errors import InvalidRequest
+from services.store.instant_config import PinConfig, WorkedConfig
 from services.store.speculation import SpeculationConfig
 
 # The names in `worker.gate.metrics`, which the store may not import; a test compares them.
@@ -30,6 +31,14 @@ class ProjectConfig(BaseModel):
     train: dict[str, Any] | None = Field(None, description="Training parameters that differ from the defaults.")
     max_tokens_default: int | None = Field(None, ge=1, description="Completion length when a request names none.")
     speculation: SpeculationConfig | None = Field(None, description="Drafting, and when its heads are trained.")
+    pinned_answers: PinConfig | None = Field(None, description="Approved answers served to identical requests.")
+    worked_examples: WorkedConfig | None = Field(None, description="Nearest corrections placed in the prompt.")
+
+
+# Keys that hold keys of their own.
+NESTED: dict[str, type[BaseModel]] = {
+    "speculation": SpeculationConfig, "pinned_answers": PinConfig, "worked_examples": WorkedConfig,
+}  # fmt: skip
 
 
 def checked(config: dict[str, Any]) -> dict[str, Any]:
@@ -39,7 +48,6 @@ def checked(config: dict[str, Any]) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        fields = SpeculationConfig.model_fields if first["loc"][0] == "speculation" else ProjectConfig.model_fields
-        known = ", ".join(fields)
+        known = ", ".join(NESTED.get(str(first["loc"][0]), ProjectConfig).model_fields)
         hint = f" (known: {known})" if first["type"] == "extra_forbidden" else ""
         raise InvalidRequest(f"project configuration {name}: {first['msg']}{hint}", param=f"config.{name}") from error

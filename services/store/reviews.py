@@ -16,6 +16,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session, aliased
 
 from services.errors import Conflict, InvalidRequest, NotFound, Unprocessable
+from services.store import pins, worked
 from services.store.base import uuid7
 from services.store.models import Annotation, InteractionBody, Project, ReviewItem
 
@@ -191,6 +192,7 @@ def submit(
     annotation = _append(session, item, user_id, judgement)
     _clear_lease(item)
     _settle(session, item)
+    _take_effect(session, item)
     return Submitted(annotation, replayed=False)
 
 
@@ -297,6 +299,12 @@ def _settle(session: Session, item: ReviewItem) -> None:
     session.flush()
 
 
+def _take_effect(session: Session, item: ReviewItem) -> None:
+    """What a project allows to change at once, in the judgement's own transaction."""
+    pins.follow(session, item, standing_annotations(session, item.id))
+    worked.follow(session, item)
+
+
 def undo(session: Session, project_id: UUID, user_id: UUID, annotation_id: UUID) -> ReviewItem:
     """Take one's own judgement back by appending its inverse; the item reopens, leased to its author if free.
 
@@ -324,6 +332,7 @@ def undo(session: Session, project_id: UUID, user_id: UUID, annotation_id: UUID)
     )  # fmt: skip
     if inverse is not None:
         _settle(session, item)
+        _take_effect(session, item)
         _hand_back(session, item, user_id)
     return item
 
