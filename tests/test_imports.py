@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "services.cli_access": ("services",),
     "services.cli_artifacts": ("services",),
     "services.cli_client": ("services",),
+    "services.cli_erase": ("services",),
     "services.cli_instant": ("services",),
     "services.cli_learning": ("services",),
     "services.bootstrap": ("services",),

@@ -26,6 +26,7 @@ from worker.curation.embed import embed_job
 from worker.curation.sample import sample_job
 from worker.gate.evaluate import evaluate_job
 from worker.gate.speculator_job import evaluate_speculator_job
+from worker.rollout.erase import erase_job
 from worker.rollout.pins import check_pins_job
 from worker.rollout.speculator import deploy_speculator_job
 from worker.rollout.swap import deploy_job
@@ -64,6 +65,7 @@ HANDLERS: Mapping[str, Handler] = {
     "deploy.speculator": deploy_speculator_job,
     "pins.check": check_pins_job,
     "examples.embed": embed_job,
+    "erase": erase_job,
 }
 
 

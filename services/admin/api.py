@@ -5,7 +5,7 @@ from uuid import UUID
 
 from fastapi import APIRouter, FastAPI, Path, Query, Request
 
-from services.admin import instant_api, shapes, speculator_api
+from services.admin import erasure_api, instant_api, shapes, speculator_api
 from services.admin.access import Admin, Caller, Trainer, undeclared
 from services.errors import Conflict, Forbidden, NotFound
 from services.settings import Settings
@@ -18,7 +18,7 @@ Name = Annotated[str, Path(max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*
 
 def add_admin(app: FastAPI) -> None:
     """The API's routes on an application whose state holds settings, sessions and pepper."""
-    for part in (router, speculator_api.router, instant_api.router):
+    for part in (router, speculator_api.router, instant_api.router, erasure_api.router):
         silent = undeclared(part.routes)
         if silent:
             raise RuntimeError(f"these routes do not say who may call them: {', '.join(silent)}")

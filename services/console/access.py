@@ -88,6 +88,7 @@ Viewer = Annotated[Here, Depends(Guard("viewer"))]
 Reviewer = Annotated[Here, Depends(Guard("reviewer"))]
 Lead = Annotated[Here, Depends(Guard("lead"))]
 Operator = Annotated[Here, Depends(Guard("operator"))]
+Admin = Annotated[Here, Depends(Guard("admin"))]
 
 
 def needs_of(route: BaseRoute) -> str | None:

@@ -13,7 +13,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ExceptionHandler
 
 from services.app import ERROR_HANDLERS, render
-from services.console import browsing, datasets, deployment, home, pins, review, runs, sign_in, speculator
+from services.console import browsing, datasets, deployment, erasure, home, pins, review, runs, sign_in, speculator
 from services.console.access import undeclared
 from services.console.memo import Memo
 from services.console.tokens import TokenReader
@@ -28,7 +28,7 @@ GAIN_SECONDS = 60.0
 log = structlog.get_logger()
 ROUTERS: tuple[APIRouter, ...] = (
     home.router, sign_in.router, review.router, browsing.router, datasets.router, runs.router, deployment.router,
-    speculator.router, pins.router,
+    speculator.router, pins.router, erasure.router,
 )  # fmt: skip
 
 

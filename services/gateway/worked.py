@@ -41,7 +41,7 @@ async def applied(
     fitting = config.enabled and plan.pin is None and not plan.target.pinned and not ask.tools.shown
     if not fitting or question is None or shelf.base != engine.base:
         return plan
-    vector = await _vector(plan, read_tokens(tokenizer, question), link, config.deadline_ms / 1000)
+    vector = await question_vector(plan, read_tokens(tokenizer, question), link, config.deadline_ms / 1000)
     chosen = () if vector is None else nearest(shelf, vector, config, tokenizer)
     if not chosen:
         return plan
@@ -52,7 +52,8 @@ async def applied(
         return plan
 
 
-async def _vector(plan: Plan, prompt: list[int], link: EngineLink, seconds: float) -> Vectors | None:
+async def question_vector(plan: Plan, prompt: list[int], link: EngineLink, seconds: float) -> Vectors | None:
+    """The question as the corrections' vectors were made; None when it does not come within `seconds`."""
     namespace = plan.target.project.id.hex
     message = Pool(
         id=uuid7().hex, prompt=prompt, how="mean", namespace=namespace, cache_salt=namespace, share=plan.share,

@@ -20,6 +20,8 @@ from services.store.models import Dataset, Example, Revision, RevisionExample
 
 MANIFEST_FORMAT = 1
 INSERT_ROWS = 500
+# Before the hash of an example whose text was erased; manifests go on naming the hash.
+ERASED = "erased:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +230,7 @@ def _manifest(entries: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _entry(example: Example, weight: float) -> dict[str, Any]:
     return {
-        "content_hash": example.content_hash,
+        "content_hash": example.content_hash.removeprefix(ERASED),
         "split": example.split,
         "source": example.source,
         "slice": example.slice,
