@@ -12,9 +12,10 @@ from typing import Any
 FORMAT = 1
 CHAT = "/v1/chat/completions"
 # Everything of the sampling that can change an answer. Left out: the seed, which is drawn unless the caller gave one
-# (see `seeded`); how an answer is delivered and logged; and, where sampling is greedy, what only filters the noise.
+# (see `seeded`); how an answer is delivered and logged; where sampling is greedy, what only filters the noise; and a
+# token limit that nobody gave, because it shrinks with what else stands in the prompt.
 NUMBERS = (
-    "temperature", "presence_penalty", "frequency_penalty", "repetition_penalty", "max_tokens", "min_tokens",
+    "temperature", "presence_penalty", "frequency_penalty", "repetition_penalty", "max_tokens_given", "min_tokens",
 )  # fmt: skip
 FILTERS = ("top_p", "top_k", "min_p")
 TURN_KEYS = frozenset({"role", "content"})

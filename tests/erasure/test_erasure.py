@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -261,6 +262,20 @@ def admitted(world: World, identity: UUID, at: datetime) -> Admitted:
         messages=[{"role": "user", "content": MARK}], parameters={}, prompt_token_ids=[1], prompt_hash="p",
         template_hash="t", tokenizer_hash="k", retrieved=[],
     )  # fmt: skip
+
+
+def test_an_answer_still_being_given_is_waited_for_and_erased_too(world: World, erased: ErasureRequest) -> None:
+    mark = f"slow{uuid4().hex}"
+    body = {"model": "entities", "messages": [{"role": "user", "content": f"\x05{mark}"}], "user": mark, "timeout": 3}
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(world.post, "/v1/chat/completions", body)
+        eventually(lambda: files_with(world.settings.home, mark))
+        made = erase(world, erasure.checked(None, "end_user", mark))
+        assert answer.result().status_code == 504
+    assert files_with(world.settings.home, mark) == []
+    with world.sessions() as session:
+        assert tables_with(session, mark) == []
+    assert made.spool_records > 0
 
 
 def test_a_session_is_erased_and_not_the_user_of_the_same_name(world: World, erased: ErasureRequest) -> None:
