@@ -10,8 +10,8 @@ from datetime import datetime
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, and_, cast, delete, func, or_, select, text, update
-from sqlalchemy.dialects.postgresql import BYTEA
+from sqlalchemy import ColumnElement, Text, and_, cast, delete, func, or_, select, text, update
+from sqlalchemy.dialects.postgresql import ARRAY, BYTEA
 from sqlalchemy.orm import Session
 
 from services.errors import Conflict, InvalidRequest, NotFound
@@ -24,6 +24,7 @@ from services.store.models import (
     Example,
     Feedback,
     Interaction,
+    InteractionBody,
     Job,
     ReviewItem,
     Run,
@@ -287,6 +288,19 @@ def erase_said(session: Session, made: ErasureRequest) -> int:
     if made.project_id is not None:
         mine.append(Feedback.project_id == made.project_id)
     return len(session.scalars(delete(Feedback).where(*mine).returning(Feedback.id)).all())
+
+
+def forget_shown(session: Session, project_ids: Collection[UUID]) -> int:
+    """Prompts of others in which an erased correction stood as a worked example: their tokens spell it."""
+    erased = select(Example.id).where(Example.project_id.in_(project_ids), Example.content_hash.startswith(ERASED))
+    ids = [str(one) for one in session.scalars(erased)]
+    if not ids:
+        return 0
+    emptied = update(InteractionBody).where(
+        InteractionBody.worked_examples != [], InteractionBody.worked_examples.has_any(cast(ids, ARRAY(Text)))
+    )
+    changed = emptied.values(prompt_token_ids=[], worked_examples=[]).returning(InteractionBody.id)
+    return len(session.scalars(changed).all())
 
 
 def forget_quotes(session: Session, project_ids: Collection[UUID], until: datetime) -> int:

@@ -29,6 +29,7 @@ from services.store.models import (
     Example,
     ExampleEmbedding,
     Interaction,
+    InteractionBody,
     Job,
     Pin,
     ReviewItem,
@@ -83,6 +84,7 @@ def seeded(world: World) -> None:
         revision = build_revision(session, project_id, "golden")
         learned(session, project_id, revision)
         spoil(session, project_id)
+        show(session)
     home = world.settings.home
     for path in (home / "exports" / "golden.jsonl", home / "runs" / str(run_of(world)) / "1" / "rows.jsonl"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,6 +118,16 @@ def learned(session: Session, project_id: UUID, revision: Revision) -> None:
             group_key=member.example.group_key, baseline_output=said, candidate_output=said, baseline_scores={},
             candidate_scores={},
         ))  # fmt: skip
+
+
+def show(session: Session) -> None:
+    """A correction of the marked user in somebody else's prompt, as tokens."""
+    example = session.scalars(select(Example).where(Example.completion.contains(f"{MARK} corrected train"))).first()
+    other = session.scalars(select(Interaction).where(Interaction.end_user == f"{OTHER}-user")).first()
+    assert example is not None
+    assert other is not None
+    body = session.get_one(InteractionBody, other.id)
+    body.worked_examples, body.prompt_token_ids = [str(example.id)], [1, 2, 3]
 
 
 def spoil(session: Session, project_id: UUID) -> None:
@@ -176,6 +188,20 @@ def test_what_somebody_else_said_is_untouched(world: World, erased: ErasureReque
     assert tables >= wanted
     assert len(rows) == len(examples) == len(pins) == 3
     assert files_with(world.settings.home, OTHER) != []
+
+
+def test_a_correction_that_stood_in_anothers_prompt_is_no_longer_spelled_by_its_tokens(
+    world: World, erased: ErasureRequest
+) -> None:
+    assert erased.certificate is not None
+    assert erased.certificate["rows"]["prompts_that_showed_an_example"] == 1
+    with world.sessions() as session:
+        bodies = session.scalars(
+            select(InteractionBody).join(Interaction, Interaction.id == InteractionBody.id)
+            .where(Interaction.end_user == f"{OTHER}-user")
+        ).all()  # fmt: skip
+        assert [one.worked_examples for one in bodies] == [[], [], []]
+        assert sorted(bool(one.prompt_token_ids) for one in bodies) == [False, True, True]
 
 
 def test_the_certificate_says_what_was_done_and_proves_that_it_is_whole(world: World, erased: ErasureRequest) -> None:

@@ -6,6 +6,7 @@ The fake engine says the first scripted word it reads in a prompt, so an example
 import asyncio
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any, cast
 from uuid import UUID
@@ -13,7 +14,7 @@ from uuid import UUID
 import httpx
 import numpy as np
 import pytest
-from sqlalchemy import select
+from sqlalchemy import delete, select
 
 from engine.client import EngineGone
 from engine.messages import Pool, Pooled
@@ -26,6 +27,7 @@ from services.platform.postgres import PostgresServer
 from services.store import projects
 from services.store.instant_config import WorkedConfig
 from services.store.models import ExampleEmbedding, Job
+from services.store.worked import ring_where_due
 from tests.gateway.judging import judge, person, queued, seconds_until, undo
 from tests.gateway.parts import World, make_world
 from worker.tasks import perform
@@ -171,3 +173,11 @@ def test_no_more_are_chosen_than_the_project_allows(world: World) -> None:
     assert len(ids) == 3
     assert len(nearest(shelf, asked, WorkedConfig(most=3, similarity=-1, tokens=40), tokenizer)) == 1
     assert nearest(shelf, asked, WorkedConfig(similarity=0.999), tokenizer) == ()
+
+
+def test_the_dispatcher_rings_once_for_what_a_running_job_has_missed(world: World, example: str) -> None:
+    with world.sessions.begin() as session:
+        session.execute(delete(Job).where(Job.kind == "examples.embed"))
+        assert ring_where_due(session, datetime.now(UTC)) == [world.projects["entities"]]
+        assert ring_where_due(session, datetime.now(UTC)) == []
+    embed(world)
