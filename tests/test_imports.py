@@ -32,6 +32,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "services.cli_artifacts": ("services",),
     "services.cli_client": ("services",),
     "services.cli_datasets": ("services",),
+    "services.cli_erase": ("services",),
+    "services.cli_instant": ("services",),
     "services.cli_learning": ("services",),
     "services.cli_people": ("services",),
     "whet_client": (),

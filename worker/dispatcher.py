@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from engine.client import EngineGone
 from engine.sync_client import SyncEngineClient
 from services.settings import Settings
-from services.store import jobs, partitions, runs
+from services.store import erasure, jobs, partitions, runs, worked
 from services.store.base import Sessions, make_sessions
 from worker import logs, schedule
 from worker.rollout.collect import collect_orphans
@@ -145,12 +145,15 @@ class Dispatcher:
         with self._sessions.begin() as session:
             for run in runs.settle(session):
                 log.warning("run ended with its job", run=str(run.id), state=run.state)
+            for request_id in erasure.settle(session):
+                log.error("an erasure has failed", alarm=True, erasure=str(request_id))
         if self._heartbeat.due():
             self._transact(schedule.heartbeat)
         if self._schedule.due():
             with self._sessions.begin() as session:
                 self._sampler.step(session, datetime.now(UTC))
                 self._indexer.step(session, datetime.now(UTC))
+                worked.ring_where_due(session, datetime.now(UTC))
         if self._settings.speculation and self._heads.due():
             self._watch.step(self._sessions, datetime.now(UTC))
             with self._sessions.begin() as session:

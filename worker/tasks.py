@@ -27,6 +27,8 @@ from worker.curation.sample import sample_job
 from worker.gate.evaluate import evaluate_job
 from worker.gate.speculator_job import evaluate_speculator_job
 from worker.indexing.embed import embed_job
+from worker.rollout.erase import erase_job
+from worker.rollout.pins import check_pins_job
 from worker.rollout.speculator import deploy_speculator_job
 from worker.rollout.swap import deploy_job
 from worker.training.run import train_job
@@ -64,6 +66,9 @@ HANDLERS: Mapping[str, Handler] = {
     "train.speculator": speculator_job,
     "evaluate.speculator": evaluate_speculator_job,
     "deploy.speculator": deploy_speculator_job,
+    "pins.check": check_pins_job,
+    "examples.embed": embed_examples_job,
+    "erase": erase_job,
 }
 
 

@@ -11,7 +11,7 @@ from alembic import op
 from sqlalchemy.dialects import postgresql
 
 revision = "2026_11_30_golden"
-down_revision = "2026_11_22_speculation"
+down_revision = "2026_11_30_sampling"
 branch_labels = None
 depends_on = None
 

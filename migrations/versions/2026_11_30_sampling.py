@@ -7,7 +7,7 @@ before it. Safe beside the running release, which does not need them.
 from alembic import op
 
 revision = "2026_11_30_sampling"
-down_revision = "2026_11_22_speculation"
+down_revision = "2026_11_30_search"
 branch_labels = None
 depends_on = None
 

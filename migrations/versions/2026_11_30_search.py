@@ -14,7 +14,7 @@ from pgvector.sqlalchemy import HALFVEC
 from sqlalchemy.dialects import postgresql
 
 revision = "2026_11_30_search"
-down_revision = "2026_11_22_speculation"
+down_revision = "2026_11_30_people"
 branch_labels = None
 depends_on = None
 

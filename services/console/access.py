@@ -113,6 +113,7 @@ Viewer = Annotated[Here, Depends(Guard("viewer"))]
 Reviewer = Annotated[Here, Depends(Guard("reviewer"))]
 Lead = Annotated[Here, Depends(Guard("lead"))]
 Operator = Annotated[Here, Depends(Guard("operator"))]
+Admin = Annotated[Here, Depends(Guard("admin"))]
 Administrator = Annotated[Here, Depends(Guard(ADMINISTRATOR))]
 
 

@@ -21,11 +21,13 @@ from services.console import (
     dataset_imports,
     datasets,
     deployment,
+    erasure,
     exporting,
     home,
     joining,
     keys,
     people,
+    pins,
     queue,
     review,
     review_guide,
@@ -52,8 +54,8 @@ QUALITY_SECONDS = 20.0
 log = structlog.get_logger()
 ROUTERS: tuple[APIRouter, ...] = (
     home.router, sign_in.router, review.router, queue.router, bulk.router, exporting.router, browsing.router,
-    dataset_imports.router, datasets.router, runs.router, deployment.router, speculator.router, joining.router,
-    account.router, people.router, keys.router, audit.router, review_guide.router,
+    dataset_imports.router, datasets.router, runs.router, deployment.router, speculator.router, pins.router,
+    joining.router, account.router, people.router, keys.router, audit.router, erasure.router, review_guide.router,
 )  # fmt: skip
 
 

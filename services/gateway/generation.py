@@ -13,6 +13,7 @@ from engine.messages import Finished, PromptLogprobs, Tokens
 from engine.text.tokenizer import Tokenizer
 from engine.text.tools import Parsed
 from services.errors import DeadlineExceeded, WhetError
+from services.gateway import pinned
 from services.gateway.engine_link import EngineLink, Opened, Reply, gone, refusal
 from services.gateway.log_spool import LogSpool
 from services.gateway.metrics import Metrics
@@ -47,7 +48,8 @@ class Choice:
         self.index = index
         self.plan = plan
         self.planned = plan.choices[index]
-        self.adapter = plan.target.candidates[0]
+        # None made a pinned answer.
+        self.adapter = None if plan.pin else plan.target.candidates[0]
         self.finish_reason = ""
         self.text = ""
         self.content = ""
@@ -85,7 +87,7 @@ class Choice:
         self._parts.metrics.running.inc()
         try:
             async with asyncio.timeout(self.plan.ask.timeout):
-                self._opened = await self._parts.link.open(self.plan.message(self.index), self.plan.target.candidates)
+                self._opened = await self._begin()
             self.adapter = self._opened.adapter
             _refuse(self._opened.first)
         except TimeoutError as error:
@@ -95,6 +97,11 @@ class Choice:
         except BaseException as error:
             self._fail(error)
             raise
+
+    async def _begin(self) -> Opened:
+        if self.plan.pin is not None:
+            return pinned.opened(self.plan)
+        return await self._parts.link.open(self.plan.message(self.index), self.plan.target.candidates)
 
     async def pieces(self) -> AsyncGenerator[Piece]:
         """Text as it becomes certain. Once exhausted, the ending is logged. Raises WhetError, logged as well."""
@@ -276,6 +283,10 @@ class Choice:
         metrics.prompt_tokens.labels(model).inc(len(self.planned.prompt))
         metrics.generation_tokens.labels(model).inc(len(self.token_ids))
         metrics.latency.labels(model).observe(now - self.plan.started)
+        if self.plan.pin is not None:
+            # The engine was not asked: what follows is about what it does.
+            metrics.pinned.labels(model).inc()
+            return
         metrics.speculation.count(model, self.speculating)
         if ending is not None or self.token_ids:
             metrics.prefix_queries.labels(model).inc(len(self.planned.prompt))

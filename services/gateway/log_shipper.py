@@ -23,10 +23,11 @@ from sqlalchemy.orm import Session
 
 from services.app import configure_logs
 from services.gateway.log_spool import QUARANTINE
+from services.gateway.spool_cleaner import Cleaner
 from services.gateway.spool_format import to_row
 from services.gateway.spool_tail import Damage, Ended, Tail
 from services.settings import Settings
-from services.store import interactions, keys, partitions
+from services.store import erasure, interactions, keys, partitions, pins
 from services.store.base import Sessions, make_sessions, uuid7_time
 from services.store.failpoints import reach
 
@@ -54,6 +55,7 @@ class Shipper:
         self._tails: dict[str, Tail] = {}
         self._covered: tuple[date, date] | None = None
         self._touched: dict[UUID, datetime] = {}
+        self._cleaner = Cleaner(sessions, spool)
 
     def step(self) -> bool:
         """Ship what there is, one batch of each gateway at most. Returns whether there was any.
@@ -64,6 +66,7 @@ class Shipper:
         for name in found:
             self._tails.setdefault(name, Tail(self._spool / name))
         moved = [self._ship(self._tails[name]) for name in found]
+        self._cleaner.step(self._tails)
         return any(moved)
 
     def report(self) -> dict[str, int]:
@@ -99,7 +102,9 @@ class Shipper:
             with self._sessions.begin() as session:
                 self._ensure_partitions(session, rows)
                 connection: psycopg.Connection[Any] = session.connection().connection.driver_connection  # type: ignore[assignment]
-                fresh = interactions.land(connection, rows)
+                landing = erasure.drop_covered(session, rows)
+                pins.count_hits(session, landing)
+                fresh = interactions.land(connection, landing)
                 self._touch_keys(session, rows)
                 reach("shipper.before_commit")
             self.landed += fresh

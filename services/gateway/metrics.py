@@ -31,6 +31,9 @@ class Metrics:
         self.finished = Counter(
             "vllm:request_success", "Ended requests.", (*model, "finished_reason"), registry=self.registry
         )
+        self.pinned = Counter(
+            "whet:pinned_answers", "Ended requests that a pinned answer served.", model, registry=self.registry
+        )
         self.first_token = Histogram(
             "vllm:time_to_first_token_seconds", "From arrival to the first text.", model,
             buckets=SECONDS, registry=self.registry,

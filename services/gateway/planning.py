@@ -51,6 +51,21 @@ class Planned:
         return self.admitted.id
 
 
+class Pinned(NamedTuple):
+    """An approved answer that serves in the model's place: the pin, and the tokens that say it, its end included."""
+
+    id: UUID
+    token_ids: tuple[int, ...]
+
+
+class Worked(NamedTuple):
+    """A correction that is placed in the prompt: its example, the user's turn, the answer."""
+
+    id: UUID
+    shown: str
+    completion: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Everything decided before the first token: one choice, with one Generate and one log record, for each answer."""
@@ -61,6 +76,8 @@ class Plan:
     grammar: Grammar | None
     share: str
     started: float
+    pin: Pinned | None = None
+    worked: tuple[Worked, ...] = ()
 
     @property
     def ids(self) -> tuple[UUID, ...]:
@@ -96,9 +113,16 @@ class Prompt(NamedTuple):
 
 
 async def make_plan(
-    ask: Ask, target: Target, key_id: UUID, tokenizer: Tokenizer, engine: Status, started: float
+    ask: Ask,
+    target: Target,
+    key_id: UUID,
+    tokenizer: Tokenizer,
+    engine: Status,
+    started: float,
+    worked: tuple[Worked, ...] = (),
 ) -> Plan:
-    """Tokenize and fix every effective parameter. `started` is the request's arrival (time.perf_counter).
+    """Tokenize and fix every effective parameter. `started` is the request's arrival (time.perf_counter). `worked`
+    examples stand in the prompt and are logged by their ids; the logged messages stay the app's.
 
     Raises InvalidRequest for a prompt that the template refuses or that leaves no room in the context.
     """
@@ -107,18 +131,21 @@ async def make_plan(
     if characters > engine.max_context * MOST_CHARACTERS_A_TOKEN:
         raise _too_long(ask, f"more than {characters // MOST_CHARACTERS_A_TOKEN}", engine.max_context)
     if sum(_characters(ask)) > LONG_PROMPT_CHARACTERS:
-        prompts = await asyncio.to_thread(_encode, ask, tokenizer)
+        prompts = await asyncio.to_thread(_encode, ask, tokenizer, worked)
     else:
-        prompts = _encode(ask, tokenizer)
+        prompts = _encode(ask, tokenizer, worked)
     seed = secrets.randbelow(SEED_RANGE) if ask.seed is None else ask.seed % SEED_RANGE
     grammar = _grammar(ask, tokenizer)
     choices: list[Planned] = []
     for prompt in prompts:
         sampling = _sampling(ask, target, prompt.ids, tokenizer, engine.max_context, seed)
         admitted = _admitted(ask, target, key_id, tokenizer, engine, prompt, sampling, grammar)
+        if worked:
+            admitted = msgspec.structs.replace(admitted, worked_examples=[str(one.id) for one in worked])
         choices += [_planned(number, prompt, sampling, admitted, target) for number in range(ask.n)]
     return Plan(
-        ask=ask, target=target, choices=tuple(choices), grammar=grammar, share=key_id.hex, started=started
+        ask=ask, target=target, choices=tuple(choices), grammar=grammar, share=key_id.hex, started=started,
+        worked=worked,
     )  # fmt: skip
 
 
@@ -144,8 +171,10 @@ def _characters(ask: Ask) -> list[int]:
     return [spoken + (len(msgspec.json.encode((ask.tools.shown, called))) if ask.tools.shown or called else 0)]
 
 
-def _encode(ask: Ask, tokenizer: Tokenizer) -> list[Prompt]:
-    prompts = [_chat(ask, tokenizer)] if ask.endpoint == CHAT else [_plain(one, tokenizer) for one in ask.prompts]
+def _encode(ask: Ask, tokenizer: Tokenizer, worked: Sequence[Worked]) -> list[Prompt]:
+    prompts = (
+        [_chat(ask, tokenizer, worked)] if ask.endpoint == CHAT else [_plain(one, tokenizer) for one in ask.prompts]
+    )
     if not all(prompt.ids for prompt in prompts):
         raise InvalidRequest("the prompt is empty", param="prompt")
     return prompts
@@ -159,11 +188,22 @@ def _plain(prompt: str | list[int], tokenizer: Tokenizer) -> Prompt:
     return Prompt(prompt, tokenizer.decode(prompt, skip_special_tokens=False))
 
 
-def _chat(ask: Ask, tokenizer: Tokenizer) -> Prompt:
-    ids = encode_chat(ask.messages, ask.tools.shown, tokenizer)
+def _chat(ask: Ask, tokenizer: Tokenizer, worked: Sequence[Worked]) -> Prompt:
+    ids = encode_chat(placed(ask.messages, worked), ask.tools.shown, tokenizer)
     if ask.tools.forced is not None:
         ids += tokenizer.encode(FORCED_PREFIX[style_of(_template(tokenizer))])
     return Prompt(ids, "")
+
+
+def placed(messages: list[dict[str, Any]], worked: Sequence[Worked]) -> list[dict[str, Any]]:
+    """The chat with each example as two turns of its own, a user's and the answer, behind the system's first turns."""
+    start = next((at for at, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    turns = [
+        {"role": role, "content": content}
+        for one in worked
+        for role, content in (("user", one.shown), ("assistant", one.completion))
+    ]
+    return [*messages[:start], *turns, *messages[start:]]
 
 
 def encode_chat(

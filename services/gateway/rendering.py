@@ -34,12 +34,18 @@ def answer_id(plan: Plan) -> str:
 
 def headers(plan: Plan, choice: Choice, durability: str) -> dict[str, str]:
     """What an answer says about itself: how to refer to it, which weights made it, what its log survives."""
-    return {
+    said = {
         "x-whet-interaction-id": str(plan.ids[0]),
-        "x-whet-adapter": choice.adapter or "base",
+        "x-whet-origin": "live" if plan.pin is None else "pinned",
+        "x-whet-adapter": (choice.adapter or "base") if plan.pin is None else "none",
         "x-whet-generation": str(plan.target.project.generation),
         "x-whet-durability": durability,
     }
+    if plan.pin is not None:
+        said["x-whet-pin"] = str(plan.pin.id)
+    if plan.worked:
+        said["x-whet-worked-examples"] = ",".join(str(one.id) for one in plan.worked)
+    return said
 
 
 def usage(choices: Sequence[Choice]) -> dict[str, Any]:

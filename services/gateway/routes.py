@@ -11,7 +11,7 @@ from starlette.routing import Route
 from engine.messages import Status
 from services.app import PUBLIC, declared_scope, needs
 from services.errors import Forbidden
-from services.gateway import access, feedback, tokenization, vectors
+from services.gateway import access, feedback, pinned, tokenization, vectors, worked
 from services.gateway.bodies import CHAT, TEXT, Ask, parse_chat, parse_text
 from services.gateway.planning import make_plan
 from services.gateway.service import Gateway
@@ -53,6 +53,10 @@ async def _complete(request: Request, parse: Callable[[bytes], Ask]) -> Response
     target = access.resolve(gateway.keeper.current, key, ask.model)
     engine = await gateway.live.link.describe()
     plan = await make_plan(ask, target, key.id, gateway.tokenizer, engine, started)
+    at_once = gateway.keeper.current.instant
+    plan = pinned.applied(plan, at_once.boards.get(target.project.id), gateway.tokenizer)
+    if shelf := at_once.shelves.get(target.project.id):
+        plan = await worked.applied(plan, shelf, key.id, gateway.tokenizer, engine, gateway.live.link)
     return await answer(request, plan, gateway.live)
 
 

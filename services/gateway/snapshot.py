@@ -19,6 +19,8 @@ import structlog
 from sqlalchemy import Connection, Engine, select
 from sqlalchemy.exc import SQLAlchemyError
 
+from services.gateway import instant
+from services.gateway.instant import Instant
 from services.store.models import ApiKey, Artifact, Deployment, Project
 from services.store.speculation import Heads, SpeculationConfig, read_config
 
@@ -70,6 +72,7 @@ class Snapshot:
 
     keys: Mapping[str, KnownKey] = field(default_factory=dict)
     projects: Mapping[str, KnownProject] = field(default_factory=dict)
+    instant: Instant = field(default_factory=Instant)
     taken: float = float("-inf")
 
     @property
@@ -83,8 +86,9 @@ class Snapshot:
         return self.age_seconds < OLDEST_SECONDS
 
 
-def load(connection: Connection) -> Snapshot:
-    """Three short queries; `taken` is before the first, so that the age is never flattered."""
+def load(connection: Connection, before: Snapshot | None = None) -> Snapshot:
+    """A few short queries; `taken` is before the first, so that the age is never flattered. Texts that `before` holds
+    are not read again."""
     taken = time.monotonic()
     keys = {
         row.prefix: KnownKey(row.id, row.prefix, row.hash, row.project_id, frozenset(row.scopes), row.expires_at)
@@ -110,7 +114,7 @@ def load(connection: Connection) -> Snapshot:
         )
         for row in connection.execute(query)
     }  # fmt: skip
-    return Snapshot(keys, projects, taken)
+    return Snapshot(keys, projects, instant.load(connection, before.instant if before else Instant()), taken)
 
 
 def hash_config(config: Mapping[str, Any]) -> str:
@@ -158,7 +162,7 @@ class SnapshotKeeper:
             driver.execute(f"LISTEN {CHANNEL}")
             try:
                 while not self._stopping.is_set():
-                    self.current = load(connection)
+                    self.current = load(connection, self.current)
                     if self.error is not None:
                         log.info("snapshot_is_fresh_again")
                     self.error = None

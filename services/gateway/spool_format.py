@@ -45,6 +45,9 @@ class Admitted(msgspec.Struct, tag="admitted", frozen=True, kw_only=True):
     template_hash: str
     tokenizer_hash: str
     retrieved: list[Any]
+    # Records written before there were others say nothing of it.
+    origin: Literal["live", "pinned"] = "live"
+    worked_examples: list[str] = []
     version: int = VERSION
 
 
@@ -177,9 +180,7 @@ def to_row(admitted: Admitted, final: Final) -> dict[str, object]:
     """Column values of `interaction` and `interaction_body`. Postgres text cannot hold NUL, so it becomes U+FFFD."""
     row = msgspec.structs.asdict(admitted) | msgspec.structs.asdict(final)
     row |= {
-        "origin": "live",
         "arm": "active",
-        "worked_examples": [],
         "spool_version": row.pop("version"),
         "started_at": _moment(admitted.started_at),
         "finished_at": _moment(final.finished_at),

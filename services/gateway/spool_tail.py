@@ -94,6 +94,15 @@ class Tail:
             self.unlanded = [Ended(admitted, interrupted(admitted)) for _, admitted in self._pending.values()]
         return self.unlanded
 
+    @property
+    def place(self) -> Position:
+        """Up to where everything was read."""
+        return self._place
+
+    def unended(self) -> list[Admitted]:
+        """Interactions that have begun and not ended, as far as it was read."""
+        return [admitted for _, admitted in self._pending.values()]
+
     def keep_place(self) -> None:
         """What was read has landed: remember that across a crash, and drop segments nobody needs any more."""
         self.unlanded = []

@@ -14,7 +14,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from services.errors import Conflict, NotFound
-from services.store import audit
+from services.store import audit, jobs, pins
 from services.store.models import Artifact, Deployment, DeploymentEvent
 
 # Marks the event of heads that went because their adapter did, and may come back with it.
@@ -107,7 +107,7 @@ def roll_back(
     expected_generation: int | None = None,
     condemned_state: str = "rolled_back",
 ) -> Deployment:
-    """Return to the last good digest, or to the base when there is none. Needs only Postgres, never the engine.
+    """Return to the last good digest, or to the base when there is none that may serve. Needs only Postgres.
 
     The artefact it leaves is condemned: it never goes live again. Raises Conflict when the base serves already, or
     when `expected_generation` is given and has moved.
@@ -118,7 +118,7 @@ def roll_back(
     condemned = deployment.active_digest
     if condemned is None:
         raise Conflict("the base model serves already: there is nothing to roll back")
-    target = deployment.last_good_digest
+    target = _untainted(session, deployment.last_good_digest)
     advance(session, condemned, condemned_state)
     if target is not None:
         advance(session, target, "live")
@@ -132,6 +132,12 @@ def roll_back(
         reason=reason,
         evidence=None,
     )
+
+
+def _untainted(session: Session, digest: str | None) -> str | None:
+    """Weights trained on what has been erased since are deployed nowhere anew, not even by a roll-back."""
+    artifact = session.get(Artifact, digest, populate_existing=True) if digest else None
+    return digest if artifact is not None and artifact.tainted_at is None else None
 
 
 def locked(session: Session, project_id: UUID) -> Deployment:
@@ -149,6 +155,8 @@ def require_own(session: Session, project_id: UUID, digest: str, kind: str) -> A
         raise Conflict(f"artefact {short(digest)} does not belong to this project")
     if artifact.kind != kind:
         raise Conflict(f"artefact {short(digest)} is of kind {artifact.kind}, not {kind}")
+    if artifact.tainted_at is not None:
+        raise Conflict(f"artefact {short(digest)} was trained on data that has been erased since: train again")
     return artifact
 
 
@@ -204,7 +212,10 @@ def _predecessor(session: Session, project_id: UUID, digest: str | None) -> str 
         .limit(1)
         .scalar_subquery()
     )
-    return session.scalar(select(Artifact.digest).where(Artifact.digest == replaced, Artifact.state == "retired"))
+    kept = select(Artifact.digest).where(
+        Artifact.digest == replaced, Artifact.state == "retired", Artifact.tainted_at.is_(None)
+    )
+    return session.scalar(kept)
 
 
 def _commit_change(
@@ -226,7 +237,18 @@ def _commit_change(
     deployment.generation += 1
     record_change(session, deployment, kind, old=old, to=to, actor=actor, reason=reason, evidence=evidence)
     _change_heads(session, deployment, old, actor)
+    _ask_for_pins(session, deployment)
     return deployment
+
+
+def _ask_for_pins(session: Session, deployment: Deployment) -> None:
+    """Pinned answers that other weights had learned serve again at once; a job then asks what the new ones know."""
+    project_id, active = deployment.project_id, deployment.active_digest
+    pins.weights_changed(session, project_id, active)
+    if active is not None and pins.any_live(session, project_id):
+        payload = {"project_id": str(project_id), "digest": active, "generation": deployment.generation}
+        dedupe_key = f"pins.check:{project_id}:{deployment.generation}"
+        jobs.enqueue(session, "pins.check", payload, project_id=project_id, dedupe_key=dedupe_key)
 
 
 def _change_heads(session: Session, deployment: Deployment, old: str | None, actor: str) -> None:
@@ -265,6 +287,7 @@ def _heads_left(session: Session, project_id: UUID, adapter: str | None) -> str 
             DeploymentEvent.kind == "speculator_retired",
             DeploymentEvent.from_digest == _last_live(project_id, adapter),
             Artifact.state == "retired",
+            Artifact.tainted_at.is_(None),
         )
         .order_by(DeploymentEvent.id.desc())
         .limit(1)

@@ -4,7 +4,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from pgvector.sqlalchemy import HALFVEC
+from pgvector.sqlalchemy import HALFVEC, Vector
 from sqlalchemy import (
     DDL,
     BigInteger,
@@ -35,6 +35,8 @@ BULK_STATES = ("queued", "running", "done", "undoing", "undone", "failed")
 SOURCES = ("accepted", "corrected", "rejected", "preferred", "imported")
 JOB_STATES = ("queued", "running", "succeeded", "failed", "cancelled", "dead")
 RUN_STATES = ("queued", "running", "succeeded", "failed", "cancelled")
+PIN_STATES = ("live", "learned", "withdrawn")
+ERASURE_KINDS = ("end_user", "session")
 ARTIFACT_STATES = (
     "built", "verified", "staged", "canary", "live", "retired", "rejected", "quarantined", "rolled_back",
 )  # fmt: skip
@@ -562,6 +564,65 @@ class PromptCluster(Base):
     created_at: Mapped[Now]
 
 
+# --- immediate effect --------------------------------------------------------------------------------------
+
+
+class Pin(Base):
+    """An approved answer that serves the identical request. `request_hash` is `pin_key.key_of` of that request.
+
+    `learned`: the weights `learned_digest` give this answer themselves, so nothing is served while they are live. The
+    text never changes; another approval is another row.
+    """
+
+    __tablename__ = "pin"
+    __table_args__ = (
+        one_of("state", *PIN_STATES),
+        Index(
+            "uq_pin_current", "project_id", "request_hash", unique=True,
+            postgresql_where=text("state IN ('live', 'learned')"),
+        ),
+        Index(None, "project_id", "created_at"),
+        Index(None, "review_item_id"),
+        Index(None, "interaction_id"),
+    )  # fmt: skip
+    id: Mapped[Key]
+    project_id: Mapped[UUID] = mapped_column(ForeignKey("project.id", ondelete="CASCADE"))
+    request_hash: Mapped[str]
+    messages: Mapped[list[Any]]
+    parameters: Mapped[dict[str, Any]]
+    answer: Mapped[str]
+    size: Mapped[int]
+    state: Mapped[str] = mapped_column(default="live", server_default="live")
+    interaction_id: Mapped[UUID]
+    review_item_id: Mapped[UUID]
+    annotation_ids: Mapped[list[Any]]
+    approved_by: Mapped[list[Any]]
+    hits: Mapped[int] = mapped_column(default=0, server_default="0")
+    last_hit_at: Mapped[datetime | None]
+    learned_digest: Mapped[str | None]
+    created_at: Mapped[Now]
+    withdrawn_at: Mapped[datetime | None]
+    withdrawn_by: Mapped[str | None]
+    reason: Mapped[str | None]
+
+
+class ExampleEmbedding(Base):
+    """A correction of the train split as a vector of the base model's, so that the gateway can find it.
+
+    Being here means that the judgement stands; `shown` is the user's turn that is compared and placed in prompts.
+    """
+
+    __tablename__ = "example_embedding"
+    __table_args__ = (Index(None, "project_id"),)
+    example_id: Mapped[UUID] = mapped_column(ForeignKey("example.id", ondelete="CASCADE"), primary_key=True)
+    project_id: Mapped[UUID] = mapped_column(ForeignKey("project.id", ondelete="CASCADE"))
+    base_digest: Mapped[str]
+    shown: Mapped[str]
+    completion: Mapped[str]
+    embedding: Mapped[Any] = mapped_column(Vector())
+    created_at: Mapped[Now]
+
+
 # --- learning ---------------------------------------------------------------------------------------------
 
 
@@ -577,6 +638,8 @@ class Artifact(Base):
     base_digest: Mapped[str]
     manifest: Mapped[dict[str, Any]]
     state: Mapped[str] = mapped_column(default="built")
+    # Trained on what has been erased since: it may serve on where it serves, and is deployed nowhere any more.
+    tainted_at: Mapped[datetime | None]
     created_at: Mapped[Now]
 
 
@@ -752,13 +815,27 @@ class AuditEvent(Base):
 
 
 class ErasureRequest(Base):
-    """A request to erase an end user or session, and its certificate."""
+    """A request to erase an end user or session, and its certificate. It covers what was asked before `created_at`.
+
+    `subject` is the name until the erasure is done, then `erasure.hashed` of it: enough to know late traffic by.
+    `spool_clean_at` is the shipper's word that no spool holds the subject any more; `late_rows` counts answers that
+    came to land after that and did not. `forgotten_at`: when the engine forgot, so that corpora are filled again.
+    """
 
     __tablename__ = "erasure_request"
+    __table_args__ = (one_of("kind", *ERASURE_KINDS),)
     id: Mapped[Key] = mapped_column(default=uuid7)
     project_id: Mapped[UUID | None] = mapped_column(ForeignKey("project.id"))
+    kind: Mapped[str] = mapped_column(default="end_user", server_default="end_user")
     subject: Mapped[str]
     state: Mapped[str] = mapped_column(default="queued")
-    certificate: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
+    asked_by: Mapped[str] = mapped_column(default="", server_default="")
+    job_id: Mapped[UUID | None]
+    progress: Mapped[dict[str, Any]] = mapped_column(default=dict, server_default=text("'{}'"))
+    spool_records: Mapped[int] = mapped_column(default=0, server_default="0")
+    late_rows: Mapped[int] = mapped_column(default=0, server_default="0")
+    spool_clean_at: Mapped[datetime | None]
+    forgotten_at: Mapped[datetime | None]
+    certificate: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
     created_at: Mapped[Now]
     finished_at: Mapped[datetime | None]

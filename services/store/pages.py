@@ -215,7 +215,11 @@ def worked_examples(session: Session, project_id: UUID, count: int = 3) -> list[
     query = (
         select(Example)
         .where(
-            Example.project_id == project_id, Example.source == "corrected", Example.split == "train", ~gold.exists()
+            Example.project_id == project_id,
+            Example.source == "corrected",
+            Example.split == "train",
+            ~gold.exists(),
+            Example.completion.is_not(None),  # an erased one has no text left
         )
         .order_by(func.jsonb_array_length(Example.reviewers).desc(), Example.id)
         .limit(count)

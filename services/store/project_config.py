@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from services.errors import InvalidRequest
+from services.store.instant_config import PinConfig, WorkedConfig
 from services.store.pii import Mode
 from services.store.sampling import check_mix
 from services.store.speculation import SpeculationConfig
@@ -43,6 +44,8 @@ class ProjectConfig(BaseModel):
         None, ge=0, le=1_000_000, description="Newest answers that search by meaning knows; 0 makes no vectors."
     )
     speculation: SpeculationConfig | None = Field(None, description="Drafting, and when its heads are trained.")
+    pinned_answers: PinConfig | None = Field(None, description="Approved answers served to identical requests.")
+    worked_examples: WorkedConfig | None = Field(None, description="Nearest corrections placed in the prompt.")
 
     @field_validator("strategy_mix")
     @classmethod
@@ -52,6 +55,12 @@ class ProjectConfig(BaseModel):
         return mix
 
 
+# Keys that hold keys of their own.
+NESTED: dict[str, type[BaseModel]] = {
+    "speculation": SpeculationConfig, "pinned_answers": PinConfig, "worked_examples": WorkedConfig,
+}  # fmt: skip
+
+
 def checked(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration as stored. Raises InvalidRequest naming the first bad key."""
     try:
@@ -59,8 +68,7 @@ def checked(config: dict[str, Any]) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        fields = SpeculationConfig.model_fields if first["loc"][0] == "speculation" else ProjectConfig.model_fields
-        known = ", ".join(fields)
+        known = ", ".join(NESTED.get(str(first["loc"][0]), ProjectConfig).model_fields)
         hint = f" (known: {known})" if first["type"] == "extra_forbidden" else ""
         raise InvalidRequest(
             f"project configuration {name}: {first['msg'].removeprefix('Value error, ')}{hint}", param=f"config.{name}"

@@ -17,7 +17,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from services.errors import Conflict, InvalidRequest, NotFound
-from services.store import gold
+from services.store import gold, pins, worked
 from services.store.base import uuid7
 from services.store.models import Annotation, Project, ReviewItem
 from services.store.reviews_judgement import UNDO_PREFIX, Judgement, check_content, check_shape
@@ -191,6 +191,7 @@ def submit(
     _clear_lease(item)
     if not annotation.checked:
         _settle(session, item)
+        _take_effect(session, item)
     session.flush()
     return Submitted(annotation, replayed=False)
 
@@ -255,6 +256,12 @@ def _escalated(annotations: list[Annotation]) -> bool:
     return any(one.verdict == "escalate" for one in last)
 
 
+def _take_effect(session: Session, item: ReviewItem) -> None:
+    """What a project allows to change at once, in the judgement's own transaction."""
+    pins.follow(session, item, standing_annotations(session, item.id))
+    worked.follow(session, item)
+
+
 def undo(session: Session, project_id: UUID, user_id: UUID, annotation_id: UUID) -> ReviewItem:
     """Take one's own judgement back by appending its inverse; the item reopens, leased to its author if free.
 
@@ -283,6 +290,7 @@ def undo(session: Session, project_id: UUID, user_id: UUID, annotation_id: UUID)
     if inverse is not None:
         if not annotation.checked:
             _settle(session, item)
+            _take_effect(session, item)
         if _was_asked(session, item, annotation):
             _hand_back(session, item, user_id)
     return item

@@ -9,9 +9,9 @@ from uuid import UUID
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from services.store.erasure import is_erased
 from services.store.models import Interaction, InteractionBody
 from services.store.pages import first_id
-from services.store.traffic import erased
 
 UNANSWERED = ("error", "cancelled", "interrupted")
 # Fewer tokens than these say more of the clock than of the decode rate.
@@ -130,7 +130,7 @@ def _newest_first(
                 Interaction.origin == "live",
                 Interaction.base_digest == base,
                 Interaction.finish_reason.not_in(UNANSWERED),
-                ~erased(project_id),
+                ~is_erased(project_id),
                 InteractionBody.parameters["model"].as_string().not_like("%@%"),
             )
             .order_by(Interaction.id.desc())

@@ -4,10 +4,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import Integer, cast, exists, or_, select
+from sqlalchemy import Integer, cast, or_, select
 from sqlalchemy.orm import Session
 
-from services.store.models import ErasureRequest, Interaction, InteractionBody
+from services.store.erasure import is_erased
+from services.store.models import Interaction, InteractionBody
 
 # Sizes are read for so many of the newest answers; bodies only for those that are chosen.
 MOST_ANSWERS = 100_000
@@ -51,20 +52,13 @@ def sizes(session: Session, project_id: UUID, *, tokenizer: str, template: str, 
             InteractionBody.tokenizer_hash == tokenizer,
             InteractionBody.template_hash == template,
             or_(InteractionBody.parameters["n"].is_(None), cast(InteractionBody.parameters["n"].astext, Integer) == 1),
-            ~erased(project_id),
+            ~is_erased(project_id),
         )
         .order_by(Interaction.id.desc())
         .limit(MOST_ANSWERS)
     )
     rows = session.execute(query).all()
     return [Size(row.id, row.prompt_tokens + row.completion_tokens, row.adapter_digest) for row in reversed(rows)]
-
-
-def erased(project_id: UUID) -> Any:  # noqa: ANN401 - SQLAlchemy's expressions
-    """Whether who asked an interaction asked to be erased since."""
-    asked = or_(ErasureRequest.project_id == project_id, ErasureRequest.project_id.is_(None))
-    subject = or_(ErasureRequest.subject == Interaction.end_user, ErasureRequest.subject == Interaction.session_key)
-    return exists().where(asked, subject)
 
 
 def answers(session: Session, project_id: UUID, ids: Sequence[UUID]) -> Iterator[Answer]:

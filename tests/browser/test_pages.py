@@ -12,7 +12,7 @@ from services.store.base import Sessions
 from services.store.models import Interaction, Revision, Run
 from tests.browser.conftest import OpenAs
 from tests.browser.test_review_session import HOSTILE
-from tests.console import seed, seed_speed
+from tests.console import seed, seed_instant, seed_speed
 
 LONG = "supercalifragilistic" * 40
 NAMELESS = """
@@ -35,6 +35,8 @@ def paths(sessions: Sessions) -> list[str]:
                 session, project.id, output=output, messages=[{"role": "user", "content": output}], error=output,
                 end_user=output, session_key=output, tags={output[:30]: output},
             )  # fmt: skip
+            seed_instant.pinned(session, project, output)
+            seed_instant.erased(session, project, output)
         run_ids = [str(one) for one in session.scalars(select(Run.id))]
         digest = session.scalars(select(Revision.digest).limit(1)).one()
         interaction = logged.id
@@ -43,7 +45,8 @@ def paths(sessions: Sessions) -> list[str]:
         "/", here, f"{here}/review", f"{here}/interactions", f"{here}/interactions?q=nothing-like-it",
         f"{here}/interactions/{interaction}", f"{here}/datasets", f"{here}/datasets/golden/{digest}", f"{here}/runs",
         *(f"{here}/runs/{one}" for one in run_ids), f"{here}/deployment", "/sign-in",
-        f"{here}/interactions/{baseline}", "/p/young", "/p/young/deployment",
+        f"{here}/interactions/{baseline}", "/p/young", "/p/young/deployment", f"{here}/pins", f"{here}/erasure",
+        "/p/young/pins",
     ]  # fmt: skip
 
 

@@ -50,6 +50,8 @@ def test_models_and_migration_agree(database_url: str) -> None:
 def test_the_migrated_schema_is_the_models_to_the_letter(database_url: str, postgres: PostgresServer) -> None:
     url = postgres.create_database("test_from_models")
     engine = create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(text("CREATE EXTENSION vector"))
     Base.metadata.create_all(engine)
     try:
         assert schema(database_url) == schema(url)

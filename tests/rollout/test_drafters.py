@@ -295,3 +295,22 @@ def test_an_engine_that_learns_nothing_is_left_in_peace(setting: Setting) -> Non
     with capture_logs() as lines:
         refilled(setting, deaf)
     assert [line["event"] for line in lines] == ["the engine does not learn past answers"]
+
+
+def test_after_an_erasure_the_engine_learns_again_what_others_said(setting: Setting) -> None:
+    sessions, mine = setting.world.sessions, setting.world.project_id
+    answer(setting, mine, NOW - timedelta(minutes=2), [10] * 20)
+    answer(setting, mine, NOW - timedelta(minutes=1), [11] * 500, end_user="gone")
+    setting.restart()
+    setting.reconciler.step()
+    assert setting.corpora() == {mine.hex: 520 + 2}
+
+    setting.client.forget(mine.hex)
+    with sessions.begin() as session:
+        namespaces = {"namespaces": [[str(mine), mine.hex]]}
+        forgotten = datetime.now(UTC)
+        session.add(ErasureRequest(project_id=mine, subject="gone", progress=namespaces, forgotten_at=forgotten))
+    for _ in range(2):
+        setting.reconciler.step()
+
+    assert setting.corpora() == {mine.hex: 20 + 1}

@@ -166,7 +166,7 @@ def test_whoever_asked_to_be_erased_is_not_learned_from(
     log(2, session_key="s2")
     with world.sessions.begin() as session:
         session.add(ErasureRequest(project_id=world.project_id, subject="u2"))
-        session.add(ErasureRequest(project_id=None, subject="s2"))
+        session.add(ErasureRequest(project_id=None, kind="session", subject="s2"))
         other = projects.create(session, "other").id
         session.add(ErasureRequest(project_id=other, subject="u1"))
 

@@ -17,7 +17,7 @@ from engine.sync_client import SyncEngineClient
 from services.errors import Conflict
 from services.store import speculation_log
 from services.store.base import Sessions
-from services.store.models import Artifact, Deployment
+from services.store.models import Artifact, Deployment, ErasureRequest
 from worker.rollout.speculator import condemn
 
 # The engine's own bounds: tokens of a corpus, and namespaces it keeps.
@@ -34,6 +34,14 @@ class WantedHeads(NamedTuple):
 
     projects: dict[str, UUID]
     bases: dict[str, str]
+
+
+class Refill(NamedTuple):
+    """A namespace whose corpus lacks what was answered before `until`: the engine's start, or when it forgot."""
+
+    project_id: UUID
+    namespace: str
+    until: datetime
 
 
 class Drafters:
@@ -55,16 +63,18 @@ class Drafters:
         self._clock = clock
         self._unwanted_since: dict[str, float] = {}
         self._crowded: frozenset[str] = frozenset()
-        self._to_refill: deque[tuple[UUID, str]] = deque()
-        self._began = datetime.now(UTC)
+        self._to_refill: deque[Refill] = deque()
+        self._forgotten = datetime.now(UTC)
 
     def restarted(self, status: Status) -> None:
         """Another engine process answers: what it has not seen itself, it must be told."""
-        self._began = datetime.now(UTC) - timedelta(seconds=status.uptime_seconds)
+        began = datetime.now(UTC) - timedelta(seconds=status.uptime_seconds)
+        self._forgotten = max(self._forgotten, began)
         with self._sessions() as session:
             recent = speculation_log.recent_namespaces(session, MOST_NAMESPACES)
         # The last one learnt is the last one the engine would give up.
-        self._to_refill = deque(reversed(recent)) if status.speculators_total else deque()
+        refills = [Refill(project_id, namespace, began) for project_id, namespace in reversed(recent)]
+        self._to_refill = deque(refills) if status.speculators_total else deque()
 
     def step(self, status: Status, in_use: set[str]) -> None:
         """Free and load heads, and refill one corpus: loading adapters must not wait for all of them."""
@@ -72,12 +82,20 @@ class Drafters:
             return
         with self._sessions() as session:
             wanted = read_wanted_heads(session)
+            self._notice_erasures(session)
         self._free(status, wanted, in_use)
         self._load(status, wanted, in_use)
         if self._to_refill:
-            project_id, namespace = self._to_refill[0]
-            self._refill(status, project_id, namespace)
+            self._refill(status, self._to_refill[0])
             self._to_refill.popleft()
+
+    def _notice_erasures(self, session: Session) -> None:
+        """The engine was told to forget whole namespaces: what others said in them is learned again."""
+        query = select(ErasureRequest.forgotten_at, ErasureRequest.progress)
+        for row in session.execute(query.where(ErasureRequest.forgotten_at > self._forgotten)):
+            namespaces = row.progress.get("namespaces", [])
+            self._to_refill.extend(Refill(UUID(one), name, row.forgotten_at) for one, name in namespaces)
+            self._forgotten = max(self._forgotten, row.forgotten_at)
 
     def _free(self, status: Status, wanted: WantedHeads, in_use: set[str]) -> None:
         """Unload what nobody has asked for during the grace; requests that still name it go on without."""
@@ -133,12 +151,13 @@ class Drafters:
             return
         log.error("deployed heads cannot be loaded", alarm=True, project=str(project_id), digest=digest, error=error)
 
-    def _refill(self, status: Status, project_id: UUID, namespace: str) -> None:
-        """The newest answers from before the engine's start, unless it holds as many tokens already: then another
-        dispatcher has told it."""
+    def _refill(self, status: Status, refill: Refill) -> None:
+        """The newest answers from before the engine began to learn, unless it holds as many tokens already: another
+        dispatcher has told it then."""
+        project_id, namespace, until = refill
         with self._sessions() as session:
             responses = speculation_log.responses(
-                session, project_id, namespace, base=status.base, until=self._began, most=CORPUS_TOKENS
+                session, project_id, namespace, base=status.base, until=until, most=CORPUS_TOKENS
             )
         tokens = sum(map(len, responses))
         held = next((corpus.tokens for corpus in status.corpora if corpus.namespace == namespace), 0)

@@ -1,0 +1,117 @@
+"""Where a person's words are kept: every text of every table, and what an erasure does about it.
+
+A test compares this with the database's own catalogue: a table or column of text that is named nowhere here fails it.
+Tables and columns that a database does not have (yet) are passed over.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+By = Literal["interaction", "example"]
+
+
+@dataclass(frozen=True)
+class Gone:
+    """Rows are deleted: those whose `key`, the first of these columns that there is, names an erased row."""
+
+    by: By
+    key: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Emptied:
+    """Rows stay, because others count on them; these columns become the given SQL, those are kept for the reason."""
+
+    by: By
+    key: tuple[str, ...]
+    to: Mapping[str, str]
+    kept: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Nothing of it is anybody's prompt or answer."""
+
+    why: str
+
+
+Place = Gone | Emptied | Kept
+
+OURS = "a word of Whet's own"
+IDS = "ids of rows"
+SCORES = "numbers"
+# In this order: what is found through an example or an interaction goes before it.
+PLACES: Mapping[str, Place] = {
+    "example_embedding": Gone("example", ("example_id",)),
+    "evaluation_row": Emptied(
+        "example",
+        ("example_id",),
+        {"baseline_output": "''", "candidate_output": "''", "group_key": "'erased'"},
+        {"slice": OURS, "baseline_scores": SCORES, "candidate_scores": SCORES},
+    ),
+    # The hash stays readable behind its mark: an old revision's manifest, and so its digest, can still be made.
+    "example": Emptied(
+        "example",
+        ("id",),
+        {
+            "content_hash": "'erased:' || content_hash",
+            "messages": "'[]'",
+            "completion": "NULL",
+            "rejected": "NULL",
+            "group_key": "'erased'",
+        },
+        {"kind": OURS, "source": OURS, "split": OURS, "slice": OURS, "annotation_ids": IDS, "reviewers": IDS},
+    ),
+    "pin": Gone("interaction", ("interaction_id",)),
+    "feedback": Gone("interaction", ("interaction_id",)),
+    "annotation": Emptied(
+        "interaction",
+        ("interaction_id",),
+        {
+            "correction": "NULL",
+            "comment": "NULL",
+            "spans": "'[]'",
+            "tags": "'{}'",
+            "idempotency_key": "CASE WHEN verdict = 'undo' THEN idempotency_key ELSE 'erased:' || id END",
+        },
+        {"verdict": OURS, "preference": OURS},
+    ),
+    "review_item": Emptied(
+        "interaction",
+        ("interaction_id",),
+        {
+            "state": "'withdrawn'",
+            "group_key": "'erased:' || id",
+            "lease_user_id": "NULL",
+            "lease_token": "NULL",
+            "lease_expires_at": "NULL",
+            "alternative": "NULL",
+            "gold": "NULL",
+        },
+        {"strategy": OURS, "window": OURS, "order_hash": "a hash of an id", "split": OURS},
+    ),
+    "interaction_embedding": Gone("interaction", ("interaction_id", "id")),
+    "interaction_body": Gone("interaction", ("id",)),
+    "interaction": Gone("interaction", ("id",)),
+    # What happened to finished jobs may quote a row; `erasure.forget_quotes` empties that for the whole project.
+    "job": Kept("ids and counts; errors and log tails of finished jobs are emptied"),
+    "run": Kept("parameters and counts; errors of finished runs are emptied"),
+    "run_event": Kept("losses, phases and reasons in our words"),
+    "evaluation": Kept("figures and reasons in our words"),
+    "dataset": Kept("a name that a lead chose"),
+    "revision": Kept("digests and counts"),
+    "revision_example": Kept("hashes"),
+    "artifact": Kept("digests and parameters"),
+    "deployment": Kept("digests"),
+    "deployment_event": Kept("digests, and reasons that operators wrote"),
+    "audit_event": Kept("who did what; a chain of hashes that must not change, in which nobody's text is put"),
+    "erasure_request": Kept("the subject's name until it is done, then a hash; counts"),
+    "project": Kept("configuration that leads write"),
+    "api_key": Kept("names and hashes of keys"),
+    "user_account": Kept("people who work here, not those who are served"),
+    "membership": Kept("roles of those people"),
+    "sign_in_link": Kept("hashes"),
+    "session": Kept("hashes"),
+    "alembic_version": Kept("the schema's version"),
+}
