@@ -23,6 +23,7 @@ from services.store.jobs import JobCancelled, JobFailed, Lease, LostLease
 from worker import logs
 from worker.curation.build import build_job
 from worker.curation.bulk import bulk_job
+from worker.curation.embed import embed_job as embed_examples_job
 from worker.curation.sample import sample_job
 from worker.gate.evaluate import evaluate_job
 from worker.gate.speculator_job import evaluate_speculator_job

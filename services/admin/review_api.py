@@ -13,7 +13,7 @@ from pydantic import Field
 from services.admin import shapes
 from services.admin.access import Caller, Reviewer
 from services.errors import Forbidden
-from services.store import browse, feedback, interactions, people, reviews
+from services.store import browse, feedback, interactions, people, reviews, search
 from services.store.models import InteractionBody, Project, ReviewItem, UserAccount
 
 router = APIRouter(prefix="/api/p/{slug}")
@@ -127,10 +127,9 @@ def list_interactions(
 ) -> dict[str, Any]:  # fmt: skip
     """Newest first, excerpts only; `before` is the last id of the page before."""
     project = caller.project(slug)
-    search = browse.Search(words=q.strip().replace("\x00", ""), finish=finish.replace("\x00", ""),
-                           feedback=feedback if feedback in browse.FEEDBACK else "",
-                           window=window if window in browse.WINDOWS else "all")  # fmt: skip
-    lines = browse.lines(caller.session, project.id, search, before=before, limit=limit)
+    wanted = search.parsed({"q": q, "finish": finish, "feedback": feedback, "window": window})
+    found = search.newest(caller.session, project.id, wanted, before=before, limit=limit)
+    lines = browse.lines(caller.session, project.id, found.ids)
     return {
         "interactions": [
             {

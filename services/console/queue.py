@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from importlib import import_module
-from typing import Annotated, Any, NamedTuple, cast
+from typing import Annotated, Any, NamedTuple
 from uuid import UUID
 
 from fastapi import APIRouter, Form, Request, Response
@@ -16,7 +15,7 @@ from services.console.memo import Memo
 from services.console.quality_view import labels_in_words, measured
 from services.console.views import fragment, page, wants_page
 from services.errors import InvalidRequest
-from services.store import audit, projects, queues
+from services.store import agreement, audit, gold, projects, queues
 from services.store.quality import Counted
 from services.store.sampling import LEAST_AUDIT, PRECEDENCE, Plan
 
@@ -178,7 +177,7 @@ def _trend(days: Sequence[queues.Day]) -> str:
 
 def agreement_of(session: Session, project_id: UUID) -> Agreement | None:
     """How far reviewers agree; None while too few answers have two judgements."""
-    found = _figure_of("services.store.agreement", "alpha", session, project_id)
+    found = agreement.alpha(session, project_id)
     if found is None:
         return None
     return Agreement(found.value, found.low, found.high, found.items)
@@ -186,13 +185,5 @@ def agreement_of(session: Session, project_id: UUID) -> Agreement | None:
 
 def accuracy_of(session: Session, project_id: UUID) -> Mapping[UUID, Accuracy]:
     """How often each reviewer is right on items whose answer is known."""
-    found = _figure_of("services.store.gold", "accuracy", session, project_id) or []
+    found = gold.accuracy(session, project_id)
     return {one.user_id: Accuracy(one.share, one.low, one.high, one.answered) for one in found}
-
-
-def _figure_of(module: str, function: str, session: Session, project_id: UUID) -> Any:  # noqa: ANN401
-    """A figure another module owns, None where this release has no such module."""
-    try:
-        return cast(Any, getattr(import_module(module), function)(session, project_id))
-    except ModuleNotFoundError:
-        return None

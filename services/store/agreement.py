@@ -6,12 +6,12 @@ Alpha-Reliability" (2011), section D. Adjudications are left out: whoever settle
 
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from uuid import UUID
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import ColumnElement, func, literal, select
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
 from services.store import reviews
@@ -39,10 +39,9 @@ def alpha(session: Session, project_id: UUID) -> Agreement | None:
         select(func.array_agg(label.op("ORDER BY")(label)).label("labels"))
         .where(
             Annotation.project_id == project_id,
-            Annotation.verdict.in_((*reviews.COUNTED, "prefer")),
+            Annotation.verdict.in_(reviews.COUNTED),
             reviews.standing(),
-            _flag("checked").is_(False),
-            _flag("adjudicates").is_(False),
+            ~Annotation.adjudicates,
         )
         .group_by(Annotation.review_item_id)
         .having(func.count() > 1)
@@ -54,13 +53,7 @@ def alpha(session: Session, project_id: UUID) -> Agreement | None:
 
 def _label() -> ColumnElement[str]:
     """A pair's verdict is which side was preferred."""
-    preference: ColumnElement[str] | None = getattr(Annotation, "preference", None)
-    return Annotation.verdict + "" if preference is None else func.coalesce(preference, Annotation.verdict)
-
-
-def _flag(name: str) -> ColumnElement[Any]:
-    column: ColumnElement[Any] | None = getattr(Annotation, name, None)
-    return literal(False) if column is None else column
+    return func.coalesce(Annotation.preference, Annotation.verdict)
 
 
 def of_units(units: Mapping[tuple[Hashable, ...], int], *, resamples: int = RESAMPLES) -> Agreement | None:

@@ -21,7 +21,7 @@ from services.store.copying import among, copy_rows
 from services.store.datasets import Draft
 from services.store.import_files import RowError, plain, read
 from services.store.models import Dataset, DatasetImport, DatasetImportExample, Example, Project
-from services.store.reviews import TEXT_LIMIT
+from services.store.reviews_judgement import TEXT_LIMIT
 
 FIELDS = {
     "prompt": "what was asked: text, or a list of messages",

@@ -19,7 +19,7 @@ from math import sqrt
 from typing import NamedTuple
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, case, false, func, select
+from sqlalchemy import ColumnElement, case, func, select
 from sqlalchemy.orm import Session
 
 from services.store import reviews
@@ -121,9 +121,7 @@ class Quality(NamedTuple):
 
 def counted() -> ColumnElement[bool]:
     """Judgements that count: they stand, and were not given to test the reviewer."""
-    checked = getattr(Annotation, "checked", None)
-    known = Annotation.verdict.in_((*reviews.COUNTED, "prefer")) & reviews.standing()
-    return known if checked is None else known & (checked == false())
+    return Annotation.verdict.in_(reviews.COUNTED) & reviews.standing()
 
 
 def sampled() -> ColumnElement[bool]:
@@ -133,18 +131,13 @@ def sampled() -> ColumnElement[bool]:
 
 def score() -> ColumnElement[float]:
     """1 for an answer left as it was: accepted, or in a pair not put behind the other one."""
-    preference = getattr(Annotation, "preference", None)
-    kept = Annotation.verdict == "accept"
-    if preference is not None:
-        kept = kept | ((Annotation.verdict == "prefer") & preference.in_(("response", "tie")))
-    return case((kept, 1.0), else_=0.0)
+    preferred = (Annotation.verdict == "prefer") & Annotation.preference.in_(("response", "tie"))
+    return case(((Annotation.verdict == "accept") | preferred, 1.0), else_=0.0)
 
 
 def _item_score() -> ColumnElement[float]:
     """The mean of an item's judgements; where a lead has settled a dispute, what the lead said."""
-    decides = getattr(Annotation, "adjudicates", None)
-    mean = func.avg(score())
-    return mean if decides is None else func.coalesce(func.avg(score()).filter(decides), mean)
+    return func.coalesce(func.avg(score()).filter(Annotation.adjudicates), func.avg(score()))
 
 
 def strata(

@@ -17,12 +17,14 @@ from engine.messages import Pool
 from engine.sync_client import SyncEngineClient
 from engine.text.tokenizer import Tokenizer
 from services.settings import Settings
-from services.store import datasets, reviews
+from services.store import datasets, pii, reviews
+from services.store.copying import among
 from services.store.jobs import Lease
-from services.store.models import Annotation, Example, ExampleEmbedding, ReviewItem
+from services.store.models import Annotation, Example, ExampleEmbedding, Project, ReviewItem
 from services.store.worked import LONGEST_TEXT, MOST_EXAMPLES, read_tokens, shown_of
 from worker.curation import judged
 from worker.curation.judged import Judged
+from worker.curation.pairs import Retired
 
 CONNECT_SECONDS = 30.0
 BATCH = 32
@@ -79,11 +81,15 @@ def _standing(session: Session, annotation_ids: Sequence[UUID]) -> set[UUID]:
 
 def _draft(session: Session, project_id: UUID) -> list[Waiting]:
     """Corrections without a vector, as examples; their rows are made where no revision has been built from them."""
-    drafted = judged.draft_all(session, project_id, _corrected(session, project_id))
-    members = datasets.add_examples(session, project_id, [one for one in drafted.drafts if one.source == "corrected"])
+    # Whether a correction makes a pair does not matter here, so no weights are too old.
+    drafted = judged.draft_all(session, project_id, _corrected(session, project_id), Retired())
+    config = session.get_one(Project, project_id).config
+    drafts = [datasets.treated(one, pii.mode_of(config)) for one in drafted.drafts if one.source == "corrected"]
+    entries = datasets.add_examples(session, project_id, drafts)
+    examples = session.scalars(select(Example).where(among(Example.id, [entry.example_id for entry in entries])))
     return [
         Waiting(example.id, shown, completion, _ids(example))
-        for example in (member.example for member in members)
+        for example in examples
         if (shown := shown_of(example.messages)) and (completion := example.completion or "")
         if len(completion) <= LONGEST_TEXT
     ]
@@ -103,16 +109,7 @@ def _corrected(session: Session, project_id: UUID) -> list[Judged]:
         .order_by(ReviewItem.id.desc())
         .limit(MOST_EXAMPLES)
     )  # fmt: skip
-    rows = session.execute(
-        select(ReviewItem, Annotation)
-        .join(Annotation, Annotation.review_item_id == ReviewItem.id)
-        .where(ReviewItem.id.in_(corrected), Annotation.verdict.in_(reviews.COUNTED), reviews.standing())
-        .order_by(ReviewItem.id, Annotation.id)
-    )
-    items: dict[UUID, tuple[ReviewItem, list[Annotation]]] = {}
-    for item, annotation in rows:
-        items.setdefault(item.id, (item, []))[1].append(annotation)
-    return [Judged(item, annotations) for item, annotations in items.values()]
+    return judged.read(session, project_id, list(session.scalars(corrected)))
 
 
 def _vectors(

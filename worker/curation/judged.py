@@ -78,8 +78,9 @@ class Drafted:
     pairs_left_out: Counter[str] = field(default_factory=Counter)
 
 
-def read(session: Session, project_id: UUID) -> list[Judged]:
-    """Every item of the project that has a standing judgement; undone ones are as if never said."""
+def read(session: Session, project_id: UUID, items: Sequence[UUID] | None = None) -> list[Judged]:
+    """Every item of the project, or of `items`, that has a standing judgement; undone ones are as if never said."""
+    chosen = [] if items is None else [among(ReviewItem.id, items)]
     rows = session.execute(
         select(
             ReviewItem.id, ReviewItem.interaction_id, ReviewItem.split, ReviewItem.group_key,
@@ -92,8 +93,8 @@ def read(session: Session, project_id: UUID) -> list[Judged]:
             ReviewItem.project_id == project_id,
             ReviewItem.state.in_(STATES),
             Annotation.verdict.in_(reviews.COUNTED),
-            ~Annotation.checked,
             reviews.standing(),
+            *chosen,
         )
         .order_by(ReviewItem.interaction_id, Annotation.id)
     )  # fmt: skip

@@ -168,8 +168,6 @@ def _insert(
 
 def _pair(item: Placed, seconds: Mapping[UUID, Second]) -> dict[str, Any]:
     """Only the stratum of disagreements holds pairs: elsewhere a preference would stand for a judgement."""
-    if not hasattr(ReviewItem, "alternative"):
-        return {}
     pair = seconds.get(item.candidate.interaction_id) if item.strategy == "disagreement" else None
     return {"alternative": pair.alternative if pair else None}
 

@@ -21,7 +21,7 @@ from services.errors import Conflict
 from services.settings import Settings
 from services.store import audit, datasets, erasure, runs
 from services.store.certificate import certify
-from services.store.datasets import ERASED, Member
+from services.store.datasets import ERASED
 from services.store.jobs import JobCancelled, Lease
 from services.store.models import (
     Artifact,
@@ -187,11 +187,12 @@ def _rebuild(session: Session, projects: list[UUID]) -> list[dict[str, Any]]:
         newest = datasets.latest_revision(session, dataset.id)
         if newest is None or not _holds_erased(session, newest):
             continue
-        kept = [
-            Member(member.example, member.weight)
-            for member in datasets.members(session, newest.id)
-            if not member.example.content_hash.startswith(ERASED)
-        ]
+        gone_ids = set(
+            session.scalars(
+                _revisions_with_erased().with_only_columns(Example.id).where(RevisionExample.revision_id == newest.id)
+            )
+        )
+        kept = [entry for entry in datasets.entries(session, newest.id) if entry.example_id not in gone_ids]
         gone = newest.train_count + newest.held_out_count - len(kept)
         made = datasets.create_revision(session, dataset, kept, {**newest.report, "erased": gone}) if kept else None
         digest = made.digest if made else None
