@@ -324,12 +324,13 @@ class Engine:
 
     def _prepare(self) -> None:
         """What a block's last holder left must not reach the next one, even through masked places: 0 x NaN is NaN."""
-        if self.scheduler.fresh:
-            self.forward.clear(self.scheduler.fresh)
-            self.scheduler.fresh = []
-        if self.scheduler.copies:
-            self.forward.copy(self.scheduler.copies)
-            self.scheduler.copies = []
+        # Taken out first: after a step that fails here, these blocks are somebody else's.
+        fresh, self.scheduler.fresh = self.scheduler.fresh, []
+        copies, self.scheduler.copies = self.scheduler.copies, []
+        if fresh:
+            self.forward.clear(fresh)
+        if copies:
+            self.forward.copy(copies)
 
     def _give(self, verified: Verified, output: StepOutput) -> None:
         """Accept the tokens that came out, send them, and end the sequence they complete."""
