@@ -174,13 +174,15 @@ class GetStatus(msgspec.Struct, tag="get_status", frozen=True, kw_only=True):
 class Draft(msgspec.Struct, frozen=True, array_like=True):
     """One draft that a step verified: `accepted` of its `drafted` tokens came out, the first ones.
 
-    `won` is False for the lesser of two drafts verified side by side: nothing was emitted from it.
+    `won` is False for the lesser of two drafts verified side by side: nothing was emitted from it. `ended` says that
+    the answer was over with the last accepted token: what stood behind it was never judged, neither right nor wrong.
     """
 
     drafter: Drafter
     drafted: int
     accepted: int
     won: bool = True
+    ended: bool = False
 
 
 class Tokens(msgspec.Struct, tag="tokens", frozen=True, kw_only=True):
