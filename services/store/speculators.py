@@ -6,7 +6,7 @@ Each change locks the deployment row and, where a decision was made from an olde
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import select
+from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from services.errors import Conflict
@@ -32,6 +32,25 @@ class Decision(NamedTuple):
     reason: str
     evidence: dict[str, Any]
     seen: Seen | None = None
+
+
+class WantedHeads(NamedTuple):
+    """The heads deployments name, by digest: whose they are, and the base model they read."""
+
+    projects: dict[str, UUID]
+    bases: dict[str, str]
+
+
+def read_wanted_heads(session: Session) -> WantedHeads:
+    """Live heads and those on trial."""
+    found = WantedHeads({}, {})
+    named = or_(Artifact.digest == Deployment.speculator_digest, Artifact.digest == Deployment.speculator_canary_digest)
+    for row in session.execute(
+        select(Deployment.project_id, Artifact.digest, Artifact.base_digest).join(Artifact, named)
+    ):
+        found.projects[row.digest] = row.project_id
+        found.bases[row.digest] = row.base_digest
+    return found
 
 
 def heads_of(deployment: Deployment) -> Heads:

@@ -184,6 +184,29 @@ def test_what_the_engine_could_not_do_just_now_condemns_nothing(
     assert world.state(digest) == "built"
 
 
+def test_heads_without_a_free_slot_push_nobodys_live_heads_out(
+    world: World, engine: EngineUnderTest, settings: Settings
+) -> None:
+    with SyncEngineClient(engine.socket) as client:
+        for slot in client.status().speculators:
+            client.unload_speculator(slot.digest)
+        for number in range(client.status().speculators_total):
+            with world.sessions.begin() as session:
+                project_id = projects.create(session, f"project-{number}").id
+            elsewhere = World(world.sessions, project_id, world.revision_id, [])
+            digest = built(elsewhere, engine, 30 + number)
+            go_live(elsewhere, digest)
+            client.load_speculator(digest, str(engine.artifacts / digest))
+    before, digest = loaded(engine), built(world, engine, 40)
+    run_id, job_id = order(world, digest)
+
+    with pytest.raises(JobFailed, match="raise WHET_SPECULATOR_SLOTS"):
+        attempt(world, settings, job_id)
+
+    assert loaded(engine) == before
+    assert (world.read_run(run_id).phase, world.state(digest)) == ("superseded", "built")
+
+
 @pytest.mark.parametrize("point", ["begun", "loaded", "released"])
 def test_a_deployment_killed_anywhere_is_finished_by_the_next_attempt(
     world: World, engine: EngineUnderTest, settings: Settings, point: str

@@ -4,12 +4,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import NamedTuple
 from uuid import UUID
 
 import structlog
-from sqlalchemy import or_, select
-from sqlalchemy.orm import Session
 
 from engine.client import EngineRefused
 from engine.messages import Status
@@ -17,7 +14,7 @@ from engine.sync_client import SyncEngineClient
 from services.errors import Conflict
 from services.store import speculation_log
 from services.store.base import Sessions
-from services.store.models import Artifact, Deployment
+from services.store.speculators import WantedHeads, read_wanted_heads
 from worker.rollout.speculator import condemn
 
 # The engine's own bounds: tokens of a corpus, and namespaces it keeps.
@@ -27,13 +24,6 @@ MOST_NAMESPACES = 64
 CHUNK_TOKENS = 16_384
 
 log = structlog.get_logger()
-
-
-class WantedHeads(NamedTuple):
-    """The heads deployments name, by digest: whose they are, and the base model they read."""
-
-    projects: dict[str, UUID]
-    bases: dict[str, str]
 
 
 class Drafters:
@@ -164,15 +154,3 @@ def _chunks(responses: list[list[int]]) -> Iterator[list[list[int]]]:
             chunk, size = [], 0
     if chunk:
         yield chunk
-
-
-def read_wanted_heads(session: Session) -> WantedHeads:
-    """Live heads and those on trial."""
-    found = WantedHeads({}, {})
-    named = or_(Artifact.digest == Deployment.speculator_digest, Artifact.digest == Deployment.speculator_canary_digest)
-    for row in session.execute(
-        select(Deployment.project_id, Artifact.digest, Artifact.base_digest).join(Artifact, named)
-    ):
-        found.projects[row.digest] = row.project_id
-        found.bases[row.digest] = row.base_digest
-    return found
