@@ -35,6 +35,7 @@ from engine.messages import (
     Generate,
     Learn,
     LoadAdapter,
+    LoadCode,
     LoadSpeculator,
     Pool,
     Pooled,
@@ -423,8 +424,8 @@ class Engine:
         self.outbox.append((sequence.client, ending))
 
     def _answer(self, client: bytes, request_id: str) -> LoadAnswer:
-        def answer(error: str, transient: bool = False, serving: str = "") -> None:
-            done = Done(epoch=self.epoch, id=request_id, error=error, transient=transient, serving=serving)
+        def answer(error: str, transient: bool = False, serving: str = "", code: LoadCode = "") -> None:
+            done = Done(epoch=self.epoch, id=request_id, error=error, transient=transient, serving=serving, code=code)
             self.outbox.append((client, done))
 
         return answer

@@ -27,6 +27,7 @@ Priority = Literal["interactive", "batch"]
 SlotState = Literal["loading", "ready", "draining"]
 Pooling = Literal["last", "mean", "first", "classify"]
 Drafter = Literal["suffix", "heads"]
+LoadCode = Literal["", "too_large"]
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
@@ -253,7 +254,8 @@ class Done(msgspec.Struct, tag="done", frozen=True, kw_only=True):
     LoadSpeculator left in its slot.
 
     A load is answered when the adapter is ready to serve, an unload when its slot is free. `transient` errors (the
-    file could not be read just now) say nothing about the artefact and may be tried again.
+    file could not be read just now) say nothing about the artefact and may be tried again. `code` "too_large": this
+    engine's slots are too small for the heads, which are good where a setting is raised.
     """
 
     epoch: int
@@ -261,6 +263,7 @@ class Done(msgspec.Struct, tag="done", frozen=True, kw_only=True):
     error: str = ""
     transient: bool = False
     serving: str = ""
+    code: LoadCode = ""
 
 
 class Slot(msgspec.Struct, frozen=True, kw_only=True):

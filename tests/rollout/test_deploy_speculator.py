@@ -23,6 +23,8 @@ from tests.rollout.drafters import drafting, go_live, heads, history, serve
 from worker.rollout.speculator import deploy_speculator_job
 
 A = "a" * 64
+# More than the slots of the engine under test hold.
+TOO_MANY = 9
 QUESTION = [{"role": "user", "content": "w8 w15 w24"}]
 
 
@@ -204,6 +206,19 @@ def test_heads_without_a_free_slot_push_nobodys_live_heads_out(
         attempt(world, settings, job_id)
 
     assert loaded(engine) == before
+    assert (world.read_run(run_id).phase, world.state(digest)) == ("superseded", "built")
+
+
+def test_heads_too_large_for_this_engines_slots_are_not_condemned(
+    world: World, engine: EngineUnderTest, settings: Settings
+) -> None:
+    digest = random_speculator(engine.artifacts, engine.model, heads=TOO_MANY, seed=15)
+    heads(world, digest, base=engine.base)
+    run_id, job_id = order(world, digest)
+
+    with pytest.raises(JobFailed, match=r"fit no slot of this engine.*raise --speculator-heads"):
+        attempt(world, settings, job_id)
+
     assert (world.read_run(run_id).phase, world.state(digest)) == ("superseded", "built")
 
 

@@ -135,6 +135,24 @@ def damage(engine: EngineUnderTest, digest: str) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def test_heads_too_large_for_the_slots_raise_one_alarm_and_are_asked_for_again_of_another_engine(
+    setting: Setting,
+) -> None:
+    digest = random_speculator(setting.engine.artifacts, setting.engine.model, heads=9, seed=58)
+    heads(setting.world, digest, base=setting.engine.base)
+    go_live(setting.world, digest)
+
+    with capture_logs() as lines:
+        setting.settle()
+        first = [line["digest"] for line in lines if line.get("alarm")]
+        setting.restart()
+        setting.settle()
+
+    assert first == [digest], "one alarm"
+    assert [line["digest"] for line in lines if line.get("alarm")] == [digest, digest]
+    assert (drafting(setting.world), setting.world.state(digest)) == (Heads(digest), "live")
+
+
 def test_heads_of_another_base_model_are_neither_loaded_nor_condemned(setting: Setting) -> None:
     foreign = setting.built(57, base="another model")
     go_live(setting.world, foreign)

@@ -45,12 +45,15 @@ class Drafters:
         self._clock = clock
         self._unwanted_since: dict[str, float] = {}
         self._crowded: frozenset[str] = frozenset()
+        # Heads that fit no slot of this engine process; another one may have larger slots.
+        self._too_large: set[str] = set()
         self._to_refill: deque[tuple[UUID, str]] = deque()
         self._began = datetime.now(UTC)
 
     def restarted(self, status: Status) -> None:
         """Another engine process answers: what it has not seen itself, it must be told."""
         self._began = datetime.now(UTC) - timedelta(seconds=status.uptime_seconds)
+        self._too_large.clear()
         with self._sessions() as session:
             recent = speculation_log.recent_namespaces(session, MOST_NAMESPACES)
         # The last one learnt is the last one the engine would give up.
@@ -88,7 +91,7 @@ class Drafters:
         """Load what is missing, but never so much that the engine would evict one project's heads for another's."""
         present = {slot.digest for slot in status.speculators}
         ours = [digest for digest in sorted(wanted.projects) if wanted.bases[digest] == status.base]
-        missing = [digest for digest in ours if digest not in present]
+        missing = [digest for digest in ours if digest not in present | self._too_large]
         room = max(0, status.speculators_total - len(present & (wanted.projects.keys() | in_use)))
         self._report_crowding(frozenset(missing[room:]))
         for digest in missing[:room]:
@@ -100,6 +103,9 @@ class Drafters:
         except EngineRefused as error:
             if error.transient:
                 log.warning("heads cannot be loaded now", digest=digest, error=str(error))
+            elif error.code == "too_large":
+                self._too_large.add(digest)
+                log.error("deployed heads fit no slot of the engine", alarm=True, digest=digest, error=str(error))
             else:
                 self._retreat(project_id, digest, str(error))
             return

@@ -104,6 +104,8 @@ def _load(client: SyncEngineClient, settings: Settings, digest: str, adapter: st
             raise RuntimeError(f"the engine could not load the heads just now: {error}") from error
         if client.status().speculators_total == 0:
             raise Conflict(f"this engine drafts nothing: {error}") from error
+        if error.code == "too_large":
+            raise Conflict(f"the heads fit no slot of this engine: {error}") from error
         raise Broken(f"the engine refused the heads: {error}") from error
     if serving != digest:
         log.error("the engine drafts with other heads than asked", alarm=True, asked=digest, serving=serving)
