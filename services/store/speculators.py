@@ -155,6 +155,17 @@ def retire(session: Session, project_id: UUID, decision: Decision) -> Deployment
     return deployment
 
 
+def retire_heads(session: Session, project_id: UUID, digest: str, decision: Decision) -> None:
+    """End the trial of `digest`, or retire it where it is live. Raises Conflict when it drafts no more."""
+    heads = heads_of(locked(session, project_id))
+    if digest == heads.canary:
+        withdraw_canary(session, project_id, decision)
+    elif digest == heads.live:
+        retire(session, project_id, decision)
+    else:
+        raise Conflict(f"heads {short(digest)} do not draft any more")
+
+
 def last_event(session: Session, project_id: UUID, kind: str, digest: str | None) -> DeploymentEvent | None:
     """When and how these heads (None: the suffix drafter) last got there."""
     query = select(DeploymentEvent).where(

@@ -153,12 +153,15 @@ def test_heads_too_large_for_the_slots_raise_one_alarm_and_are_asked_for_again_o
     assert (drafting(setting.world), setting.world.state(digest)) == (Heads(digest), "live")
 
 
-def test_heads_of_another_base_model_are_neither_loaded_nor_condemned(setting: Setting) -> None:
-    foreign = setting.built(57, base="another model")
+def test_heads_of_another_base_model_are_retired_and_not_condemned(setting: Setting) -> None:
+    foreign, tried = setting.built(57, base="another model"), setting.built(59, base="another model")
     go_live(setting.world, foreign)
+    stage(setting.world, tried)
     setting.settle()
     assert setting.loaded() == set()
-    assert drafting(setting.world) == Heads(foreign)
+    assert drafting(setting.world) == Heads()
+    assert {setting.world.state(foreign), setting.world.state(tried)} == {"retired"}
+    assert "another base model" in history(setting.world)[-1].reason
 
 
 def test_more_heads_than_slots_push_nobody_out(setting: Setting) -> None:

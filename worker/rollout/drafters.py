@@ -14,7 +14,7 @@ from engine.sync_client import SyncEngineClient
 from services.errors import Conflict
 from services.store import speculation_log
 from services.store.base import Sessions
-from services.store.speculators import WantedHeads, read_wanted_heads
+from services.store.speculators import Decision, WantedHeads, read_wanted_heads, retire_heads
 from worker.rollout.speculator import condemn
 
 # The engine's own bounds: tokens of a corpus, and namespaces it keeps.
@@ -65,12 +65,27 @@ class Drafters:
             return
         with self._sessions() as session:
             wanted = read_wanted_heads(session)
+        self._retire_foreign(status, wanted)
         self._free(status, wanted, in_use)
         self._load(status, wanted, in_use)
         if self._to_refill:
             project_id, namespace = self._to_refill[0]
             self._refill(status, project_id, namespace)
             self._to_refill.popleft()
+
+    def _retire_foreign(self, status: Status, wanted: WantedHeads) -> None:
+        """Heads of another base never draft here, and while a deployment names them none are trained for this one."""
+        for digest, project_id in wanted.projects.items():
+            if wanted.bases[digest] == status.base:
+                continue
+            decision = Decision("dispatcher", f"heads {digest[:12]} read another base model than the one served", {})
+            try:
+                with self._sessions.begin() as session:
+                    retire_heads(session, project_id, digest, decision)
+            except Conflict as conflict:
+                log.info("somebody else has changed the heads", project=str(project_id), error=conflict.message)
+            else:
+                log.warning("heads of another base model retired", project=str(project_id), digest=digest)
 
     def _free(self, status: Status, wanted: WantedHeads, in_use: set[str]) -> None:
         """Unload what nobody has asked for during the grace; requests that still name it go on without."""
