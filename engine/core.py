@@ -226,6 +226,7 @@ class Engine:
             speculators=self.drafting.speculators.table(),
             speculators_total=self.drafting.speculators.total if self.config.speculation else 0,
             corpora=self.drafting.corpora.status(),
+            corpus_capacity=self.drafting.corpora.capacity if self.config.speculation else 0,
             costs=self.drafting.costs.report() if self.config.speculation else [],
         )
 

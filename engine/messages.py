@@ -331,6 +331,8 @@ class Status(msgspec.Struct, tag="status", frozen=True, kw_only=True):
     speculators: list[SpeculatorSlot] = []
     speculators_total: int = 0
     corpora: list[Corpus] = []
+    # The most tokens of a corpus, separators included; 0 where nothing is drafted.
+    corpus_capacity: int = 0
     costs: list[StepCost] = []
 
 

@@ -17,7 +17,7 @@ from services.store.base import Sessions
 from services.store.speculators import Decision, WantedHeads, read_wanted_heads, retire_heads
 from worker.rollout.speculator import condemn
 
-# The engine's own bounds: tokens of a corpus, and namespaces it keeps.
+# Most tokens that are read for a corpus, and the namespaces that the engine keeps.
 CORPUS_TOKENS = 1 << 20
 MOST_NAMESPACES = 64
 # One message's tokens: the engine learns between two steps, and a step must not wait for a million.
@@ -147,9 +147,11 @@ class Drafters:
     def _refill(self, status: Status, project_id: UUID, namespace: str) -> None:
         """The newest answers from before the engine's start, unless it holds as many tokens already: then another
         dispatcher has told it."""
+        # More than a corpus holds would never be held, and told again and again.
+        most = min(CORPUS_TOKENS, status.corpus_capacity)
         with self._sessions() as session:
             responses = speculation_log.responses(
-                session, project_id, namespace, base=status.base, until=self._began, most=CORPUS_TOKENS
+                session, project_id, namespace, base=status.base, until=self._began, most=most
             )
         tokens = sum(map(len, responses))
         held = next((corpus.tokens for corpus in status.corpora if corpus.namespace == namespace), 0)
