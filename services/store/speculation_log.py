@@ -72,9 +72,14 @@ def last_id(session: Session, project_id: UUID) -> UUID | None:
 
 
 def response_tokens(
-    session: Session, project_id: UUID, *, since: datetime | None = None, until: datetime | None = None
+    session: Session,
+    project_id: UUID,
+    *,
+    since: datetime | None = None,
+    until: datetime | None = None,
+    base: str | None = None,
 ) -> int:
-    """Tokens of the answers to live traffic that began in [since, until)."""
+    """Tokens of the answers to live traffic that began in [since, until), of one base or of all."""
     query = select(func.coalesce(func.sum(Interaction.completion_tokens), 0)).where(
         Interaction.project_id == project_id, Interaction.origin == "live"
     )
@@ -82,7 +87,15 @@ def response_tokens(
         query = query.where(Interaction.id >= first_id(since))
     if until is not None:
         query = query.where(Interaction.id < first_id(until))
+    if base is not None:
+        query = query.where(Interaction.base_digest == base)
     return int(session.scalar(query) or 0)
+
+
+def newest_base(session: Session, project_id: UUID) -> str | None:
+    """The base that gave the newest answer to live traffic."""
+    query = select(Interaction.base_digest).where(Interaction.project_id == project_id, Interaction.origin == "live")
+    return session.scalar(query.order_by(Interaction.id.desc()).limit(1))
 
 
 def recent_namespaces(session: Session, limit: int) -> list[tuple[UUID, str]]:
