@@ -4,10 +4,12 @@ An erasure covers what its subject asked before the request, whenever that comes
 """
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
+from urllib.parse import quote, quote_plus
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, Text, and_, cast, delete, func, or_, select, text, update
@@ -20,6 +22,9 @@ from services.store.base import uuid7
 from services.store.erasure_places import PLACES, By, Emptied, Gone
 from services.store.models import (
     ERASURE_KINDS,
+    BulkAction,
+    Dataset,
+    DatasetImport,
     ErasureRequest,
     Example,
     Feedback,
@@ -27,7 +32,11 @@ from services.store.models import (
     InteractionBody,
     Job,
     ReviewItem,
+    Revision,
+    RevisionExample,
     Run,
+    SavedView,
+    SplitGroup,
 )
 
 JOB = "erase"
@@ -313,3 +322,42 @@ def forget_quotes(session: Session, project_ids: Collection[UUID], until: dateti
         update(Run).where(*ended, Run.error.is_not(None)).values(error="no longer kept: somebody's data was erased")
     )
     return int(emptied)
+
+
+def forget_typed(session: Session, made: ErasureRequest, project_ids: Collection[UUID]) -> int:
+    """What people typed or uploaded that names the subject or may quote them; how many rows were touched."""
+    name = made.subject
+    typed = (name, quote_plus(name), quote(name), json.dumps(name)[1:-1])
+
+    def names_it(column: Any) -> ColumnElement[bool]:  # noqa: ANN401 - a column
+        return or_(*(cast(column, Text).contains(one, autoescape=True) for one in typed))
+
+    here = SavedView.project_id.in_(project_ids)
+    orders = [
+        delete(SavedView).where(here, or_(names_it(SavedView.query), names_it(SavedView.name))),
+        update(BulkAction)
+        .where(
+            BulkAction.project_id.in_(project_ids), BulkAction.state.not_in(("queued", "running", "undoing")),
+            or_(names_it(BulkAction.selection), names_it(BulkAction.params)),
+        )
+        .values(selection={}, params={}, error=None),
+        delete(DatasetImport).where(
+            DatasetImport.state == "preview",
+            DatasetImport.dataset_id.in_(select(Dataset.id).where(Dataset.project_id.in_(project_ids))),
+        ),
+        delete(SplitGroup).where(SplitGroup.project_id.in_(project_ids), SplitGroup.group_key == name),
+        update(Revision)
+        .where(
+            Revision.report.has_key("phrases"),
+            Revision.id.in_(
+                select(RevisionExample.revision_id)
+                .join(Example, Example.id == RevisionExample.example_id)
+                .where(Example.project_id.in_(project_ids), Example.content_hash.startswith(ERASED))
+            ),
+        )
+        .values(report=Revision.report.op("-")("phrases")),
+    ]  # fmt: skip
+    return sum(
+        session.execute(order, execution_options={"synchronize_session": False}).rowcount  # type: ignore[attr-defined]
+        for order in orders
+    )

@@ -23,6 +23,9 @@ from services.store.erasure_places import PLACES, Emptied, Gone
 from services.store.models import (
     Annotation,
     Artifact,
+    BulkAction,
+    BulkChange,
+    DatasetImport,
     ErasureRequest,
     Evaluation,
     EvaluationRow,
@@ -35,6 +38,8 @@ from services.store.models import (
     ReviewItem,
     Revision,
     Run,
+    SavedView,
+    SplitGroup,
 )
 from tests.erasure.searching import columns, files_with, tables_with
 from tests.gateway.judging import judge, person, queued
@@ -73,17 +78,20 @@ def seeded(world: World) -> None:
     allowed = {"pinned_answers": {"enabled": True}, "worked_examples": {"enabled": True}}
     with world.sessions.begin() as session:
         projects.configure(session, projects.get(session, "entities"), allowed)
-    lead = person(world, "lead@example.org", "lead")
+    leads = [person(world, f"{name}@example.org", "lead") for name in ("lead", "second")]
     for mark in (MARK, OTHER):
-        for split in ("train", "train", "held_out"):
-            item = queued(world, str(ask(world, mark, mark)), split=split)
-            judge(world, item, lead, "correct", f"{mark} corrected {split} {item}")
+        # Held-out rows need two people who agree, and a group of their own.
+        for split, people in (("train", 1), ("train", 1), ("held_out", 2)):
+            item = queued(world, str(ask(world, mark, mark)), split=split, overlap=people, group=f"{mark} {split}")
+            for lead in leads[:people]:
+                judge(world, item, lead, "correct", f"{mark} corrected {split} {item}")
     run_job(world, "examples.embed")
     with world.sessions.begin() as session:
         project_id = world.projects["entities"]
         revision = build_revision(session, project_id, "golden")
         learned(session, project_id, revision)
         spoil(session, project_id)
+        typed(session, project_id, leads[0])
         show(session)
     home = world.settings.home
     for path in (home / "exports" / "golden.jsonl", home / "runs" / str(run_of(world)) / "1" / "rows.jsonl"):
@@ -94,6 +102,28 @@ def seeded(world: World) -> None:
     quarantine.mkdir(exist_ok=True)
     rows = [{"reason": "bad", "row": {"end_user": f"{mark}-user", "output": mark}} for mark in (MARK, OTHER)]
     (quarantine / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def typed(session: Session, project_id: UUID, lead: UUID) -> None:
+    """What people typed and uploaded: a saved search, an ended bulk action, a preview, a phrase a screen quoted."""
+    for mark in (MARK, OTHER):
+        name = f"{mark}-user"
+        session.add(SavedView(project_id=project_id, user_id=lead, name=f"all of {mark[:6]}", query=f"end_user={name}"))
+        action = BulkAction(
+            project_id=project_id, user_id=lead, kind="tag", params={"tag": "x"}, state="done", expected=1,
+            selection={"end_user": name},
+        )  # fmt: skip
+        session.add(action)
+        session.flush()
+        tagged = session.scalars(select(Interaction.id).where(Interaction.end_user == name)).first()
+        session.add(BulkChange(action_id=action.id, interaction_id=tagged, before={"tags": {"note": mark}}))
+        session.add(SplitGroup(project_id=project_id, group_key=name, split="train"))
+    dataset = datasets.get(session, project_id, "golden")
+    session.add(DatasetImport(dataset_id=dataset.id, file_name="rows.csv", file_digest="f", content=MARK.encode(),
+                              state="preview", created_by="me"))  # fmt: skip
+    revision = datasets.latest_revision(session, dataset.id)
+    assert revision is not None
+    revision.report = {**revision.report, "phrases": [{"phrase": MARK, "author": "a", "rows": 2}]}
 
 
 def learned(session: Session, project_id: UUID, revision: Revision) -> None:
@@ -209,7 +239,7 @@ def test_the_certificate_says_what_was_done_and_proves_that_it_is_whole(world: W
     assert found is not None
     assert verified(found)
     assert not verified(found | {"rows": {}})
-    assert (found["rows"]["interaction"], found["rows"]["annotation"], found["rows"]["example"]) == (3, 3, 3)
+    assert (found["rows"]["interaction"], found["rows"]["annotation"], found["rows"]["example"]) == (3, 4, 3)
     assert (found["rows"]["pin"], found["rows"]["example_embedding"], found["rows"]["feedback"]) == (3, 2, 3)
     assert found["spool_records"] > 0
     assert {one["digest"][0]: one["state"] for one in found["tainted"]} == {"a": "live", "b": "staged"}
@@ -231,7 +261,7 @@ def test_judgements_stay_without_their_text_and_still_cannot_be_changed(world: W
             select(Annotation, ReviewItem.state).join(ReviewItem, ReviewItem.id == Annotation.review_item_id)
         ).all()
         emptied = [annotation for annotation, state in rows if state == "withdrawn"]
-        assert [(one.verdict, one.correction, one.comment) for one in emptied] == [("correct", None, None)] * 3
+        assert [(one.verdict, one.correction, one.comment) for one in emptied] == [("correct", None, None)] * 4
         with pytest.raises(Exception, match="append-only"), session.begin_nested():
             session.execute(text("UPDATE annotation SET comment = 'x'"))
 

@@ -15,13 +15,13 @@ def person(world: World, email: str, role: str, project: str = "entities") -> UU
         return user.id
 
 
-def queued(world: World, interaction_id: str, *, overlap: int = 1, split: str = "train") -> UUID:
+def queued(world: World, interaction_id: str, *, overlap: int = 1, split: str = "train", group: str = "") -> UUID:
     """A review item for an answer, once it has landed."""
     logged = world.interaction(interaction_id).interaction
     with world.sessions.begin() as session:
         item = ReviewItem(
             project_id=logged.project_id, interaction_id=logged.id, strategy="uniform", window="w", stratum_size=1,
-            priority=0, order_hash="0", split=split, group_key=logged.group_key, overlap_target=overlap,
+            priority=0, order_hash="0", split=split, group_key=group or logged.group_key, overlap_target=overlap,
         )  # fmt: skip
         session.add(item)
         session.flush()

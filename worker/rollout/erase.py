@@ -142,7 +142,8 @@ def _follow_up(session: Session, made: ErasureRequest) -> None:
     """Runs that are reading stop, revisions are rebuilt without the rows, artefacts that learned them are marked."""
     projects = _projects(session, made)
     quotes = erasure.forget_quotes(session, projects, made.created_at)
-    _count(made, {"job": quotes, "prompts_that_showed_an_example": erasure.forget_shown(session, projects)})
+    shown, typed = erasure.forget_shown(session, projects), erasure.forget_typed(session, made, projects)
+    _count(made, {"job": quotes, "prompts_that_showed_an_example": shown, "typed_by_people": typed})
     found = made.progress | {
         "runs_stopped": made.progress.get("runs_stopped", []) + _stop_runs(session, made, projects),
         "revisions": made.progress.get("revisions", []) + _rebuild(session, projects),
