@@ -28,6 +28,7 @@ from engine.messages import (
     GetStatus,
     Learn,
     LoadAdapter,
+    LoadCode,
     LoadSpeculator,
     Pool,
     Pooled,
@@ -53,11 +54,13 @@ class EngineRefused(RuntimeError):
     """The engine answered a load, an unload, Learn or Forget with an error; what served before still serves.
 
     A `transient` one says nothing about the artefact (a file could not be read just now): try again, condemn nothing.
+    Nor does the `code` "too_large": it is about the engine's settings.
     """
 
-    def __init__(self, reason: str, *, transient: bool = False) -> None:
+    def __init__(self, reason: str, *, transient: bool = False, code: LoadCode = "") -> None:
         super().__init__(reason)
         self.transient = transient
+        self.code = code
 
 
 class PoolFailed(RuntimeError):
@@ -235,7 +238,7 @@ class EngineClient:
         if not isinstance(reply, Done):
             raise EngineGone(f"the engine answered a command with a {type(reply).__name__}")
         if reply.error:
-            raise EngineRefused(reply.error, transient=reply.transient)
+            raise EngineRefused(reply.error, transient=reply.transient, code=reply.code)
         return reply
 
     async def _ask(self, message: GetStatus | Command, seconds: float | None) -> FromEngine:

@@ -35,6 +35,7 @@ from engine.messages import (
     Generate,
     Learn,
     LoadAdapter,
+    LoadCode,
     LoadSpeculator,
     Pool,
     Pooled,
@@ -225,6 +226,7 @@ class Engine:
             speculators=self.drafting.speculators.table(),
             speculators_total=self.drafting.speculators.total if self.config.speculation else 0,
             corpora=self.drafting.corpora.status(),
+            corpus_capacity=self.drafting.corpora.capacity if self.config.speculation else 0,
             costs=self.drafting.costs.report() if self.config.speculation else [],
         )
 
@@ -324,12 +326,13 @@ class Engine:
 
     def _prepare(self) -> None:
         """What a block's last holder left must not reach the next one, even through masked places: 0 x NaN is NaN."""
-        if self.scheduler.fresh:
-            self.forward.clear(self.scheduler.fresh)
-            self.scheduler.fresh = []
-        if self.scheduler.copies:
-            self.forward.copy(self.scheduler.copies)
-            self.scheduler.copies = []
+        # Taken out first: after a step that fails here, these blocks are somebody else's.
+        fresh, self.scheduler.fresh = self.scheduler.fresh, []
+        copies, self.scheduler.copies = self.scheduler.copies, []
+        if fresh:
+            self.forward.clear(fresh)
+        if copies:
+            self.forward.copy(copies)
 
     def _give(self, verified: Verified, output: StepOutput) -> None:
         """Accept the tokens that came out, send them, and end the sequence they complete."""
@@ -422,8 +425,8 @@ class Engine:
         self.outbox.append((sequence.client, ending))
 
     def _answer(self, client: bytes, request_id: str) -> LoadAnswer:
-        def answer(error: str, transient: bool = False, serving: str = "") -> None:
-            done = Done(epoch=self.epoch, id=request_id, error=error, transient=transient, serving=serving)
+        def answer(error: str, transient: bool = False, serving: str = "", code: LoadCode = "") -> None:
+            done = Done(epoch=self.epoch, id=request_id, error=error, transient=transient, serving=serving, code=code)
             self.outbox.append((client, done))
 
         return answer

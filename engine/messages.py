@@ -27,6 +27,7 @@ Priority = Literal["interactive", "batch"]
 SlotState = Literal["loading", "ready", "draining"]
 Pooling = Literal["last", "mean", "first", "classify"]
 Drafter = Literal["suffix", "heads"]
+LoadCode = Literal["", "too_large"]
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
@@ -174,13 +175,15 @@ class GetStatus(msgspec.Struct, tag="get_status", frozen=True, kw_only=True):
 class Draft(msgspec.Struct, frozen=True, array_like=True):
     """One draft that a step verified: `accepted` of its `drafted` tokens came out, the first ones.
 
-    `won` is False for the lesser of two drafts verified side by side: nothing was emitted from it.
+    `won` is False for the lesser of two drafts verified side by side: nothing was emitted from it. `ended` says that
+    the answer was over with the last accepted token: what stood behind it was never judged, neither right nor wrong.
     """
 
     drafter: Drafter
     drafted: int
     accepted: int
     won: bool = True
+    ended: bool = False
 
 
 class Tokens(msgspec.Struct, tag="tokens", frozen=True, kw_only=True):
@@ -251,7 +254,8 @@ class Done(msgspec.Struct, tag="done", frozen=True, kw_only=True):
     LoadSpeculator left in its slot.
 
     A load is answered when the adapter is ready to serve, an unload when its slot is free. `transient` errors (the
-    file could not be read just now) say nothing about the artefact and may be tried again.
+    file could not be read just now) say nothing about the artefact and may be tried again. `code` "too_large": this
+    engine's slots are too small for the heads, which are good where a setting is raised.
     """
 
     epoch: int
@@ -259,6 +263,7 @@ class Done(msgspec.Struct, tag="done", frozen=True, kw_only=True):
     error: str = ""
     transient: bool = False
     serving: str = ""
+    code: LoadCode = ""
 
 
 class Slot(msgspec.Struct, frozen=True, kw_only=True):
@@ -326,6 +331,8 @@ class Status(msgspec.Struct, tag="status", frozen=True, kw_only=True):
     speculators: list[SpeculatorSlot] = []
     speculators_total: int = 0
     corpora: list[Corpus] = []
+    # The most tokens of a corpus, separators included; 0 where nothing is drafted.
+    corpus_capacity: int = 0
     costs: list[StepCost] = []
 
 

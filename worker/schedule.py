@@ -13,7 +13,7 @@ from services.errors import Conflict, WhetError
 from services.store import jobs, runs
 from services.store.models import Artifact, Deployment, Job, Project, Run, RunEvent
 from services.store.speculation import SpeculationConfig, read_config
-from services.store.speculation_log import response_tokens
+from services.store.speculation_log import newest_base, response_tokens
 
 DEFAULT_WINDOW_SECONDS = 3600
 LONGEST_GRACE_SECONDS = 60
@@ -55,7 +55,7 @@ class Sampler:
 
 
 class SpeculatorCadence:
-    """Starts a project's speculator runs: the first, when traffic has grown or drifted, and for a new adapter.
+    """Starts a project's speculator runs: the first, when traffic has grown or drifted, for a new adapter or base.
 
     What it remembers is only a sum over settled rows of the log, to count them once.
     """
@@ -138,6 +138,8 @@ def _reason(
     trained_on = _trained_on(session, last)
     if trained_on is not None and trained_on.adapter != deployment.active_digest and not deployment.speculator_digest:
         return "another adapter serves now"
+    if trained_on is not None and _has_another_base(session, trained_on, deployment, config):
+        return "another base model serves now"
     failures = next((index for index, run in enumerate(past) if run.phase != "failed"), len(past))
     pause = timedelta(minutes=config.min_minutes * 2**failures)
     rested = now - last.created_at >= pause
@@ -153,30 +155,42 @@ def _reason(
 
 
 class TrainedOn(NamedTuple):
-    """What a run was started with."""
+    """What a run was started with. `base`: None where it is not known."""
 
     adapter: str | None
     tokens: int
+    base: str | None
+
+
+def _has_another_base(
+    session: Session, trained_on: TrainedOn, deployment: Deployment, config: SpeculationConfig
+) -> bool:
+    """Whether another base answers by now and has said enough: what an earlier one said cannot be learned from."""
+    base = newest_base(session, deployment.project_id)
+    if deployment.speculator_digest or trained_on.base in (None, base):
+        return False
+    return response_tokens(session, deployment.project_id, base=base) >= config.first_tokens
 
 
 def _trained_on(session: Session, run: Run) -> TrainedOn | None:
     """As noted when this cadence started it; from the artefact when a person did; None when it left none."""
     noted = select(RunEvent.payload).where(RunEvent.run_id == run.id, RunEvent.kind == "trigger").limit(1)
     payload = session.scalar(noted)
-    if payload is not None:
-        return TrainedOn(payload["adapter"], payload["tokens"])
     artifact = session.get(Artifact, run.artifact_digest) if run.artifact_digest else None
+    if payload is not None:
+        return TrainedOn(payload["adapter"], payload["tokens"], payload.get("base", artifact and artifact.base_digest))
     if artifact is None:
         return None
     tokens = response_tokens(session, run.project_id, until=run.created_at)
-    return TrainedOn(artifact.manifest.get("adapter"), tokens)
+    return TrainedOn(artifact.manifest.get("adapter"), tokens, artifact.base_digest)
 
 
 def _start_training(session: Session, project: Project, deployment: Deployment, why: Why) -> bool:
     try:
         with session.begin_nested():
             run = runs.start(session, project, params={}, created_by="cadence", kind="speculator")
-            note = {"line": why.reason, "tokens": why.tokens, "adapter": deployment.active_digest}
+            base = newest_base(session, project.id)
+            note = {"line": why.reason, "tokens": why.tokens, "adapter": deployment.active_digest, "base": base}
             runs.add_event(session, run.id, "trigger", note)
     except WhetError as error:
         log.warning("heads are due and cannot be trained", project=project.slug, error=error.message)

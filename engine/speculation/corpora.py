@@ -4,6 +4,7 @@ A request drafts from its own prompt and answer and from its namespace's corpus,
 the native library is, with the same drafts; elsewhere the reference.
 """
 
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -20,6 +21,10 @@ __all__ = ["LONGEST", "NOTHING", "Corpora", "Memory", "Proposal", "propose"]
 # A request's own tokens that are searched; contexts are far shorter.
 OWN_TOKENS = 1 << 20
 FORGETTING = 0.98
+# What all corpora may occupy together: beyond it the longest unused go.
+CORPORA_BYTES = 512 << 20
+# The reference takes 2 KB and 18 us a token: that must neither fill the memory nor hold up a step.
+REFERENCE_TOKENS, REFERENCE_OWN_TOKENS = 1 << 15, 1 << 11
 
 
 class Text(Protocol):
@@ -39,10 +44,12 @@ class Text(Protocol):
 
 
 class Backend(NamedTuple):
-    """Who searches."""
+    """Who searches, in at most so many tokens of a request and of a corpus."""
 
     text: Callable[..., Any]
     propose: Callable[[Sequence[Ask]], list[Proposal]]
+    own_tokens: int = OWN_TOKENS
+    corpus_tokens: int = sys.maxsize
 
 
 class Namespace:
@@ -67,23 +74,25 @@ class Namespace:
 
 
 class Corpora:
-    """The namespaces' corpora: at most `capacity` tokens each, separators included, and `most` of them.
+    """The namespaces' corpora: at most `capacity` tokens each, separators included, `most` of them, and CORPORA_BYTES.
 
-    The namespace that was longest without a request or an answer goes first. One thread.
+    The namespace that was longest without a request or an answer goes first. The reference holds fewer tokens than it
+    is asked to. One thread.
     """
 
     def __init__(self, *, native: bool = True, capacity: int = 1 << 20, most: int = 64) -> None:
         if capacity < 1 or most < 1:
             raise ValueError("a corpus holds one token or more, and there is one or more")
-        self._capacity, self._most = capacity, most
         self.backend = _backend(native)
+        self.capacity, self._most = min(capacity, self.backend.corpus_tokens), most
         self._namespaces: OrderedDict[str, Namespace] = OrderedDict()
 
     def open(self, namespace: str, prompt: Sequence[int]) -> "Memory":
         """A request's memory, which its owner closes. `prompt` is every token the request has by then."""
         self._touch(namespace)
-        own = self.backend.text(OWN_TOKENS, own=True)
-        own.extend(prompt)
+        room = self.backend.own_tokens
+        own = self.backend.text(room, own=True)
+        own.extend(prompt if len(prompt) <= room else prompt[-room:])
         return Memory(self, namespace, own)
 
     def learn(self, namespace: str, tokens: Sequence[int]) -> None:
@@ -92,8 +101,9 @@ class Corpora:
             return
         kept = self._touch(namespace)
         if kept.text is None:
-            kept.text = self.backend.text(self._capacity, own=False)
+            kept.text = self.backend.text(self.capacity, own=False)
         kept.text.extend([*tokens, SEPARATOR])
+        self._fit()
 
     def forget(self, namespace: str) -> None:
         """Drop a namespace's corpus; requests in flight go on with their own text alone."""
@@ -111,6 +121,14 @@ class Corpora:
             for name, kept in self._namespaces.items()
             if kept.text is not None
         ]
+
+    def _fit(self) -> None:
+        """Drop the longest unused, never the one used last, until all fit."""
+        while len(self._namespaces) > 1 and self._bytes() > CORPORA_BYTES:
+            self._namespaces.popitem(last=False)[1].close()
+
+    def _bytes(self) -> int:
+        return sum(kept.text.bytes for kept in self._namespaces.values() if kept.text is not None)
 
     def _touch(self, namespace: str) -> Namespace:
         """The namespace, as the one used last; the longest unused makes room for a new one."""
@@ -171,4 +189,4 @@ def propose(memories: Sequence[Memory], draws: Sequence[Draw | None], most: Sequ
 def _backend(native: bool) -> Backend:
     if native and available():
         return Backend(fast.Text, fast.propose)
-    return Backend(suffix.Text, suffix.propose)
+    return Backend(suffix.Text, suffix.propose, REFERENCE_OWN_TOKENS, REFERENCE_TOKENS)

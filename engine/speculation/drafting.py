@@ -206,11 +206,7 @@ class Drafting:
         if not isinstance(state, Speculation):
             return [], ""
         self._proposing.score(state.tries, emitted)
-        # What stands behind a token that ended the answer was not said.
-        drafts = [
-            Draft(one.drafter, one.drafted, min(one.accepted, len(emitted)) if one.won else one.accepted, one.won)
-            for one in state.drafts
-        ]
+        drafts = [_until_the_end(one, len(emitted)) for one in state.drafts]
         slot = state.slot
         state.tries, state.drafts, state.slot = [], [], 0
         for draft in drafts:
@@ -340,6 +336,13 @@ def second_gain(first: Try, second: Try, length: int) -> tuple[float, int]:
         gain += chance
         until = place + 1
     return gain, until
+
+
+def _until_the_end(draft: Draft, emitted: int) -> Draft:
+    """What stands behind a token that ended the answer was not said; a step that goes on says one token more."""
+    if draft.accepted < emitted:
+        return draft
+    return Draft(draft.drafter, draft.drafted, emitted, draft.won, ended=True)
 
 
 def _note(verified: Verified, *, won: bool) -> None:

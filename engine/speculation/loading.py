@@ -38,6 +38,10 @@ class SpeculatorRefused(AdapterRefused):
     """These heads cannot draft here; the message says why and what to do. Nothing was changed."""
 
 
+class SpeculatorTooLarge(SpeculatorRefused):
+    """The heads are good and this engine's slots are too small for them: the setting is at fault, not the artefact."""
+
+
 @dataclass(frozen=True)
 class Speculator:
     """Checked heads, on the CPU, in fp32 or bf16 as they were stored. `adapter`: whose states they were trained on.
@@ -145,7 +149,7 @@ class SpeculatorReader:
                 raise SpeculatorRefused(f"the manifest's shape says {name} is {str(value)[:40]}")
             if value > most:
                 flag = f"--speculator-{name}"
-                raise SpeculatorRefused(f"{value} {name} do not fit a slot of {most}: train fewer, or raise {flag}")
+                raise SpeculatorTooLarge(f"{value} {name} do not fit a slot of {most}: train fewer, or raise {flag}")
         if shape.get("hidden") != self.limits.hidden:
             hidden = str(shape.get("hidden"))[:40]
             raise SpeculatorRefused(f"the heads have hidden size {hidden}, this base has {self.limits.hidden}")

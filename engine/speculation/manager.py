@@ -19,12 +19,12 @@ from engine.adapters.files import momentary
 from engine.adapters.manager import sentence
 from engine.config import EngineConfig
 from engine.digest import file_digest
-from engine.messages import SpeculatorSlot
+from engine.messages import LoadCode, SpeculatorSlot
 from engine.native.decoder import NativeDecoder
 from engine.native.drafting import NativeDrafter
 from engine.runner.forward import Forward
 from engine.speculation.heads import Ask, Drafter, Guess, TorchDrafter
-from engine.speculation.loading import Limits, SpeculatorReader
+from engine.speculation.loading import Limits, SpeculatorReader, SpeculatorTooLarge
 from engine.speculation.slots import Ready, SlotTensors
 
 # Digests that were replaced and are still understood.
@@ -34,7 +34,7 @@ MOST_ALIASES = 256
 class LoadAnswer(Protocol):
     """Hears how a load went; `serving` is the digest that drafts now, "" when it failed and nothing does."""
 
-    def __call__(self, error: str, transient: bool = False, serving: str = "") -> None: ...
+    def __call__(self, error: str, transient: bool = False, serving: str = "", code: LoadCode = "") -> None: ...
 
 
 @dataclass
@@ -164,9 +164,10 @@ class Speculators:
                 traceback.print_exc(file=sys.stderr)
                 error, broken = failure, True
         text, transient = sentence(error), broken or (error is not None and momentary(error))
+        code: LoadCode = "too_large" if isinstance(error, SpeculatorTooLarge) else ""
         for answer, replaced in zip(load.answers, load.replaced, strict=True):
             serving = digest if error is None else replaced if replaced in self._residents else ""
-            answer(text, transient, serving)
+            answer(text, transient, serving, code)
 
     def _install(self, ready: Ready, replaced: list[str]) -> None:
         speculator = ready.speculator

@@ -8,8 +8,9 @@ from engine.messages import Draft, Drafter, Tokens
 class DrafterCounts:
     """One drafter's verified drafts in one answer.
 
-    At each position: how often a drafted token was tried, that is when all before it were accepted, and how often it
-    was accepted. `lengths[n]` counts the drafts of n tokens; `won` those that tokens were emitted from.
+    At each position: how often a drafted token was tried, that is when all before it were accepted and the answer went
+    on, and how often it was accepted. `lengths[n]` counts the drafts of n tokens; `won` those that tokens
+    were emitted from.
     """
 
     def __init__(self) -> None:
@@ -29,7 +30,7 @@ class DrafterCounts:
         self.won += draft.won
         _lengthen(self.lengths, draft.drafted + 1)
         self.lengths[draft.drafted] += 1
-        tried = min(draft.accepted + 1, draft.drafted)
+        tried = draft.accepted if draft.ended else min(draft.accepted + 1, draft.drafted)
         _lengthen(self.tried, tried)
         _lengthen(self.accepted, tried)
         for position in range(tried):

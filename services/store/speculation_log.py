@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import func, select
+from sqlalchemy import ColumnElement, exists, func, select
 from sqlalchemy.orm import Session
 
 from services.store.models import Interaction, InteractionBody
@@ -43,7 +43,10 @@ class Request(NamedTuple):
 def requests(
     session: Session, project_id: UUID, adapter: str | None, *, since: datetime, limit: int, newest: bool = True
 ) -> list[Request]:
-    """Answers that `adapter` gave to live traffic since then, oldest first: the newest `limit`, or the first ones."""
+    """Answers that `adapter` gave to live traffic since then, oldest first: the newest `limit`, or the first ones.
+
+    Not those asked of a pinned artefact, which draft as no arm does.
+    """
     columns = (
         Interaction.id, Interaction.started_at, Interaction.speculator_digest, Interaction.completion_tokens,
         Interaction.speculation, Interaction.latency_ms, Interaction.ttft_ms,
@@ -57,6 +60,7 @@ def requests(
             Interaction.adapter_digest.is_not_distinct_from(adapter),
             Interaction.finish_reason.not_in(UNANSWERED),
             Interaction.completion_tokens > 0,
+            ~_pinned(since),
         )
         .order_by(Interaction.id.desc() if newest else Interaction.id)
         .limit(limit)
@@ -72,9 +76,14 @@ def last_id(session: Session, project_id: UUID) -> UUID | None:
 
 
 def response_tokens(
-    session: Session, project_id: UUID, *, since: datetime | None = None, until: datetime | None = None
+    session: Session,
+    project_id: UUID,
+    *,
+    since: datetime | None = None,
+    until: datetime | None = None,
+    base: str | None = None,
 ) -> int:
-    """Tokens of the answers to live traffic that began in [since, until)."""
+    """Tokens of the answers to live traffic that began in [since, until), of one base or of all."""
     query = select(func.coalesce(func.sum(Interaction.completion_tokens), 0)).where(
         Interaction.project_id == project_id, Interaction.origin == "live"
     )
@@ -82,7 +91,15 @@ def response_tokens(
         query = query.where(Interaction.id >= first_id(since))
     if until is not None:
         query = query.where(Interaction.id < first_id(until))
+    if base is not None:
+        query = query.where(Interaction.base_digest == base)
     return int(session.scalar(query) or 0)
+
+
+def newest_base(session: Session, project_id: UUID) -> str | None:
+    """The base that gave the newest answer to live traffic."""
+    query = select(Interaction.base_digest).where(Interaction.project_id == project_id, Interaction.origin == "live")
+    return session.scalar(query.order_by(Interaction.id.desc()).limit(1))
 
 
 def recent_namespaces(session: Session, limit: int) -> list[tuple[UUID, str]]:
@@ -140,6 +157,15 @@ def _newest_first(
         if len(page) < PAGE:
             return
         before = page[-1].id
+
+
+def _pinned(since: datetime) -> ColumnElement[bool]:
+    """Whether the caller named an exact digest. `since` keeps the look-up to the partitions that can hold the body."""
+    return exists().where(
+        InteractionBody.id == Interaction.id,
+        InteractionBody.id >= first_id(since),
+        InteractionBody.parameters["model"].as_string().like("%@%"),
+    )
 
 
 def _request(row: Any) -> Request:  # noqa: ANN401 - a row of the query above

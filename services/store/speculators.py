@@ -6,7 +6,7 @@ Each change locks the deployment row and, where a decision was made from an olde
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import select
+from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from services.errors import Conflict
@@ -32,6 +32,25 @@ class Decision(NamedTuple):
     reason: str
     evidence: dict[str, Any]
     seen: Seen | None = None
+
+
+class WantedHeads(NamedTuple):
+    """The heads deployments name, by digest: whose they are, and the base model they read."""
+
+    projects: dict[str, UUID]
+    bases: dict[str, str]
+
+
+def read_wanted_heads(session: Session) -> WantedHeads:
+    """Live heads and those on trial."""
+    found = WantedHeads({}, {})
+    named = or_(Artifact.digest == Deployment.speculator_digest, Artifact.digest == Deployment.speculator_canary_digest)
+    for row in session.execute(
+        select(Deployment.project_id, Artifact.digest, Artifact.base_digest).join(Artifact, named)
+    ):
+        found.projects[row.digest] = row.project_id
+        found.bases[row.digest] = row.base_digest
+    return found
 
 
 def heads_of(deployment: Deployment) -> Heads:
@@ -134,6 +153,17 @@ def retire(session: Session, project_id: UUID, decision: Decision) -> Deployment
         advance(session, digest, "retired")
         _record(session, deployment, "speculator_retired", digest, None, decision)
     return deployment
+
+
+def retire_heads(session: Session, project_id: UUID, digest: str, decision: Decision) -> None:
+    """End the trial of `digest`, or retire it where it is live. Raises Conflict when it drafts no more."""
+    heads = heads_of(locked(session, project_id))
+    if digest == heads.canary:
+        withdraw_canary(session, project_id, decision)
+    elif digest == heads.live:
+        retire(session, project_id, decision)
+    else:
+        raise Conflict(f"heads {short(digest)} do not draft any more")
 
 
 def last_event(session: Session, project_id: UUID, kind: str, digest: str | None) -> DeploymentEvent | None:

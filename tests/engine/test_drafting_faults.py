@@ -62,6 +62,19 @@ def test_a_drafter_that_fails_costs_its_drafts_only(core: Engine, capsys: pytest
     assert answer(core, "mended") == right
 
 
+@pytest.mark.parametrize("broken", ["clear", "copy"])
+def test_a_step_that_fails_to_prepare_blocks_leaves_nothing_to_be_written_into_them_later(
+    core: Engine, broken: str
+) -> None:
+    core.scheduler.fresh, core.scheduler.copies = [2], [(1, 2)]
+    with (
+        mock.patch.object(core.forward, broken, side_effect=RuntimeError("out of order")),
+        pytest.raises(RuntimeError, match="out of order"),
+    ):
+        core._prepare()
+    assert (core.scheduler.fresh, core.scheduler.copies) == ([], [])
+
+
 @pytest.mark.parametrize("token", [-1, 10**6, 1 << 31, 1 << 40])
 def test_tokens_that_this_model_does_not_have_are_not_learnt(core: Engine, token: int) -> None:
     core.learn(CLIENT, Learn(id="l", namespace="n", responses=[[5, 6], [7, token]]))

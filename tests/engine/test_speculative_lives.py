@@ -16,6 +16,7 @@ from engine.messages import Forget, Generate, Learn, Sampling
 from engine.scheduling.scheduler import Row, Scheduler
 from engine.sequence import Sequence
 from engine.speculation.tries import Try
+from services.gateway.speculating import DrafterCounts
 from tests.engine.constraining import VOCABULARY
 from tests.engine.drafters import Oracle, pair
 from tests.engine.fake_world import check_blocks, check_prefix
@@ -144,6 +145,26 @@ def test_who_says_so_never_drafts_and_who_says_so_is_never_learnt(core: Engine) 
     assert not any(answer.drafts for answer in told.values())
     assert held(core)["quiet"] > 6 * 30
     assert accepted(run(core, requests)) > 100
+
+
+def test_places_behind_the_token_that_ended_the_answer_lower_no_rate(core: Engine) -> None:
+    [request] = asks([DRAWN[0]], seed=58)
+    slow = plain(core, [request])
+    said = slow[request.id].tokens
+    place = next(place for place in range(5, 30) if said[place] not in said[:place])
+    force(core, Oracle(slow, VOCABULARY).right)
+    stopped = replace(request, sampling=replace(request.sampling, stop_token_ids=(said[place],)))
+
+    answer = run(core, [stopped])[request.id]
+
+    last, counts = answer.drafts[-1], DrafterCounts()
+    assert answer.tokens == said[: place + 1]
+    assert last.ended
+    assert last.accepted < last.drafted
+    for draft in answer.drafts:
+        counts.add(draft)
+    assert counts.tried == counts.accepted, "every drafted token was right as far as it was judged"
+    assert counts.drafted_tokens - sum(counts.accepted) == last.drafted - last.accepted, "and what is left was rejected"
 
 
 def held(core: Engine) -> dict[str, int]:

@@ -17,7 +17,7 @@ from engine.adapters.files import AdapterRefused
 from engine.config import EngineConfig, Precision
 from engine.digest import base_digest
 from engine.layers.sampler import Draw, sample
-from engine.messages import Sampling
+from engine.messages import LoadCode, Sampling
 from engine.models.registry import read_spec
 from engine.native.drafting import NativeDrafter
 from engine.runner.build import build_forward
@@ -72,7 +72,8 @@ def make_speculators(model_dir: Path, artifacts: Path) -> Iterator[MakeSpeculato
 class Answers(list[tuple[str, bool, str]]):
     """What was answered: error, whether it may be tried again, the digest that serves."""
 
-    def __call__(self, error: str, transient: bool = False, serving: str = "") -> None:
+    def __call__(self, error: str, transient: bool = False, serving: str = "", code: LoadCode = "") -> None:
+        assert (code == "too_large") == ("do not fit a slot" in error)
         self.append((error, transient, serving))
 
 
@@ -271,6 +272,8 @@ def test_a_refusal_leaves_the_heads_that_serve_alone(
     assert (transient, serving) == (False, good)
     assert speculators.propose(states(1), ask) == before
     assert load(speculators, "0" * 64, path="nowhere")[2] == ""
+    large = random_speculator(artifacts, model_dir, heads=LIMITS.heads + 1)
+    assert "raise --speculator-heads" in load(speculators, large, replaces=good)[0]
 
 
 # --- slots ----------------------------------------------------------------------------------------------------------

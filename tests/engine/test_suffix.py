@@ -12,6 +12,7 @@ from engine.layers.sampler import Draw, sample
 from engine.messages import Sampling
 from engine.native import suffix as fast
 from engine.native.sampling import available
+from engine.speculation import corpora as limits
 from engine.speculation import suffix as plain
 from engine.speculation.corpora import LONGEST, Corpora, Memory, propose
 from engine.speculation.suffix import NOTHING, SEPARATOR, WALK, Ask, Proposal, Rivals
@@ -284,6 +285,31 @@ def test_the_namespace_longest_unused_goes_first(native: bool) -> None:
     corpora.learn("c", [1, 2, 5])
     assert [each.namespace for each in corpora.status()] == ["a", "c"]
     assert greedy(corpora.open("b", [1, 2])) == NOTHING
+
+
+def test_corpora_too_large_together_lose_the_longest_unused(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpora = Corpora(native=native)
+    for name in "abc":
+        corpora.learn(name, list(range(500)))
+    one = max(corpus.bytes for corpus in corpora.status())
+    monkeypatch.setattr(limits, "CORPORA_BYTES", 5 * one // 2)
+    corpora.open("a", [1]).close()
+
+    corpora.learn("c", [1])
+
+    assert [corpus.namespace for corpus in corpora.status()] == ["a", "c"]
+    monkeypatch.setattr(limits, "CORPORA_BYTES", 0)
+    corpora.learn("a", [1])
+    assert [corpus.namespace for corpus in corpora.status()] == ["a"], "what is used now stays"
+
+
+def test_the_reference_is_kept_small_whatever_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "REFERENCE_TOKENS", 100)
+    monkeypatch.setattr(limits, "REFERENCE_OWN_TOKENS", 20)
+    corpora = Corpora(native=False, capacity=1 << 20)
+    corpora.learn("a", list(range(500)))
+    memory = corpora.open("a", list(range(1000, 1500)))
+    assert (corpora.capacity, corpora.status()[0].tokens, len(memory.own)) == (100, 100, 20)
 
 
 def test_a_request_in_flight_loses_what_is_forgotten_and_keeps_its_own(corpora: Corpora) -> None:

@@ -41,6 +41,14 @@ def test_a_position_is_tried_when_all_before_it_were_accepted() -> None:
     assert (speculating.drafted_tokens, speculating.accepted_tokens) == (12, 6)
 
 
+def test_a_position_behind_the_answers_end_was_drafted_and_never_tried() -> None:
+    speculating = Speculating()
+    speculating.add(tokens(4, Draft("suffix", 8, 4, ended=True)), 4)
+    counts = speculating.by_drafter["suffix"]
+    assert (counts.tried, counts.accepted) == ([1, 1, 1, 1], [1, 1, 1, 1])
+    assert (speculating.drafted_tokens, speculating.accepted_tokens) == (8, 4)
+
+
 def test_a_twin_counts_as_drafted_and_never_as_accepted() -> None:
     speculating = Speculating()
     speculating.add(tokens(3, Draft("suffix", 3, 2), Draft("heads", 4, 1, won=False), speculator="aa"), 3)

@@ -23,6 +23,8 @@ from tests.rollout.drafters import drafting, go_live, heads, history, serve
 from worker.rollout.speculator import deploy_speculator_job
 
 A = "a" * 64
+# More than the slots of the engine under test hold.
+TOO_MANY = 9
 QUESTION = [{"role": "user", "content": "w8 w15 w24"}]
 
 
@@ -182,6 +184,42 @@ def test_what_the_engine_could_not_do_just_now_condemns_nothing(
     with pytest.raises(RuntimeError, match="just now: the disk is slow"):
         deploy(world, settings, digest)
     assert world.state(digest) == "built"
+
+
+def test_heads_without_a_free_slot_push_nobodys_live_heads_out(
+    world: World, engine: EngineUnderTest, settings: Settings
+) -> None:
+    with SyncEngineClient(engine.socket) as client:
+        for slot in client.status().speculators:
+            client.unload_speculator(slot.digest)
+        for number in range(client.status().speculators_total):
+            with world.sessions.begin() as session:
+                project_id = projects.create(session, f"project-{number}").id
+            elsewhere = World(world.sessions, project_id, world.revision_id, [])
+            digest = built(elsewhere, engine, 30 + number)
+            go_live(elsewhere, digest)
+            client.load_speculator(digest, str(engine.artifacts / digest))
+    before, digest = loaded(engine), built(world, engine, 40)
+    run_id, job_id = order(world, digest)
+
+    with pytest.raises(JobFailed, match="raise WHET_SPECULATOR_SLOTS"):
+        attempt(world, settings, job_id)
+
+    assert loaded(engine) == before
+    assert (world.read_run(run_id).phase, world.state(digest)) == ("superseded", "built")
+
+
+def test_heads_too_large_for_this_engines_slots_are_not_condemned(
+    world: World, engine: EngineUnderTest, settings: Settings
+) -> None:
+    digest = random_speculator(engine.artifacts, engine.model, heads=TOO_MANY, seed=15)
+    heads(world, digest, base=engine.base)
+    run_id, job_id = order(world, digest)
+
+    with pytest.raises(JobFailed, match=r"fit no slot of this engine.*raise --speculator-heads"):
+        attempt(world, settings, job_id)
+
+    assert (world.read_run(run_id).phase, world.state(digest)) == ("superseded", "built")
 
 
 @pytest.mark.parametrize("point", ["begun", "loaded", "released"])

@@ -135,12 +135,33 @@ def damage(engine: EngineUnderTest, digest: str) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
-def test_heads_of_another_base_model_are_neither_loaded_nor_condemned(setting: Setting) -> None:
-    foreign = setting.built(57, base="another model")
+def test_heads_too_large_for_the_slots_raise_one_alarm_and_are_asked_for_again_of_another_engine(
+    setting: Setting,
+) -> None:
+    digest = random_speculator(setting.engine.artifacts, setting.engine.model, heads=9, seed=58)
+    heads(setting.world, digest, base=setting.engine.base)
+    go_live(setting.world, digest)
+
+    with capture_logs() as lines:
+        setting.settle()
+        first = [line["digest"] for line in lines if line.get("alarm")]
+        setting.restart()
+        setting.settle()
+
+    assert first == [digest], "one alarm"
+    assert [line["digest"] for line in lines if line.get("alarm")] == [digest, digest]
+    assert (drafting(setting.world), setting.world.state(digest)) == (Heads(digest), "live")
+
+
+def test_heads_of_another_base_model_are_retired_and_not_condemned(setting: Setting) -> None:
+    foreign, tried = setting.built(57, base="another model"), setting.built(59, base="another model")
     go_live(setting.world, foreign)
+    stage(setting.world, tried)
     setting.settle()
     assert setting.loaded() == set()
-    assert drafting(setting.world) == Heads(foreign)
+    assert drafting(setting.world) == Heads()
+    assert {setting.world.state(foreign), setting.world.state(tried)} == {"retired"}
+    assert "another base model" in history(setting.world)[-1].reason
 
 
 def test_more_heads_than_slots_push_nobody_out(setting: Setting) -> None:
@@ -247,9 +268,10 @@ class Recorder:
         self.taught.append((namespace, responses))
 
 
-def refilled(setting: Setting, engine: Recorder, corpora: list[Corpus] | None = None) -> Recorder:
+def refilled(setting: Setting, engine: Recorder, corpora: list[Corpus] | None = None, **told: int) -> Recorder:
     """What an engine that started an hour from now is taught in three steps."""
     status = structs.replace(setting.client.status(), uptime_seconds=-3600.0, speculators=[], corpora=corpora or [])
+    status = structs.replace(status, **told)
     made = drafters.Drafters(
         setting.world.sessions, engine, setting.engine.artifacts, grace_seconds=0, clock=setting.clock,  # type: ignore[arg-type]
     )  # fmt: skip
@@ -275,6 +297,19 @@ def test_a_corpus_is_told_its_newest_answers_oldest_first_in_pieces(
     assert told == [104, 103, 102, 101, 100]
     assert [sum(map(len, chunk)) for _, chunk in engine.taught] == [40, 40, 20]
     assert {namespace for namespace, _ in engine.taught} == {project.hex}
+
+
+def test_a_corpus_smaller_than_the_log_is_filled_once(setting: Setting) -> None:
+    project = setting.world.project_id
+    for minute in range(10):
+        answer(setting, project, NOW - timedelta(minutes=minute), [100 + minute] * 20)
+    assert setting.client.status().corpus_capacity > 0
+
+    engine = refilled(setting, Recorder(), corpus_capacity=50)
+    assert [response[0] for _, chunk in engine.taught for response in chunk] == [101, 100]
+
+    full = [Corpus(namespace=project.hex, tokens=50, bytes=0)]
+    assert refilled(setting, Recorder(), full, corpus_capacity=50).taught == []
 
 
 def test_the_most_recent_namespaces_are_told_last(setting: Setting) -> None:

@@ -287,6 +287,29 @@ def test_a_checkpoint_of_another_training_is_not_continued(
     assert other.step == 0
 
 
+@pytest.mark.parametrize("other", ["words", "base", "adapter", "champion"])
+def test_a_checkpoint_of_the_same_shape_from_elsewhere_is_not_continued(
+    material: Material, head: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    monkeypatch.setattr(head_loop, "CHECKPOINT_SECONDS", 0.0)
+    parts = split(len(material.requests))
+
+    def loop(words: torch.Tensor, **changes: str) -> Loop:
+        origin = {"base": "b", "adapter": "", "champion": ""} | changes
+        heads = Heads(head[words], 2, conditioning="none", recurrent=False)
+        pace = Pace(1e-2, 1, 64, 0)
+        drafting = material.drafting(words)
+        return Loop(heads, drafting, parts.train, parts.stop, pace, tmp_path, tuple(origin.values()))
+
+    words = material.tokens_V[:-1]
+    loop(words).run(lambda *_: None)
+    assert loop(words)._resume()
+
+    changed = loop(material.tokens_V[1:]) if other == "words" else loop(words, **{other: "another"})
+
+    assert not changed._resume()
+
+
 def test_confidence_says_how_often_drafts_are_right(material: Material, head: torch.Tensor) -> None:
     parts = split(len(material.requests))
     heads = Heads(head[material.tokens_V], 2, conditioning="hydra", recurrent=False)

@@ -190,6 +190,20 @@ def test_too_little_traffic_refuses_the_run_in_words_before_any_compute(
     assert "heads need 60" in done.error
 
 
+def test_words_that_no_slot_holds_fail_the_run_before_any_compute(
+    world: World, tiny_settings: Settings, log: Callable[..., list[UUID]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log()
+    run = start(world, vocabulary=64)
+    monkeypatch.setattr(attempt_module, "run_trainer", lambda *_: pytest.fail("computed"))
+
+    with pytest.raises(JobFailed, match="64 words do not fit the engine's slots of 32"):
+        attempt(world, run, tiny_settings.model_copy(update={"speculator_vocabulary": 32}))
+
+    with world.sessions() as session:
+        assert session.get_one(Run, run.id).phase == "failed"
+
+
 def test_rows_without_token_ids_refuse_the_run(
     world: World, tiny_settings: Settings, log: Callable[..., list[UUID]]
 ) -> None:

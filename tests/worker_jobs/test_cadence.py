@@ -29,9 +29,9 @@ class World:
             self.project_id = projects.create(session, "support").id
         self.cadence = SpeculatorCadence()
 
-    def say(self, tokens: int, at: datetime, *, origin: str = "live") -> None:
+    def say(self, tokens: int, at: datetime, *, origin: str = "live", base: str = "base") -> None:
         """One answer of so many tokens."""
-        land(self.sessions, [interaction(self.project_id, at, tokens=tokens, origin=origin)])
+        land(self.sessions, [interaction(self.project_id, at, tokens=tokens, origin=origin, base_digest=base)])
 
     def step(self, at: datetime = NOW, *, drifted: bool = False) -> bool:
         """Whether a training was started."""
@@ -56,7 +56,7 @@ class World:
         with self.sessions.begin() as session:
             for digest, kind in ((A, "adapter"), ("1" * 64, "speculator")):
                 session.merge(
-                    Artifact(digest=digest, kind=kind, project_id=self.project_id, base_digest="b", manifest={})
+                    Artifact(digest=digest, kind=kind, project_id=self.project_id, base_digest="base", manifest={})
                 )
             session.flush()
             session.execute(update(Deployment).values(**columns))
@@ -133,6 +133,21 @@ def test_another_adapter_gets_heads_of_its_own(world: World) -> None:
     assert world.notes()[-1] == "another adapter serves now"
     world.end_run(NOW - timedelta(hours=1))
     assert not world.step()
+
+
+def test_another_base_gets_heads_of_its_own_as_soon_as_it_has_said_enough(world: World) -> None:
+    """Half of all that was said before would be far more."""
+    world.say(900_000, NOW - timedelta(hours=3))
+    world.step()
+    world.end_run(NOW - timedelta(hours=2))
+    world.say(49_999, NOW - timedelta(hours=1), base="another")
+    assert not world.step()
+
+    world.say(1, NOW - MINUTE, base="another")
+    assert world.step()
+    assert world.notes()[-1] == "another base model serves now"
+    world.end_run(NOW - timedelta(minutes=30), phase="refused")
+    assert not world.step(), "once is enough"
 
 
 def test_heads_that_came_back_with_their_adapter_need_no_training(world: World) -> None:

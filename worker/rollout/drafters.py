@@ -4,12 +4,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import NamedTuple
 from uuid import UUID
 
 import structlog
-from sqlalchemy import or_, select
-from sqlalchemy.orm import Session
 
 from engine.client import EngineRefused
 from engine.messages import Status
@@ -17,23 +14,16 @@ from engine.sync_client import SyncEngineClient
 from services.errors import Conflict
 from services.store import speculation_log
 from services.store.base import Sessions
-from services.store.models import Artifact, Deployment
+from services.store.speculators import Decision, WantedHeads, read_wanted_heads, retire_heads
 from worker.rollout.speculator import condemn
 
-# The engine's own bounds: tokens of a corpus, and namespaces it keeps.
+# Most tokens that are read for a corpus, and the namespaces that the engine keeps.
 CORPUS_TOKENS = 1 << 20
 MOST_NAMESPACES = 64
 # One message's tokens: the engine learns between two steps, and a step must not wait for a million.
 CHUNK_TOKENS = 16_384
 
 log = structlog.get_logger()
-
-
-class WantedHeads(NamedTuple):
-    """The heads deployments name, by digest: whose they are, and the base model they read."""
-
-    projects: dict[str, UUID]
-    bases: dict[str, str]
 
 
 class Drafters:
@@ -55,12 +45,15 @@ class Drafters:
         self._clock = clock
         self._unwanted_since: dict[str, float] = {}
         self._crowded: frozenset[str] = frozenset()
+        # Heads that fit no slot of this engine process; another one may have larger slots.
+        self._too_large: set[str] = set()
         self._to_refill: deque[tuple[UUID, str]] = deque()
         self._began = datetime.now(UTC)
 
     def restarted(self, status: Status) -> None:
         """Another engine process answers: what it has not seen itself, it must be told."""
         self._began = datetime.now(UTC) - timedelta(seconds=status.uptime_seconds)
+        self._too_large.clear()
         with self._sessions() as session:
             recent = speculation_log.recent_namespaces(session, MOST_NAMESPACES)
         # The last one learnt is the last one the engine would give up.
@@ -72,12 +65,27 @@ class Drafters:
             return
         with self._sessions() as session:
             wanted = read_wanted_heads(session)
+        self._retire_foreign(status, wanted)
         self._free(status, wanted, in_use)
         self._load(status, wanted, in_use)
         if self._to_refill:
             project_id, namespace = self._to_refill[0]
             self._refill(status, project_id, namespace)
             self._to_refill.popleft()
+
+    def _retire_foreign(self, status: Status, wanted: WantedHeads) -> None:
+        """Heads of another base never draft here, and while a deployment names them none are trained for this one."""
+        for digest, project_id in wanted.projects.items():
+            if wanted.bases[digest] == status.base:
+                continue
+            decision = Decision("dispatcher", f"heads {digest[:12]} read another base model than the one served", {})
+            try:
+                with self._sessions.begin() as session:
+                    retire_heads(session, project_id, digest, decision)
+            except Conflict as conflict:
+                log.info("somebody else has changed the heads", project=str(project_id), error=conflict.message)
+            else:
+                log.warning("heads of another base model retired", project=str(project_id), digest=digest)
 
     def _free(self, status: Status, wanted: WantedHeads, in_use: set[str]) -> None:
         """Unload what nobody has asked for during the grace; requests that still name it go on without."""
@@ -98,7 +106,7 @@ class Drafters:
         """Load what is missing, but never so much that the engine would evict one project's heads for another's."""
         present = {slot.digest for slot in status.speculators}
         ours = [digest for digest in sorted(wanted.projects) if wanted.bases[digest] == status.base]
-        missing = [digest for digest in ours if digest not in present]
+        missing = [digest for digest in ours if digest not in present | self._too_large]
         room = max(0, status.speculators_total - len(present & (wanted.projects.keys() | in_use)))
         self._report_crowding(frozenset(missing[room:]))
         for digest in missing[:room]:
@@ -110,6 +118,9 @@ class Drafters:
         except EngineRefused as error:
             if error.transient:
                 log.warning("heads cannot be loaded now", digest=digest, error=str(error))
+            elif error.code == "too_large":
+                self._too_large.add(digest)
+                log.error("deployed heads fit no slot of the engine", alarm=True, digest=digest, error=str(error))
             else:
                 self._retreat(project_id, digest, str(error))
             return
@@ -136,9 +147,11 @@ class Drafters:
     def _refill(self, status: Status, project_id: UUID, namespace: str) -> None:
         """The newest answers from before the engine's start, unless it holds as many tokens already: then another
         dispatcher has told it."""
+        # More than a corpus holds would never be held, and told again and again.
+        most = min(CORPUS_TOKENS, status.corpus_capacity)
         with self._sessions() as session:
             responses = speculation_log.responses(
-                session, project_id, namespace, base=status.base, until=self._began, most=CORPUS_TOKENS
+                session, project_id, namespace, base=status.base, until=self._began, most=most
             )
         tokens = sum(map(len, responses))
         held = next((corpus.tokens for corpus in status.corpora if corpus.namespace == namespace), 0)
@@ -164,15 +177,3 @@ def _chunks(responses: list[list[int]]) -> Iterator[list[list[int]]]:
             chunk, size = [], 0
     if chunk:
         yield chunk
-
-
-def read_wanted_heads(session: Session) -> WantedHeads:
-    """Live heads and those on trial."""
-    found = WantedHeads({}, {})
-    named = or_(Artifact.digest == Deployment.speculator_digest, Artifact.digest == Deployment.speculator_canary_digest)
-    for row in session.execute(
-        select(Deployment.project_id, Artifact.digest, Artifact.base_digest).join(Artifact, named)
-    ):
-        found.projects[row.digest] = row.project_id
-        found.bases[row.digest] = row.base_digest
-    return found

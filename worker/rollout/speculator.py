@@ -48,6 +48,7 @@ def deploy_speculator_job(lease: Lease, settings: Settings) -> None:
         adapter = _begin(lease, order)
         failpoints.reach("deploy_speculator.begun")
         with SyncEngineClient(settings.engine_socket, connect_seconds=CONNECT_SECONDS) as client:
+            _require_slot(lease, client.status(), order.digest)
             _load(client, settings, order.digest, adapter)
         failpoints.reach("deploy_speculator.loaded")
         if lease.cancelled():
@@ -83,6 +84,17 @@ def _begin(lease: Lease, order: Order) -> str | None:
         return trained_on
 
 
+def _require_slot(lease: Lease, status: Status, digest: str) -> None:
+    """An engine without a free slot would give up heads that another deployment names. Raises Conflict."""
+    held = {slot.digest for slot in status.speculators}
+    if digest in held or not status.speculators_total:
+        return
+    with lease.sessions() as session:
+        wanted = speculators.read_wanted_heads(session)
+    if len(held & wanted.projects.keys()) >= status.speculators_total:
+        raise Conflict("no slot is free for these heads: raise WHET_SPECULATOR_SLOTS")
+
+
 def _load(client: SyncEngineClient, settings: Settings, digest: str, adapter: str | None) -> None:
     """Load, and believe neither silence nor another digest: an engine that drafts with something else says so."""
     try:
@@ -92,6 +104,8 @@ def _load(client: SyncEngineClient, settings: Settings, digest: str, adapter: st
             raise RuntimeError(f"the engine could not load the heads just now: {error}") from error
         if client.status().speculators_total == 0:
             raise Conflict(f"this engine drafts nothing: {error}") from error
+        if error.code == "too_large":
+            raise Conflict(f"the heads fit no slot of this engine: {error}") from error
         raise Broken(f"the engine refused the heads: {error}") from error
     if serving != digest:
         log.error("the engine drafts with other heads than asked", alarm=True, asked=digest, serving=serving)

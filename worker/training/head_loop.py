@@ -1,5 +1,6 @@
 """The optimiser's loop over states in memory: AdamW, early stopping, a checkpoint from which a killed run goes on."""
 
+import hashlib
 import json
 import math
 import os
@@ -59,11 +60,15 @@ class Pace:
 
 
 class Loop:
-    """One training. `checkpoint` is a directory, or None to keep nothing."""
+    """One training. `checkpoint` is a directory, or None to keep nothing.
+
+    `origin` names what the states and the first weights came from: base, adapter, champion. With other words or from
+    elsewhere a checkpoint's weights would be of the same shape and mean something else.
+    """
 
     def __init__(
         self, heads: Heads, material: Material, train: Sequence[int], stop: Sequence[int], pace: Pace,
-        checkpoint: Path | None,
+        checkpoint: Path | None, origin: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.heads, self.material, self.train, self.stop, self.pace = heads, material, train, stop, pace
         self.sizes = [len(request.answer) for request in material.requests]
@@ -72,7 +77,9 @@ class Loop:
         self.step, self.best, self.missed = 0, -1.0, 0
         self.kept = [parameter.detach().clone() for parameter in heads.drafting()]
         self._file = checkpoint / CHECKPOINT if checkpoint else None
-        self._name = json.dumps([len(material.requests), sum(self.sizes), list(heads.weight.shape), vars(pace)])
+        words = hashlib.sha256(json.dumps(material.tokens_V.tolist()).encode()).hexdigest()
+        shape = list(heads.weight.shape)
+        self._name = json.dumps([len(material.requests), sum(self.sizes), shape, vars(pace), words, list(origin)])
         self._saved = time.monotonic()
 
     def run(self, tell: Tell) -> None:

@@ -95,7 +95,9 @@ def _train(
     warm = champion is not None and head_files.warm_start(heads, material.tokens_V, champion, len(head))
     report(Stage(name="loaded", detail={"requests": len(material.requests), "warm_start": warm}))
     pace = Pace(spec.lr, spec.epochs, spec.batch_tokens, spec.seed)
-    loop = Loop(heads, material, parts.train, parts.stop, pace, Path(spec.checkpoint) if spec.checkpoint else None)
+    checkpoint = Path(spec.checkpoint) if spec.checkpoint else None
+    origin = (engine.core.base, spec.adapter, spec.champion)
+    loop = Loop(heads, material, parts.train, parts.stop, pace, checkpoint, origin)
     loop.run(_teller(report))
     # Rounded first: the confidence is about the heads that will draft.
     head_files.save(heads, material.tokens_V, Path(spec.out))

@@ -14,6 +14,7 @@ import msgspec
 import structlog
 
 from engine.digest import base_digest
+from engine.models.registry import read_spec
 from engine.text.tokenizer import Tokenizer
 from services.settings import Settings
 from services.store import deployments, failpoints, runs, traffic
@@ -73,12 +74,18 @@ def speculator_job(lease: Lease, settings: Settings) -> None:
         raise
 
 
-def _require_room(settings: Settings, order: Order) -> None:
-    """Heads that the engine would refuse need not be trained. Raises JobFailed."""
+def _require_room(settings: Settings, params: SpeculatorParams, tokens: int) -> None:
+    """Heads that an engine of a model with `tokens` would refuse need not be trained. Raises JobFailed."""
     if not settings.speculation:
         raise JobFailed("WHET_SPECULATION is off: the engine drafts nothing")
-    if order.params.heads > settings.speculator_heads:
-        raise JobFailed(f"{order.params.heads} heads do not fit the engine's slots of {settings.speculator_heads}")
+    if params.heads > settings.speculator_heads:
+        raise JobFailed(f"{params.heads} heads do not fit the engine's slots of {settings.speculator_heads}")
+    words = min(params.vocabulary, tokens)
+    if words > settings.speculator_vocabulary:
+        raise JobFailed(
+            f"{words} words do not fit the engine's slots of {settings.speculator_vocabulary}: "
+            "ask for a smaller vocabulary, or raise WHET_SPECULATOR_VOCABULARY"
+        )
 
 
 def _remove_work(settings: Settings, run_id: UUID) -> None:
@@ -96,7 +103,7 @@ def _train(lease: Lease, settings: Settings, run_id: UUID) -> None:
         tokenizer = Tokenizer.load(model)
     except ValueError as error:
         raise JobFailed(str(error)) from error
-    _require_room(settings, order)
+    _require_room(settings, order.params, read_spec(model).vocab_size)
     base = base_digest(model)
     work = settings.home / "runs" / str(run_id) / str(lease.fence)
     work.mkdir(parents=True, exist_ok=True)
