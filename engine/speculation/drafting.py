@@ -31,6 +31,9 @@ from engine.speculation.verify import Verified
 LEAD_TOKENS = 4
 # A batch whose next token must be this sure to pay is full; every so many steps it is looked at all the same.
 HOPELESS, PROBE_STEPS = 0.97, 64
+# Where drafts do not earn what making them costs, asking pauses for 1, 2, 4 .. so many steps, or until a share of the
+# rows has gone. An observation's part in what asking is believed to take for a row.
+LONGEST_PAUSE, FEWER_ROWS, SMOOTH = 63, 0.75, 0.1
 # What learning past responses may take of a step.
 STUDY_SECONDS = 0.001
 # Costs change slowly: not every step need be looked at.
@@ -64,6 +67,33 @@ class Shape(NamedTuple):
         return cls(len(rows), context, all(row.samples for row in rows))
 
 
+class Pause:
+    """Whether a batch is asked about at all. Making drafts takes time, which the choice among them cannot save."""
+
+    def __init__(self) -> None:
+        self._seconds_per_row = 0.0
+        self._length = self._left = 0
+        self._rows = 0
+
+    def holds(self, rows: int) -> bool:
+        """Whether this step, in which so many rows could be drafted for, passes without asking."""
+        if rows < FEWER_ROWS * self._rows:
+            self._length = self._left = 0
+        self._left -= self._left > 0
+        return self._left > 0
+
+    def weigh(self, rows: int, seconds: float, expected: float, drafted: int, batch: Batch) -> None:
+        """Drafts for so many rows took so long to make; `drafted` of their tokens are verified, `expected` come out."""
+        self._seconds_per_row += SMOOTH * (seconds / rows - self._seconds_per_row)
+        spent = self._seconds_per_row * rows
+        rate = expected / (batch.costs[batch.tokens + drafted] + spent)
+        if rate * batch.seconds_per_token > 1:
+            self._length = self._left = self._rows = 0
+        else:
+            self._length = min(LONGEST_PAUSE, max(1, 2 * self._length))
+            self._left, self._rows = self._length + 1, rows
+
+
 class Drafting:
     """Proposes, chooses, and learns from what was verified. One engine's; knows no requests' lives."""
 
@@ -78,6 +108,7 @@ class Drafting:
         self._lessons: deque[Lesson] = deque()
         self._steps = 0
         self._drafted = False
+        self._pause = Pause()
         self._shape: Shape | None = None
 
     @property
@@ -121,14 +152,19 @@ class Drafting:
             return rows
         batch = Batch.of(rows, self.costs, step_tokens)
         probing = self._steps % PROBE_STEPS == 0
-        if batch.room <= len(able) or (batch.floor >= HOPELESS and not probing and not self.policy.eager):
+        idle = batch.floor >= HOPELESS or self._pause.holds(len(able))
+        if batch.room <= len(able) or (idle and not probing and not self.policy.eager):
             self._drafted = False
             return rows
+        began = time.perf_counter()
         asking = [rows[index] for index in able]
         tries = self._proposing.ask(asking, batch.seconds_per_token, eager=self.policy.eager)
         planned = list(rows)
         self._drafted, before = False, self._drafted
         selected = self.policy.select(tries, batch, drafting=before)
+        expected = batch.tokens + sum(sum(one.survival[:length]) for one, length in selected if one is not None)
+        drafted = sum(length for _, length in selected)
+        self._pause.weigh(len(able), time.perf_counter() - began, expected, drafted, batch)
         if probing and not any(length for _, length in selected):
             # What a step that verifies costs must be seen now and then, or it is believed dear for ever.
             selected = [(each[0], 1) if each else (None, 0) for each in tries]

@@ -61,7 +61,8 @@ class Proposing:
         heads = tries[-1] if tries and tries[-1].drafter == "heads" else None
         if heads is not None:
             key = self.speculators.digest(heads.slot), _promised(tries[:-1])
-            gain = max(0, came["heads"] - came.get("suffix", 0))
+            # What asking them was worth: the draft that promised most against the one there would have been anyhow.
+            gain = came[max(tries, key=lambda one: one.expected).drafter] - came.get("suffix", 0)
             self._gains[key] = (1 - SMOOTH) * self._gains.get(key, gain) + SMOOTH * gain
             if len(self._gains) > MOST_GAINS:
                 del self._gains[next(iter(self._gains))]

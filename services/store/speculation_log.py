@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import func, select
+from sqlalchemy import ColumnElement, exists, func, select
 from sqlalchemy.orm import Session
 
 from services.store.erasure import is_erased
@@ -43,7 +43,10 @@ class Request(NamedTuple):
 def requests(
     session: Session, project_id: UUID, adapter: str | None, *, since: datetime, limit: int, newest: bool = True
 ) -> list[Request]:
-    """Answers that `adapter` gave to live traffic since then, oldest first: the newest `limit`, or the first ones."""
+    """Answers that `adapter` gave to live traffic since then, oldest first: the newest `limit`, or the first ones.
+
+    Not those asked of a pinned artefact, which draft as no arm does.
+    """
     columns = (
         Interaction.id, Interaction.started_at, Interaction.speculator_digest, Interaction.completion_tokens,
         Interaction.speculation, Interaction.latency_ms, Interaction.ttft_ms,
@@ -57,6 +60,7 @@ def requests(
             Interaction.adapter_digest.is_not_distinct_from(adapter),
             Interaction.finish_reason.not_in(UNANSWERED),
             Interaction.completion_tokens > 0,
+            ~_pinned(since),
         )
         .order_by(Interaction.id.desc() if newest else Interaction.id)
         .limit(limit)
@@ -153,6 +157,15 @@ def _newest_first(
         if len(page) < PAGE:
             return
         before = page[-1].id
+
+
+def _pinned(since: datetime) -> ColumnElement[bool]:
+    """Whether the caller named an exact digest. `since` keeps the look-up to the partitions that can hold the body."""
+    return exists().where(
+        InteractionBody.id == Interaction.id,
+        InteractionBody.id >= first_id(since),
+        InteractionBody.parameters["model"].as_string().like("%@%"),
+    )
 
 
 def _request(row: Any) -> Request:  # noqa: ANN401 - a row of the query above

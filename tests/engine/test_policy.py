@@ -21,7 +21,7 @@ from engine.speculation.acceptance import (
     suffix_cells,
 )
 from engine.speculation.costs import StepCosts
-from engine.speculation.drafting import second_gain
+from engine.speculation.drafting import LONGEST_PAUSE, Pause, second_gain
 from engine.speculation.policy import HYSTERESIS, Adaptive, Batch, branch_pays, lengths
 from engine.speculation.tries import LONGEST_REST, MOST_DRAFTED, PATIENCE, Speculation, Try, may_draft, most_drafted
 
@@ -244,3 +244,33 @@ def test_no_more_is_drafted_than_the_answer_may_have(limit: int, most: int) -> N
     assert most_drafted(sequence) == most
     assert may_draft(Row(sequence, 1)) == (most > 0)
     assert not may_draft(Row(sequence, 0))
+
+
+def test_a_batch_whose_drafts_do_not_earn_their_making_is_asked_ever_less() -> None:
+    batch, pause, asked = Batch(16, [1.0 + 0.01 * tokens for tokens in range(64)], 40), Pause(), []
+    for step in range(300):
+        if not pause.holds(16):
+            asked.append(step)
+            pause.weigh(16, 0.5, 16.5, 4, batch)
+    gaps = [after - before for before, after in pairwise(asked)]
+    assert gaps[:4] == [2, 3, 5, 9]
+    assert max(gaps) == LONGEST_PAUSE + 1
+    assert len(asked) < 15
+
+
+def test_a_batch_whose_drafts_earn_more_is_asked_in_every_step_again() -> None:
+    batch, pause = Batch(4, [1.0] * 64, 40), Pause()
+    for _ in range(6):
+        pause.weigh(4, 5.0, 4.1, 4, batch)
+    held = sum(pause.holds(4) for _ in range(100))
+    assert held >= 31
+    pause.weigh(4, 0.0, 40.0, 36, batch)
+    assert not any(pause.holds(4) for _ in range(10))
+
+
+def test_a_pause_ends_with_the_crowd_it_was_for() -> None:
+    batch, pause = Batch(64, [1.0] * 200, 40), Pause()
+    for _ in range(8):
+        pause.weigh(64, 5.0, 64.1, 4, batch)
+    assert pause.holds(60)
+    assert not pause.holds(4)

@@ -2,13 +2,14 @@
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 import pytest
 from sqlalchemy.exc import IntegrityError
 from structlog.testing import capture_logs
 
-from services.store import speculators
-from services.store.models import Run
+from services.store import speculation_log, speculators
+from services.store.models import InteractionBody, Run
 from services.store.speculation import Heads
 from tests.rollout.conftest import World
 from tests.rollout.drafters import (
@@ -112,6 +113,29 @@ def test_what_other_adapters_or_no_live_request_answered_is_no_evidence(world: W
     traffic.land(400, better, finish_reason="cancelled")
     look(world)
     assert drafting(world).canary == H1
+
+
+def test_what_drafted_with_other_heads_than_its_arms_is_no_evidence(world: World) -> None:
+    stage(world, heads(world, H1)).land(400, {**EVEN, "canary": (2.8, 130.0)}, speculator_digest=H2)
+    look(world)
+    assert drafting(world).canary == H1
+
+
+def test_requests_of_a_pinned_artefact_belong_to_no_arm(world: World) -> None:
+    asked: dict[str, list[UUID]] = {"support": [], f"support@{A}": []}
+    for minute, model in enumerate([*asked, *asked]):
+        row = interaction(world.project_id, NOW - timedelta(minutes=minute))
+        body = InteractionBody(
+            id=row.id, messages=[], parameters={"model": model}, output="", prompt_token_ids=[], token_ids=[],
+            token_logprobs=[], prompt_hash="", template_hash="", tokenizer_hash="", spool_version=1,
+        )  # fmt: skip
+        asked[model].append(row.id)
+        land(world.sessions, [row, body])
+
+    with world.sessions() as session:
+        found = speculation_log.requests(session, world.project_id, None, since=NOW - timedelta(hours=1), limit=10)
+
+    assert {one.id for one in found} == set(asked["support"])
 
 
 def test_live_heads_that_fall_below_the_control_arm_are_rolled_back_to_the_last_good_ones(world: World) -> None:

@@ -50,8 +50,10 @@ class Look(NamedTuple):
     changed: datetime
 
     def arm(self, requests: Sequence[Request], arm: Arm, heads: Heads | None = None) -> list[Request]:
-        """Those of an arm, under these heads or another deployment's."""
-        return [one for one in requests if arm_of(one.id, self.config, heads or self.seen.heads) == arm]
+        """Those of an arm, under these heads or another deployment's. Who drafted with others says nothing of it."""
+        named = heads or self.seen.heads
+        fitting = (None, named.of(arm))
+        return [one for one in requests if arm_of(one.id, self.config, named) == arm and one.speculator in fitting]
 
     def began(self, session: Session, kind: str, digest: str) -> datetime:
         """When heads were put there, and every gateway knew."""
