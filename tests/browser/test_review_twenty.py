@@ -216,6 +216,7 @@ def test_sides_of_a_pair_stay_where_they_were_after_a_reload(sessions: Sessions,
     with sessions.begin() as session:
         session.execute(update(ReviewItem).values(alternative={"output": "other", "digest": None}))
     page = open_as("ada@example.org", "/p/entities/review")
+    expect(page.locator("[data-side-left]")).not_to_have_text("")
     left = page.locator("[data-side-left]").inner_text()
     page.reload()
     expect(page.locator("[data-side-left]")).to_have_text(left)

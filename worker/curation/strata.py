@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import ceil
 from uuid import UUID
 
-from services.store.sampling import PRECEDENCE, UNIFORM
+from services.store.sampling import LEAST_AUDIT, PRECEDENCE, UNIFORM
 
 LEAST_SHARE = 0.01
 
@@ -67,7 +67,8 @@ def quotas(sizes: Mapping[str, int], budget: int, mix: Mapping[str, float]) -> d
     if UNIFORM in quota:
         # Where the least of many strata fills a small budget, the audit keeps its share beyond it.
         share, others = mix.get(UNIFORM, 0.0), sum(quota.values()) - quota[UNIFORM]
-        wanted = ceil(others * share / (1 - share) - 1e-9) if share < 1 else 0
+        share = share if share < 1 else LEAST_AUDIT
+        wanted = ceil(others * share / (1 - share) - 1e-9)
         quota[UNIFORM] = max(quota[UNIFORM], min(sizes[UNIFORM], wanted))
     return quota
 
