@@ -52,10 +52,10 @@ def battery(core: Engine) -> tuple[list[Generate], dict[str, Answer]]:
     return requests, plain(core, requests)
 
 
-def check(core: Engine, battery: tuple[list[Generate], dict[str, Answer]]) -> None:
+def check(core: Engine, battery: tuple[list[Generate], dict[str, Answer]], seed: int = 0) -> None:
     """What the other proofs check: half right drafts, then two at once."""
     requests, slow = battery
-    oracle = Oracle(slow, VOCABULARY)
+    oracle = Oracle(slow, VOCABULARY, seed)
     for drafters in ((oracle.partly,), pair(oracle)):
         force(core, *drafters)
         check_equal(run(core, requests), slow)
@@ -221,4 +221,6 @@ def test_every_mutant_is_caught(
     with started(talking_model, step_tokens=192) as core, pytest.MonkeyPatch.context() as patch:
         mutant(patch)
         with pytest.raises(AssertionError):
-            check(core, battery)
+            # Which row's noise wins is chance: a mutant may come through one round of drafts.
+            for seed in range(4):
+                check(core, battery, seed)
