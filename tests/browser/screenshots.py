@@ -20,28 +20,30 @@ from services.platform.process import Guarded
 from services.settings import Settings
 from services.store import partitions
 from services.store.base import Sessions, make_sessions
-from tests.browser import serving, world
+from tests.browser import serving, world, world_data
+from tests.browser.scene import Scene, visit
 from tests.console import seed
 
 SIZES = {"": (1280, 720), "-tablet": (834, 1112)}
 THEMES = ("light", "dark")
 
 
-def signed_in(browser: Browser, url: str, sessions: Sessions, scene: world.Scene) -> Page:
-    """A page of a fresh browser profile, where the scene's person is signed in."""
-    with sessions.begin() as session:
-        token = seed.person(session, scene.email, scene.role).token
+def looking(browser: Browser, url: str, sessions: Sessions, email: str) -> Page:
+    """A page of a fresh browser profile, where the person is signed in; "" is nobody."""
     page = browser.new_context(base_url=url).new_page()
-    page.goto(f"/sign-in/{token}")
-    page.get_by_role("button", name="Sign in").press("Enter")
-    page.wait_for_url(f"{url}/")
+    if email:
+        with sessions.begin() as session:
+            token = seed.person(session, email, None).token
+        serving.sign_in(page, token)
+    else:
+        page.goto("/sign-in")
     return page
 
 
-def take(page: Page, scene: world.Scene, directory: Path) -> None:
+def take(page: Page, scene: Scene, directory: Path) -> None:
     """The scene's pictures. Steps are taken once; theme and size change under them."""
     page.set_viewport_size({"width": 1280, "height": 720})
-    world.visit(page, scene)
+    visit(page, scene)
     for suffix, (width, height) in SIZES.items():
         page.set_viewport_size({"width": width, "height": height})
         for theme in THEMES:
@@ -72,14 +74,14 @@ def walk(database_url: str, directory: Path, wanted: list[str]) -> None:
     with sessions.begin() as session:
         partitions.ensure(session)
         scenes = world.build(session)
-    with serving.console(Settings(), sessions) as url, serving.chromium() as browser:
-        page = signed_in(browser, url, sessions, scenes[0])
+    pages: dict[str, Page] = {}
+    with serving.console(Settings(), sessions) as url, serving.chromium() as browser, world_data.meaning():
         for scene in scenes:
             if not wanted or any(part in scene.name for part in wanted):
-                take(page, scene, directory)
+                if scene.email not in pages:
+                    pages[scene.email] = looking(browser, url, sessions, scene.email)
+                take(pages[scene.email], scene, directory)
                 print(scene.name, flush=True)
-        page.context.clear_cookies()
-        take(page, world.Scene("sign-in", "/sign-in"), directory)
     sessions.kw["bind"].dispose()
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import uvicorn
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 from services.settings import Settings
 from services.store.base import Sessions
@@ -46,3 +46,10 @@ def chromium() -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+def sign_in(page: Page, token: str) -> None:
+    """By a person's one-time link, as they do."""
+    page.goto(f"/sign-in/{token}")
+    page.get_by_role("button", name="Sign in").press("Enter")
+    page.wait_for_url(lambda url: url.endswith("/") and "/sign-in" not in url)

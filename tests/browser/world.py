@@ -4,7 +4,6 @@ import random
 import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import NamedTuple
 
 from playwright.sync_api import Page
 from sqlalchemy import select
@@ -12,23 +11,14 @@ from sqlalchemy.orm import Session
 
 from services.store import gold, reviews
 from services.store.models import Interaction, Project, ReviewItem, Revision, Run
+from tests.browser import world_data, world_people
+from tests.browser.scene import HERE, Scene
 from tests.console import seed, seed_speed
 
-HERE = "/p/entities"
 ANSWER = '{"people": ["Anna Reed", "Ivy Stone"], "places": ["Oslo"], "organisations": ["Northwind"], "dates": []}'
 BETTER = '{"people": ["Anna Reed", "Ivy Stone"], "places": ["Oslo"], "organisations": [], "dates": ["2021-03-04"]}'
 TEXT = "Anna Reed and Ivy Stone met in Oslo on 04 March 2021 to speak about the Northwind festival."
 SCHEMA = '{"type": "object", "required": ["people", "places"], "properties": {"people": {"type": "array"}}}'
-
-
-class Scene(NamedTuple):
-    """A page and what is done on it before it is looked at."""
-
-    name: str
-    path: str
-    steps: Callable[[Page], object] = lambda _: None
-    email: str = "boss@example.org"
-    role: str = "admin"
 
 
 def build(session: Session) -> list[Scene]:
@@ -55,7 +45,10 @@ def build(session: Session) -> list[Scene]:
         Scene("runs", f"{HERE}/runs"),
         *(Scene(f"run-{place}", f"{HERE}/runs/{run}") for place, run in enumerate(runs)),
         Scene("deployment", f"{HERE}/deployment"),
+        Scene("deployment-young", "/p/young/deployment"),
+        *world_data.build(session, project),
         *REVIEW,
+        *world_people.build(session, project),
     ]
 
 
@@ -111,15 +104,6 @@ def _say(session: Session, held: ReviewItem, user: uuid.UUID, verdict: str, **va
 
 FETCHED = """() => document.querySelector("[data-empty]").hidden
   || document.querySelector("[data-empty-text] h2").textContent !== "Fetching items" """
-FORGET_DRAFTS = """() => Object.keys(localStorage).filter((key) => key.includes(":draft:"))
-  .forEach((key) => localStorage.removeItem(key))"""
-
-
-def visit(page: Page, scene: Scene) -> None:
-    """Show a scene, from a page of the same console; what was drafted in another one is forgotten."""
-    page.evaluate(FORGET_DRAFTS)
-    page.goto(scene.path)
-    scene.steps(page)
 
 
 def _keys(*keys: str) -> Callable[[Page], None]:

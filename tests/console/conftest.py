@@ -15,6 +15,14 @@ from tests.console import seed
 
 PEPPER = "a pepper for tests only, long enough"
 SignIn = Callable[..., TestClient]
+# Parts of pages, files, JSON, and steps on the way to a provider.
+NO_PAGES = {
+    "/health", "/live", "/oidc/start", "/oidc/callback", "/audit/verdict", "/audit/export", "/p/{slug}/live",
+    "/p/{slug}/queue/live", "/p/{slug}/runs/live", "/p/{slug}/runs/{run_id}/live", "/p/{slug}/deployment/live",
+    "/p/{slug}/erasure/live", "/p/{slug}/erasure/{request_id}/certificate", "/p/{slug}/review/progress",
+    "/p/{slug}/review/history", "/p/{slug}/datasets/{name}/{digest}/export",
+    "/p/{slug}/interactions/bulk/{action_id}/live",
+}  # fmt: skip
 
 
 @pytest.fixture
