@@ -144,11 +144,12 @@ def invitation_revoke(invitation: UUID) -> None:
 def audit_show(
     who: Annotated[str, typer.Option(help="Part of a name, an address or a key.")] = "",
     action: Annotated[str, typer.Option(help="Such as role.give.")] = "",
+    project: OnProject = None,
     limit: Annotated[int, typer.Option(help="How many events.")] = 20,
 ) -> None:
     """The newest events."""
     table = _table("#", "when", "who", "did", "to")
-    for row in _client().get("/api/audit", who=who, action=action, limit=limit)["events"]:
+    for row in _client().get("/api/audit", project=project or "", who=who, action=action, limit=limit)["events"]:
         table.add_row(str(row["id"]), row["at"][:19], escape(row["who"]), row["action"], escape(row["about"]))
     Console().print(table)
 

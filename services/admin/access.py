@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, cast
+from uuid import UUID
 
 from fastapi import Depends, Request
 from fastapi.routing import APIRoute
@@ -10,9 +11,10 @@ from sqlalchemy.orm import Session
 from starlette.routing import BaseRoute
 
 from services.errors import Forbidden, NotFound, Unauthenticated
-from services.store import keys, projects
+from services.store import keys, projects, roles
 from services.store.base import Sessions
-from services.store.models import ApiKey, Project
+from services.store.models import ApiKey, Project, UserAccount
+from services.store.roles import Authority
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,17 @@ class Caller:
         if project.slug != slug:
             raise NotFound(f"there is no project {slug!r}; {projects.describe_known([project.slug])}")
         return project
+
+    @property
+    def authority(self) -> Authority:
+        """What the key may change about people."""
+        return Authority.of_key(self.key)
+
+    def oversees(self, user_id: UUID) -> None:
+        """Refuse what would make the caller somebody (a sign-in link, a key that acts as them) unless the key
+        administers all that person reaches. Who reaches nothing yet may be given anything later."""
+        if not self.authority.oversees(roles.memberships(self.session, user_id)):
+            raise Forbidden("this takes a key that administers everything this person reaches", code="wrong_project")
 
     def everywhere(self) -> None:
         """Refuse keys of one project what concerns all of them."""
@@ -63,7 +76,8 @@ class KeyGuard:
         if scheme.lower() != "bearer" or not presented:
             raise Unauthenticated("send an API key: Authorization: Bearer wh_…")
         key = keys.find(session, request.app.state.pepper, presented.strip())
-        if key is None:
+        acts_as = session.get(UserAccount, key.user_id) if key and key.user_id else None
+        if key is None or (acts_as is not None and acts_as.disabled_at is not None):
             raise Unauthenticated("this API key is unknown, expired or revoked")
         if not {self.scope, "admin"} & set(key.scopes):
             raise Forbidden(f"this takes a key with the scope {self.scope}; this one has {', '.join(key.scopes)}")

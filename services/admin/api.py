@@ -7,11 +7,10 @@ from fastapi import APIRouter, FastAPI, Path, Query, Request
 
 from services.admin import dataset_api, erasure_api, instant_api, people_api, review_api, shapes, speculator_api
 from services.admin.access import Admin, Caller, Trainer, undeclared
-from services.errors import Conflict, Forbidden, NotFound
+from services.errors import Conflict, NotFound
 from services.settings import Settings
 from services.store import audit, datasets, deployments, evaluations, jobs, keys, people, projects, roles, runs
 from services.store.models import ApiKey, Job, Run, UserAccount
-from services.store.roles import Authority
 
 router = APIRouter(prefix="/api")
 PARTS = (
@@ -63,9 +62,11 @@ def invite(request: Request, caller: Admin, sent: shapes.NewUser) -> dict[str, A
     if sent.project is None:
         caller.everywhere()
     project = caller.project(sent.project) if sent.project is not None else None
-    user = people.create_user(caller.session, email=sent.email, name=sent.name)
-    _refuse_taking_over(caller, user.id)
-    roles.give(caller.session, Authority.of_key(caller.key), user.id, sent.role, project.id if project else None)
+    known = people.known(caller.session, sent.email)
+    if known is not None:
+        caller.oversees(known.id)
+    user = known or people.create_user(caller.session, email=sent.email, name=sent.name)
+    roles.give(caller.session, caller.authority, user.id, sent.role, project.id if project else None)
     detail = {"role": sent.role, "project": sent.project}
     audit.record(caller.session, caller.actor, "user.invite", f"user:{user.id}", detail)
     link = _sign_in_url(request, caller, user)
@@ -76,7 +77,7 @@ def invite(request: Request, caller: Admin, sent: shapes.NewUser) -> dict[str, A
 def new_link(request: Request, caller: Admin, sent: shapes.UserLink) -> dict[str, Any]:
     """Another sign-in link for somebody who has an account; roles stay as they are."""
     user = people.find_user(caller.session, sent.email)
-    _refuse_taking_over(caller, user.id)
+    caller.oversees(user.id)
     audit.record(caller.session, caller.actor, "user.link", f"user:{user.id}")
     return {"id": str(user.id), "email": user.email, "sign_in_url": _sign_in_url(request, caller, user)}
 
@@ -87,15 +88,6 @@ def _sign_in_url(request: Request, caller: Caller, user: UserAccount) -> str:
     settings: Settings = request.app.state.settings
     base = settings.public_console_url.rstrip("/") or str(request.base_url).rstrip("/")
     return f"{base}/sign-in/{people.make_sign_in_link(caller.session, user.id)}"
-
-
-def _refuse_taking_over(caller: Caller, user_id: UUID) -> None:
-    """A sign-in link is the whole account: a key of one project must not get one for somebody who reaches more."""
-    if caller.key.project_id is None:
-        return
-    reached = {project.id for project in people.projects_of(caller.session, user_id)}
-    if people.role_on(caller.session, user_id, None) is not None or reached - {caller.key.project_id}:
-        raise Forbidden("this person reaches other projects too; a key for all projects must invite them")
 
 
 @router.get("/keys")
@@ -128,7 +120,7 @@ def _acting(caller: Caller, sent: shapes.NewKey, project_id: UUID | None) -> UUI
     if sent.acts_as is None:
         return None
     user = people.find_user(caller.session, sent.acts_as)
-    _refuse_taking_over(caller, user.id)
+    caller.oversees(user.id)
     if people.rank(people.role_on(caller.session, user.id, project_id)) < people.rank("reviewer"):
         raise Conflict(f"{user.email} may not review there: give the role reviewer first")
     return user.id

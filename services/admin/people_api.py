@@ -17,7 +17,6 @@ from services.settings import Settings
 from services.store import audit, audit_view, departure, invitations, keys, logins, people, roles
 from services.store.base import Sessions
 from services.store.models import ApiKey, UserAccount
-from services.store.roles import Authority
 
 router = APIRouter(prefix="/api")
 
@@ -70,30 +69,30 @@ def change_role(caller: Admin, user_id: UUID, sent: RoleChange) -> dict[str, Any
     """Give, change or take a role; 403 above what the key reaches, 409 for the last administrator."""
     place = _place(caller, sent.project)
     if sent.role is None:
-        roles.take(caller.session, _authority(caller), user_id, place)
+        roles.take(caller.session, caller.authority, user_id, place)
     else:
-        roles.give(caller.session, _authority(caller), user_id, sent.role, place)
+        roles.give(caller.session, caller.authority, user_id, sent.role, place)
     return _user(caller, caller.session.get_one(UserAccount, user_id))
 
 
 @router.post("/users/{user_id}/disable")
 def disable(caller: Admin, user_id: UUID) -> dict[str, Any]:
     """Shut an account."""
-    departure.disable(caller.session, _authority(caller), user_id)
+    departure.disable(caller.session, caller.authority, user_id)
     return _user(caller, caller.session.get_one(UserAccount, user_id))
 
 
 @router.post("/users/{user_id}/enable")
 def enable(caller: Admin, user_id: UUID) -> dict[str, Any]:
     """Open it again."""
-    departure.enable(caller.session, _authority(caller), user_id)
+    departure.enable(caller.session, caller.authority, user_id)
     return _user(caller, caller.session.get_one(UserAccount, user_id))
 
 
 @router.delete("/users/{user_id}")
 def delete(caller: Admin, user_id: UUID) -> dict[str, Any]:
     """Delete a person for good; their judgements stay under the name in the answer."""
-    return {"id": str(user_id), "name": departure.delete_user(caller.session, _authority(caller), user_id)}
+    return {"id": str(user_id), "name": departure.delete_user(caller.session, caller.authority, user_id)}
 
 
 @router.delete("/sessions/{session_id}")
@@ -103,10 +102,6 @@ def end_session(caller: Admin, session_id: UUID) -> dict[str, Any]:
     login = logins.find(caller.session, session_id)
     logins.end(caller.session, caller.actor, login)
     return {"id": str(session_id), "ended": True}
-
-
-def _authority(caller: Caller) -> Authority:
-    return Authority.of_key(caller.key)
 
 
 def _place(caller: Caller, slug: str | None) -> UUID | None:
@@ -163,7 +158,7 @@ def list_invitations(caller: Admin) -> dict[str, Any]:
 def invite(request: Request, caller: Admin, sent: NewInvitation) -> dict[str, Any]:
     """A one-time link with a role; 409 when the address has an account, which can be given a role instead."""
     made = invitations.invite(
-        caller.session, _authority(caller), email=sent.email, name=sent.name, role=sent.role,
+        caller.session, caller.authority, email=sent.email, name=sent.name, role=sent.role,
         project_id=_place(caller, sent.project), lifetime=timedelta(days=sent.days),
     )  # fmt: skip
     settings: Settings = request.app.state.settings
@@ -174,7 +169,7 @@ def invite(request: Request, caller: Admin, sent: NewInvitation) -> dict[str, An
 @router.delete("/invitations/{invitation_id}")
 def revoke_invitation(caller: Admin, invitation_id: UUID) -> dict[str, Any]:
     """The link stops working; 409 when it was used or is over."""
-    revoked = invitations.revoke(caller.session, _authority(caller), invitation_id)
+    revoked = invitations.revoke(caller.session, caller.authority, invitation_id)
     return _invitation(revoked, roles.slug_of(caller.session, revoked.project_id))
 
 
@@ -194,6 +189,8 @@ def rotate_key(request: Request, caller: Admin, key_id: UUID, sent: Rotation) ->
     found = caller.session.get(ApiKey, key_id)
     if found is None or caller.key.project_id not in (None, found.project_id):
         raise NotFound(f"there is no API key {key_id}")
+    if found.user_id is not None:
+        caller.oversees(found.user_id)
     made, plaintext = keys.rotate(
         caller.session, key_id, pepper=request.app.state.pepper, overlap=timedelta(hours=sent.overlap_hours)
     )
@@ -209,12 +206,14 @@ Text = Annotated[str, Query(max_length=200)]
 
 @router.get("/audit")
 def audit_log(
-    caller: Admin, who: Text = "", action: Text = "", about: Text = "", before: int | None = None,
-    limit: Annotated[int, Query(ge=1, le=500)] = 50,
+    caller: Admin, project: Text = "", who: Text = "", action: Text = "", about: Text = "",
+    before: Annotated[int | None, Query(ge=0, lt=2**63)] = None, limit: Annotated[int, Query(ge=1, le=500)] = 50,
 ) -> dict[str, Any]:  # fmt: skip
-    """Newest first; takes a key of all projects."""
-    caller.everywhere()
-    search = audit_view.Search(who=who, action=action, about=about)
+    """Newest first; without `project` it takes a key of all projects."""
+    if not project:
+        caller.everywhere()
+    place = caller.project(project) if project else None
+    search = audit_view.Search.asked(who=who, action=action, about=about, project=place)
     lines = audit_view.lines(caller.session, search, before=before, limit=limit)
     return {
         "events": [

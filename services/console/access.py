@@ -155,6 +155,13 @@ def signed_in(request: Request, session: Session) -> logins.Current | None:
     return people.current(session, pepper(request), cookie) if cookie else None
 
 
+def end_current(request: Request, session: Session) -> None:
+    """End the session the request carries, if any: whoever signs in or out leaves none behind in this browser."""
+    current = signed_in(request, session)
+    if current is not None:
+        logins.end(session, f"user:{current.user.id}", current.login)
+
+
 def device(request: Request) -> str:
     """The browser, in words."""
     return logins.device_of(request.headers.get("user-agent", ""))

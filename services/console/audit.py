@@ -6,14 +6,16 @@ from datetime import UTC, datetime
 from typing import Annotated, NamedTuple, cast
 from urllib.parse import urlencode
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
-from services.console.access import Administrator
+from services.console.access import Administrator, Here, Lead
 from services.console.memo import Memo
 from services.console.views import fragment, page
 from services.store import audit, audit_view
+from services.store.audit_view import Search
 from services.store.base import Sessions
+from services.store.models import Project
 
 router = APIRouter()
 PAGE = 50
@@ -27,29 +29,46 @@ class Checked(NamedTuple):
     at: datetime
 
 
-def _search(who: str, action: str, about: str, window: str) -> audit_view.Search:
-    return audit_view.Search(
-        who=who.strip().replace("\x00", ""),
-        action=action.replace("\x00", ""),
-        about=about.strip().replace("\x00", ""),
-        window=window if window in audit_view.WINDOWS else "all",
-    )
+class Filters(NamedTuple):
+    """The filters of the page, as they stand in its address."""
+
+    who: str
+    action: str
+    about: str
+    window: str
+
+    def on(self, project: Project | None) -> Search:
+        return Search.asked(**self._asdict(), project=project)
+
+
+def filters(who: Text = "", action: Text = "", about: Text = "", window: Text = "all") -> Filters:
+    return Filters(who, action, about, window)
+
+
+Asked = Annotated[Filters, Depends(filters)]
+Before = Annotated[int | None, Query(ge=0, lt=2**63)]
 
 
 @router.get("/audit")
-def audit_page(
-    request: Request, here: Administrator, who: Text = "", action: Text = "", about: Text = "", window: Text = "all",
-    before: int | None = None,
-) -> Response:  # fmt: skip
+def audit_page(request: Request, here: Administrator, asked: Asked, before: Before = None) -> Response:
     """Newest first; every filter is in the URL."""
-    search = _search(who, action, about, window)
+    return _page(request, here, asked.on(None), before)
+
+
+@router.get("/p/{slug}/audit")
+def project_audit(request: Request, here: Lead, asked: Asked, before: Before = None) -> Response:
+    """What happened on one project, for those who lead it."""
+    return _page(request, here, asked.on(here.project), before)
+
+
+def _page(request: Request, here: Here, search: Search, before: int | None) -> Response:
     lines = audit_view.lines(here.session, search, before=before, limit=PAGE + 1)
-    chosen = {"who": search.who, "action": search.action, "about": search.about, "window": search.window}
-    kept = {name: value for name, value in chosen.items() if value and (name, value) != ("window", "all")}
-    older = urlencode(kept | {"before": str(lines[PAGE - 1].event.id)}) if len(lines) > PAGE else None
+    older = urlencode(search.chosen | {"before": str(lines[PAGE - 1].event.id)}) if len(lines) > PAGE else None
     context = {
-        "lines": lines[:PAGE], "search": search, "filtered": bool(kept), "older": older, "newest": urlencode(kept),
-        "paged": before is not None, "actions": audit_view.actions(here.session),
+        "base": f"/p/{here.project.slug}/audit" if search.project else "/audit",
+        "lines": lines[:PAGE], "search": search, "filtered": bool(search.chosen), "older": older,
+        "newest": urlencode(search.chosen), "paged": before is not None,
+        "actions": audit_view.actions(here.session, search.project),
     }  # fmt: skip
     return page(request, here, "audit.html", context)
 
@@ -63,12 +82,20 @@ def verdict(request: Request, here: Administrator) -> Response:
 
 
 @router.get("/audit/export")
-def export(
-    request: Request, here: Administrator, who: Text = "", action: Text = "", about: Text = "", window: Text = "all"
-) -> Response:
+def export(request: Request, here: Administrator, asked: Asked) -> Response:
     """What the filters leave, oldest first, one JSON object a line."""
     audit.record(here.session, here.actor, "audit.export", "audit")
-    search = _search(who, action, about, window)
+    return _file(request, asked.on(None), "audit")
+
+
+@router.get("/p/{slug}/audit/export")
+def export_project(request: Request, here: Lead, asked: Asked) -> Response:
+    """The same of one project. Its rows alone are no chain: whether they are whole, the log of everything says."""
+    audit.record(here.session, here.actor, "audit.export", f"project:{here.project.id}")
+    return _file(request, asked.on(here.project), f"{here.project.slug}-audit")
+
+
+def _file(request: Request, search: Search, name: str) -> Response:
     sessions = cast(Sessions, request.app.state.sessions)
 
     def lines() -> Iterator[str]:
@@ -76,6 +103,5 @@ def export(
             for row in audit_view.export(session, search):
                 yield json.dumps(row, ensure_ascii=False) + "\n"
 
-    name = f"audit-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.jsonl"
-    headers = {"content-disposition": f'attachment; filename="{name}"'}
+    headers = {"content-disposition": f'attachment; filename="{name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.jsonl"'}
     return StreamingResponse(lines(), media_type="application/jsonl", headers=headers)

@@ -161,6 +161,12 @@ def delete_view(here: Viewer, view_id: UUID) -> Response:
     return _to_list(here, view.query)
 
 
+def told(wanted: Search) -> str:
+    """A search as the audit log keeps it. What was typed stays out: it may name whoever asks to be erased."""
+    typed = ("q", "user", "session", "tag")
+    return ", ".join(name if name in typed else f"{name} {value}" for name, value in wanted.stored)
+
+
 def pairs(query: str) -> dict[str, str]:
     """The fields of an address's end; of one given twice the last."""
     try:

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Form, Query, Request, Response
 from fastapi.responses import RedirectResponse
 
 from services.console.access import Here, Lead
-from services.console.browsing import pairs
+from services.console.browsing import pairs, told
 from services.console.views import fragment, page
 from services.errors import InvalidRequest
 from services.store import audit, browse, bulk
@@ -65,7 +65,7 @@ def start(
     params = bulk.checked(kind, {"tag": tagged})
     selection = Selection.frozen(parsed(pairs(query)), ids or [])
     action = bulk.start(here.session, here.project.id, here.user.id, kind, params, selection, expected)
-    said = {"kind": kind, "expected": expected, **params, "query": query, "named": len(ids or [])}
+    said = {"kind": kind, "expected": expected, "filters": told(selection.search), "named": len(ids or [])}
     audit.record(here.session, here.user.email, "interactions.bulk", f"bulk:{action.id}", said)
     return _to_action(here, action.id)
 

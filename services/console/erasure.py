@@ -10,7 +10,7 @@ from fastapi.responses import RedirectResponse
 from services.console.access import Admin, Here
 from services.console.views import fragment, page
 from services.errors import NotFound, Unprocessable
-from services.store import erasure
+from services.store import audit_view, erasure
 from services.store.certificate import CANNOT_BE_UNDONE
 from services.store.erasure import LONGEST_SUBJECT
 from services.store.models import ErasureRequest
@@ -33,7 +33,9 @@ def erasure_live(here: Admin) -> Response:
 
 
 def _listed(here: Here) -> dict[str, Any]:
-    return {"erasures": erasure.list_(here.session, here.project.id), "cannot": CANNOT_BE_UNDONE}
+    found = erasure.list_(here.session, here.project.id)
+    asking = audit_view.names(here.session, [one.asked_by for one in found])
+    return {"erasures": found, "asking": asking, "cannot": CANNOT_BE_UNDONE}
 
 
 @router.post("/p/{slug}/erasure/preview")
@@ -53,7 +55,7 @@ def erase(
     found = erasure.checked(here.project.id, kind, subject)
     if confirmed.strip() != found.name:
         raise Unprocessable("the name typed to confirm is not the one to erase; nothing was erased", param="confirmed")
-    erasure.request(here.session, found, here.user.email)
+    erasure.request(here.session, found, here.actor)
     return _back(here)
 
 

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Form, Request, Response
 from fastapi.responses import StreamingResponse
 
 from services.console.access import Lead
-from services.console.browsing import pairs, results
+from services.console.browsing import pairs, results, told
 from services.store import audit, export
 from services.store.base import Sessions, uuid7
 from services.store.search import RANKED, parsed
@@ -30,7 +30,7 @@ def export_interactions(
     if wanted.words and wanted.mode != "words":
         got = results(request, here, wanted, limit=RANKED)
         ids = got.found.ids if got.ranked else None
-    said = {"format": kind, "query": wanted.query}
+    said = {"format": kind, "filters": told(wanted)}
     audit.record(here.session, here.user.email, "interactions.export", f"project:{here.project.id}", said)
     name = f"{here.project.slug}-{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}.{kind}"
     sessions = cast(Sessions, request.app.state.sessions)

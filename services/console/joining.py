@@ -15,7 +15,6 @@ from services.store import identities, invitations, people
 from services.store.base import Sessions
 
 router = APIRouter()
-ATTEMPT_COOKIE = "whet_oidc"
 Text = Annotated[str, Query(max_length=4000)]
 
 
@@ -44,6 +43,7 @@ def accept_invitation(request: Request, here: Anyone, token: str) -> Response:
         return _refused(request, here, error)
     response = RedirectResponse("/", status_code=303)
     if accepted.created:
+        access.end_current(request, here.session)
         pepper, device = access.pepper(request), access.device(request)
         made = people.start_session(here.session, pepper, accepted.user.id, method="invitation", device=device)
         access.set_cookie(request, response, made.cookie)
@@ -67,10 +67,15 @@ def start(request: Request, here: Anyone) -> Response:
         return _ask_again(request, here, error)
     response = RedirectResponse(begun.url, status_code=303)
     response.set_cookie(
-        ATTEMPT_COOKIE, begun.sealed, max_age=ATTEMPT_SECONDS, path="/oidc", secure=access.over_https(request),
+        attempt_cookie(request), begun.sealed, max_age=ATTEMPT_SECONDS, path="/", secure=access.over_https(request),
         httponly=True, samesite="lax",
     )  # fmt: skip
     return response
+
+
+def attempt_cookie(request: Request) -> str:
+    """Bound to this host as the session's is: no neighbouring host can plant an attempt of its own."""
+    return "__Host-whet-oidc" if access.over_https(request) else "whet_oidc"
 
 
 @router.get("/oidc/callback")
@@ -81,14 +86,14 @@ def callback(
     sent = {"state": state, "code": code, "error": error, "iss": iss}
     answer = {name: value for name, value in sent.items() if value}
     try:
-        vouched = _provider(request).finish(_callback(request), request.cookies.get(ATTEMPT_COOKIE), answer)
+        vouched = _provider(request).finish(_callback(request), request.cookies.get(attempt_cookie(request)), answer)
         cookie = _admitted(request, vouched)
     except (Unauthenticated, Forbidden, Unavailable) as refusal:
         response: Response = _ask_again(request, here, refusal)
     else:
         response = RedirectResponse("/", status_code=303)
         access.set_cookie(request, response, cookie)
-    response.delete_cookie(ATTEMPT_COOKIE, path="/oidc", secure=access.over_https(request), httponly=True)
+    response.delete_cookie(attempt_cookie(request), path="/", secure=access.over_https(request), httponly=True)
     return response
 
 
@@ -98,6 +103,7 @@ def _admitted(request: Request, vouched: identities.Vouched) -> str:
     admission = identities.Admission(settings.oidc_domain_list, settings.oidc_role)
     with cast(Sessions, request.app.state.sessions).begin() as session:
         user = identities.admit(session, vouched, admission)
+        access.end_current(request, session)
         made = people.start_session(
             session, access.pepper(request), user.id, method="oidc", device=access.device(request)
         )

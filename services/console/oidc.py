@@ -100,12 +100,18 @@ class Provider:
         attempt = self._open(sealed)
         if not hmac.compare_digest(answer.get("state", "").encode(), attempt.state.encode()):
             raise _refusal("the answer belongs to another sign-in", "state")
-        if answer.get("iss", self._settings.oidc_issuer) != self._settings.oidc_issuer:
+        if answer.get("iss", self._unsaid()) != self._settings.oidc_issuer:
             raise _refusal("the answer came from another provider", "iss")
         if "error" in answer or not answer.get("code"):
             raise _refusal("your provider did not sign you in", answer.get("error", "no code")[:100])
         token = self._exchange(redirect_uri, answer["code"], attempt.verifier)
         return self._vouched(self._verified(token, attempt.nonce))
+
+    def _unsaid(self) -> str:
+        """What an answer without `iss` stands for: nobody, where the provider says that it always names itself
+        (RFC 9207), else the one there is."""
+        always = self._published().metadata.get("authorization_response_iss_parameter_supported") is True
+        return "" if always else self._settings.oidc_issuer
 
     # --- with the provider --------------------------------------------------------------------------------
 
@@ -172,7 +178,7 @@ class Provider:
         return Vouched(
             issuer=self._settings.oidc_issuer,
             subject=subject,
-            email=email.strip().lower() if isinstance(email, str) else "",
+            email=_address(email) if isinstance(email, str) else "",
             # Some providers send the text "true"; nothing else counts.
             email_verified=verified is True or verified == "true",
             name=name if isinstance(name, str) else "",
@@ -225,6 +231,13 @@ def _endpoint(metadata: dict[str, Any], name: str) -> str:
     if place.scheme != "https" and not (place.scheme == "http" and place.hostname in ("127.0.0.1", "::1", "localhost")):
         raise _away(ValueError(f"its {name} is no https address"))
     return str(url)
+
+
+def _address(email: str) -> str:
+    """As addresses are kept, or nothing where lowering the case would turn a foreign letter into an ASCII one: the
+    Kelvin sign becomes a k, and with it one person's address another's."""
+    folds = any(not one.isascii() and one.lower().isascii() for one in email)
+    return "" if folds else email.strip().lower()
 
 
 def _json(http: httpx2.Client, url: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Puts the console's routes on an application and refuses to start while one of them says nothing about access."""
 
+import json
 from typing import Any
 
 import structlog
@@ -111,7 +112,13 @@ def _handlers() -> dict[Any, ExceptionHandler]:
         away = Unavailable("the database cannot be reached; serving goes on, the console waits for it")
         return await on_whet_error(request, away)
 
+    async def on_unexpected(request: Request, error: Exception) -> Response:
+        answer = await _as_shared(shared, Exception, request, error)
+        said = json.loads(bytes(answer.body))["error"]["message"]
+        return error_page(WhetError(said)) if wants_page(request) else answer
+
     return shared | {
+        Exception: on_unexpected,
         WhetError: on_whet_error,
         HTTPException: on_http_exception,
         RequestValidationError: on_invalid,

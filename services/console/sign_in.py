@@ -8,7 +8,7 @@ from services.console import access
 from services.console.access import Anyone
 from services.console.views import page
 from services.errors import Unauthenticated
-from services.store import logins, people
+from services.store import people
 
 router = APIRouter()
 
@@ -35,6 +35,7 @@ def redeem(request: Request, here: Anyone, token: str) -> Response:
     except Unauthenticated as error:
         context = {"token": None, "refused": error.message, "provider": _provider(request)}
         return page(request, here, "sign_in.html", context, status=error.status)
+    access.end_current(request, here.session)
     response = RedirectResponse("/", status_code=303)
     access.set_cookie(request, response, made.cookie)
     return response
@@ -49,11 +50,7 @@ def _provider(request: Request) -> str | None:
 @router.post("/sign-out")
 def sign_out(request: Request, here: Anyone) -> Response:
     """End the session here and in the database."""
-    cookie = request.cookies.get(access.cookie_name(request))
-    if cookie:
-        current = access.signed_in(request, here.session)
-        if current is not None:
-            logins.end(here.session, f"user:{current.user.id}", current.login)
+    access.end_current(request, here.session)
     response = RedirectResponse("/sign-in", status_code=303)
     access.clear_cookie(request, response)
     return response

@@ -7,10 +7,21 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Text, cast, false, func, or_, select
+from sqlalchemy import ColumnElement, Select, Text, cast, false, func, or_, select, union_all
 from sqlalchemy.orm import Session
 
-from services.store.models import ApiKey, AuditEvent, Invitation, Project, UserAccount
+from services.store.models import (
+    ApiKey,
+    AuditEvent,
+    BulkAction,
+    Dataset,
+    ErasureRequest,
+    Invitation,
+    Project,
+    Revision,
+    Run,
+    UserAccount,
+)
 
 WINDOWS = {"day": timedelta(days=1), "week": timedelta(days=7), "month": timedelta(days=30), "all": None}
 REFERENCE = re.compile(r"(user|key|invitation|project):(\S+)")
@@ -20,12 +31,29 @@ BATCH = 500
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """What the log is narrowed to; empty strings leave a field alone. `who` is part of a name, address, key or id."""
+    """What the log is narrowed to; empty strings leave a field alone. `who` is part of a name, address, key or id.
+    `project` leaves what happened to that project and its people, keys, runs and data."""
 
     who: str = ""
     action: str = ""
     about: str = ""
     window: str = "all"
+    project: Project | None = None
+
+    @classmethod
+    def asked(
+        cls, *, who: str = "", action: str = "", about: str = "", window: str = "all", project: Project | None = None
+    ) -> "Search":
+        """From an address: NUL is no text, an unknown window is all time."""
+        typed = [text.replace("\x00", "").strip() for text in (who, action, about)]
+        window = window if window in WINDOWS else "all"
+        return cls(who=typed[0], action=typed[1], about=typed[2], window=window, project=project)
+
+    @property
+    def chosen(self) -> dict[str, str]:
+        """The fields of an address that somebody chose, the project left out."""
+        fields = {"who": self.who, "action": self.action, "about": self.about, "window": self.window}
+        return {name: value for name, value in fields.items() if value and (name, value) != ("window", "all")}
 
 
 class Line(NamedTuple):
@@ -46,17 +74,18 @@ def lines(session: Session, search: Search, *, before: int | None = None, limit:
     return named(session, session.scalars(query).all())
 
 
-def actions(session: Session) -> list[str]:
-    """Every action the log holds, sorted."""
-    return list(session.scalars(select(AuditEvent.action).distinct().order_by(AuditEvent.action)))
+def actions(session: Session, project: Project | None = None) -> list[str]:
+    """Every action the log holds, or holds of a project, sorted."""
+    query = select(AuditEvent.action).where(*_conditions(session, Search(project=project)))
+    return list(session.scalars(query.distinct().order_by(AuditEvent.action)))
 
 
 def named(session: Session, events: Sequence[AuditEvent]) -> list[Line]:
     """Events with names; the references of a page are looked up together."""
-    names = _names(session, [text for event in events for text in (event.actor, event.subject)])
+    called = names(session, [text for event in events for text in (event.actor, event.subject)])
 
     def said(reference: str) -> str:
-        return names.get(reference, reference)
+        return called.get(reference, reference)
 
     return [Line(event, said(event.actor), event.actor, said(event.subject), event.subject) for event in events]
 
@@ -78,7 +107,7 @@ def export(session: Session, search: Search) -> Iterator[dict[str, Any]]:
 
 
 def _conditions(session: Session, search: Search) -> list[ColumnElement[bool]]:
-    conditions: list[ColumnElement[bool]] = []
+    conditions: list[ColumnElement[bool]] = [_of(search.project)] if search.project else []
     span = WINDOWS.get(search.window)
     if span is not None:
         conditions.append(AuditEvent.at >= datetime.now(UTC) - span)
@@ -89,6 +118,27 @@ def _conditions(session: Session, search: Search) -> list[ColumnElement[bool]]:
     if search.about:
         conditions.append(_mentions(session, AuditEvent.subject, search.about))
     return conditions
+
+
+def _of(project: Project) -> ColumnElement[bool]:
+    """What an event of this project looks like: it is about the project, or a thing that is the project's alone, or
+    says that it happened there. A person's session or deletion is nobody's project."""
+    here = project.id
+    things: list[Select[Any]] = [
+        select("run:" + cast(Run.id, Text)).where(Run.project_id == here),
+        select("bulk:" + cast(BulkAction.id, Text)).where(BulkAction.project_id == here),
+        select("erasure:" + cast(ErasureRequest.id, Text)).where(ErasureRequest.project_id == here),
+        select("key:" + ApiKey.prefix).where(ApiKey.project_id == here),
+        select("invitation:" + cast(Invitation.id, Text)).where(Invitation.project_id == here),
+        select("revision:" + Revision.digest)
+        .join(Dataset, Dataset.id == Revision.dataset_id)
+        .where(Dataset.project_id == here),
+    ]
+    return or_(
+        AuditEvent.subject == f"project:{here}",
+        AuditEvent.subject.in_(union_all(*things)),
+        AuditEvent.detail["project"].astext == project.slug,
+    )
 
 
 def _mentions(session: Session, column: Any, words: str) -> ColumnElement[bool]:  # noqa: ANN401 - a mapped column
@@ -104,7 +154,8 @@ def _mentions(session: Session, column: Any, words: str) -> ColumnElement[bool]:
     return or_(func.lower(column).like(pattern), column.in_(references) if references else false())
 
 
-def _names(session: Session, references: Iterable[str]) -> dict[str, str]:
+def names(session: Session, references: Iterable[str]) -> dict[str, str]:
+    """What references such as `user:<id>` are called, as far as they are known."""
     wanted: dict[str, set[str]] = {}
     for reference in references:
         parts = REFERENCE.fullmatch(reference)

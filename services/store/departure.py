@@ -21,13 +21,17 @@ from services.store import audit, logins, people, roles
 from services.store.models import (
     ApiKey,
     AuditEvent,
+    DatasetImport,
     DeploymentEvent,
+    ErasureRequest,
     Invitation,
     Job,
     LoginSession,
     Membership,
+    Pin,
     Run,
     RunEvent,
+    SavedView,
     SignInLink,
     UserAccount,
     UserIdentity,
@@ -41,6 +45,9 @@ NAMING: tuple[tuple[Any, ...], ...] = (
     (DeploymentEvent, "actor", "reason", "evidence"),
     (Job, "payload"),
     (ApiKey, "name"),
+    (Pin, "withdrawn_by", "reason"),
+    (DatasetImport, "created_by", "file_name"),
+    (ErasureRequest, "asked_by"),
 )
 
 
@@ -88,6 +95,8 @@ def delete_user(session: Session, by: Authority, user_id: UUID) -> str:
     for table in (LoginSession, SignInLink, Membership, UserIdentity):
         session.execute(delete(table).where(table.user_id == user_id))
     session.execute(delete(Invitation).where(or_(Invitation.user_id == user_id, Invitation.email == email)))
+    # Shared ones are the project's by now; nobody else ever sees the others.
+    session.execute(delete(SavedView).where(SavedView.user_id == user_id, ~SavedView.shared))
     now = datetime.now(UTC)
     acting = (ApiKey.user_id == user_id) & ApiKey.revoked_at.is_(None)
     session.execute(update(ApiKey).where(acting).values(revoked_at=now))

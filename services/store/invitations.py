@@ -14,7 +14,7 @@ from sqlalchemy import delete, func, or_, select
 from sqlalchemy.orm import Session
 
 from services.errors import Conflict, Forbidden, NotFound, Unauthenticated
-from services.store import audit, people, roles
+from services.store import audit, keys, people, roles
 from services.store.models import Invitation, Project, UserAccount
 from services.store.roles import Authority
 
@@ -64,6 +64,7 @@ def invite(
     """
     email, name = people.checked(email, name)
     people.check_role(role)
+    roles.lock(session)
     roles.check(by, role, project_id)
     if session.scalar(select(UserAccount.id).where(UserAccount.email == email)) is not None:
         raise Conflict(f"{email} has an account already: give it a role", code="has_account")
@@ -74,7 +75,7 @@ def invite(
     token = secrets.token_urlsafe(32)
     made = Invitation(
         token_hash=_hash(token), email=email, name=name, role=role, project_id=project_id, invited_by=by.user_id,
-        expires_at=datetime.now(UTC) + lifetime,
+        invited_by_key=by.key_id, expires_at=datetime.now(UTC) + lifetime,
     )  # fmt: skip
     session.add(made)
     session.flush()
@@ -145,7 +146,8 @@ def use_up(session: Session, invitation: Invitation, user_id: UUID) -> None:
 
 def revoke(session: Session, by: Authority, invitation_id: UUID) -> Invitation:
     """End a link. Raises Forbidden as `invite`, Conflict when it was used or is over."""
-    found = session.get(Invitation, invitation_id, with_for_update=True)
+    roles.lock(session)  # `accept` holds it: a link is either used or revoked
+    found = session.get(Invitation, invitation_id, populate_existing=True)
     if found is None or not by.manages(found.project_id):
         raise NotFound("there is no such invitation")
     roles.check(by, found.role, found.project_id)
@@ -183,6 +185,8 @@ def _open(session: Session, email: str) -> list[Invitation]:
 
 def _check_inviter(session: Session, found: Invitation) -> None:
     """Raises Forbidden when whoever made the link has lost the right to give its role."""
+    if found.invited_by_key is not None and not keys.stands(session, found.invited_by_key):
+        raise Forbidden("the API key that made this invitation is over; ask for a new one")
     if found.invited_by is None:
         return
     inviter = session.get_one(UserAccount, found.invited_by)

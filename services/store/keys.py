@@ -122,7 +122,8 @@ def rotate(
 ) -> tuple[ApiKey, str]:
     """A successor that may do the same, and its plaintext; both live until the old key expires after `overlap`.
 
-    Raises Conflict for a key that is over or has a successor already: never more than two live at once.
+    Raises Conflict for a key that is over, has a successor already, or (with an overlap) whose predecessor still
+    works: never more than two live at once.
     """
     if not timedelta() <= overlap <= LONGEST_OVERLAP:
         raise InvalidRequest(f"the overlap is between nothing and {LONGEST_OVERLAP.days} days", param="overlap")
@@ -131,6 +132,9 @@ def rotate(
         raise NotFound(f"there is no API key {key_id}")
     if not live(old):
         raise Conflict("this key is over; make a new one")
+    predecessor = session.get(ApiKey, old.rotated_from) if old.rotated_from else None
+    if overlap and predecessor is not None and live(predecessor):
+        raise Conflict(f"its predecessor {predecessor.prefix} still works; revoke that, or end this one at once")
     successor = session.scalar(select(ApiKey.prefix).where(ApiKey.rotated_from == old.id))
     if successor is not None:
         raise Conflict(f"this key was rotated already; its successor is {successor}")
@@ -149,6 +153,14 @@ def rotate(
 def live(key: ApiKey) -> bool:
     """Whether a key still opens anything."""
     return key.revoked_at is None and (key.expires_at is None or key.expires_at > datetime.now(UTC))
+
+
+def stands(session: Session, key_id: UUID) -> bool:
+    """Whether a key is live, or was rotated into one that is."""
+    key = session.get(ApiKey, key_id)
+    while key is not None and not live(key) and key.revoked_at is None:
+        key = session.scalar(select(ApiKey).where(ApiKey.rotated_from == key.id))
+    return key is not None and live(key)
 
 
 def scopes_for(role: str | None) -> list[str]:

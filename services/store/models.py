@@ -122,7 +122,8 @@ class SignInLink(Base):
 class Invitation(Base):
     """A one-time link that makes an account with a role. `project_id` NULL means on every project.
 
-    `invited_by` NULL: made with an admin key. The address lives here and in the account only, so that it can be erased.
+    `invited_by_key` made it where no person did. The address lives here and in the account only, so that it can be
+    erased.
     """
 
     __tablename__ = "invitation"
@@ -134,6 +135,7 @@ class Invitation(Base):
     role: Mapped[str]
     project_id: Mapped[UUID | None] = mapped_column(ForeignKey("project.id", ondelete="CASCADE"))
     invited_by: Mapped[UUID | None] = mapped_column(ForeignKey("user_account.id"))
+    invited_by_key: Mapped[UUID | None] = mapped_column(ForeignKey("api_key.id", ondelete="CASCADE"))
     created_at: Mapped[Now]
     expires_at: Mapped[datetime]
     revoked_at: Mapped[datetime | None]

@@ -4,11 +4,12 @@ import hashlib
 import hmac
 import re
 import secrets
+import unicodedata
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 from uuid import UUID
 
-from sqlalchemy import func, or_, select, update
+from sqlalchemy import delete, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -58,12 +59,17 @@ def create_user(session: Session, *, email: str, name: str = "") -> UserAccount:
 def checked(email: str, name: str = "") -> tuple[str, str]:
     """An address as it is kept, and a name, which is the address's first part when none is given."""
     email = email.strip().lower()
-    name = " ".join(name.split()) or email.partition("@")[0]
+    name = " ".join(_unseen(name).split()) or email.partition("@")[0]
     if not EMAIL.fullmatch(email):
         raise InvalidRequest(f"{email!r} is not an e-mail address", param="email")
     if len(name) > 200 or "\x00" in name:
         raise InvalidRequest("a name is at most 200 characters of text", param="name")
     return email, name
+
+
+def _unseen(name: str) -> str:
+    """A name without what nobody sees, which would let it reorder the line it stands in. Joiners belong to scripts."""
+    return "".join(one for one in name if unicodedata.category(one) != "Cf" or one in "\u200c\u200d")
 
 
 class Entry(NamedTuple):
@@ -90,9 +96,14 @@ def everybody(session: Session) -> list[Entry]:
     return [Entry(*row) for row in session.execute(query)]
 
 
+def known(session: Session, email: str) -> UserAccount | None:
+    """The account of an e-mail address, if there is one."""
+    return session.scalar(select(UserAccount).where(UserAccount.email == email.strip().lower()))
+
+
 def find_user(session: Session, email: str) -> UserAccount:
     """The account of an e-mail address. Raises NotFound."""
-    user = session.scalar(select(UserAccount).where(UserAccount.email == email.strip().lower()))
+    user = known(session, email)
     if user is None:
         raise NotFound(f"there is no account {email!r}")
     return user
@@ -129,7 +140,7 @@ def projects_of(session: Session, user_id: UUID) -> list[Project]:
 
 
 def disable(session: Session, user_id: UUID) -> None:
-    """Shut an account: its sessions end, its links die, its judgements stay."""
+    """Shut an account: its sessions end, its links die (opening it again does not revive them), its judgements stay."""
     now = datetime.now(UTC)
     session.execute(update(UserAccount).where(UserAccount.id == user_id).values(disabled_at=now))
     session.execute(
@@ -137,6 +148,7 @@ def disable(session: Session, user_id: UUID) -> None:
         .where(LoginSession.user_id == user_id, LoginSession.revoked_at.is_(None))
         .values(revoked_at=now)
     )
+    session.execute(delete(SignInLink).where(SignInLink.user_id == user_id, SignInLink.used_at.is_(None)))
 
 
 # --- signing in -------------------------------------------------------------------------------------------

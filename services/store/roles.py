@@ -28,6 +28,7 @@ class Authority:
     everywhere: str | None
     on_projects: Mapping[UUID, str] = field(default_factory=dict)
     user_id: UUID | None = None
+    key_id: UUID | None = None
 
     @classmethod
     def of_user(cls, session: Session, user_id: UUID) -> "Authority":
@@ -40,8 +41,8 @@ class Authority:
     def of_key(cls, key: ApiKey) -> "Authority":
         """A key with the scope admin administers the project it belongs to, or all of them."""
         if key.project_id is None:
-            return cls(f"key:{key.prefix}", "admin")
-        return cls(f"key:{key.prefix}", None, {key.project_id: "admin"})
+            return cls(f"key:{key.prefix}", "admin", key_id=key.id)
+        return cls(f"key:{key.prefix}", None, {key.project_id: "admin"}, key_id=key.id)
 
     def on(self, project_id: UUID | None) -> str | None:
         """The highest role on a project; with None, the one held everywhere."""

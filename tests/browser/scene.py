@@ -24,5 +24,7 @@ class Scene(NamedTuple):
 def visit(page: Page, scene: Scene) -> None:
     """Show a scene, from a page of the same console; what was drafted in another one is forgotten."""
     page.evaluate(FORGET_DRAFTS)
-    page.goto(scene.path)
+    answer = page.goto(scene.path)
+    assert answer is not None
+    assert answer.status < 500, f"{scene.name}: {answer.status}"
     scene.steps(page)

@@ -123,6 +123,8 @@ def _scenes(ada: UserAccount, shut: UserAccount, gone: UserAccount, token: str) 
         Scene("keys-none", "/p/young/keys"),
         Scene("audit", "/audit", _verified),
         Scene("audit-none", "/audit?who=nobody-like-that", _verified),
+        Scene("audit-project", f"{HERE}/audit"),
+        Scene("audit-young", "/p/young/audit"),
         Scene("account", "/account"),
         Scene("viewer-home", "/", email=VERA),
         Scene("viewer-overview", HERE, email=VERA),

@@ -18,6 +18,7 @@ SignIn = Callable[..., TestClient]
 # Parts of pages, files, JSON, and steps on the way to a provider.
 NO_PAGES = {
     "/health", "/live", "/oidc/start", "/oidc/callback", "/audit/verdict", "/audit/export", "/p/{slug}/live",
+    "/p/{slug}/audit/export",
     "/p/{slug}/queue/live", "/p/{slug}/runs/live", "/p/{slug}/runs/{run_id}/live", "/p/{slug}/deployment/live",
     "/p/{slug}/erasure/live", "/p/{slug}/erasure/{request_id}/certificate", "/p/{slug}/review/progress",
     "/p/{slug}/review/history", "/p/{slug}/datasets/{name}/{digest}/export",

@@ -8,7 +8,6 @@ import pytest
 from sqlalchemy import select
 from starlette.testclient import TestClient
 
-from services.console.joining import ATTEMPT_COOKIE
 from services.settings import Settings
 from services.store import invitations, people, roles
 from services.store.base import Sessions
@@ -19,6 +18,7 @@ from tests.console import oidc_provider as lies
 from tests.console import seed
 from tests.console.oidc_provider import CLIENT_ID, CLIENT_SECRET, Provider, serving
 
+ATTEMPT_COOKIE = "whet_oidc"
 ROOT = Authority("key:tests", "admin")
 
 
@@ -152,7 +152,7 @@ def test_an_answer_that_does_not_belong_to_the_attempt_is_refused(
         "no code": {"state": honest["state"]},
     }
     for name, answer in attempts.items():
-        client.cookies.set(ATTEMPT_COOKIE, sealed, domain="console.local", path="/oidc")
+        client.cookies.set(ATTEMPT_COOKIE, sealed, domain="console.local", path="/")
         assert client.get("/oidc/callback", params=answer).status_code == 401, name
     assert accounts(sessions) == []
 
@@ -213,6 +213,36 @@ def test_an_address_given_to_somebody_new_does_not_open_the_old_account(
     assert come_in(browser(), provider) == 303
     provider.person |= {"sub": "ada-2"}
     assert come_in(browser(), provider) == 403
+
+
+def test_a_letter_that_only_looks_like_one_of_an_address_is_another(
+    browser: Callable[..., TestClient], provider: Provider, sessions: Sessions, project: Project
+) -> None:
+    invited(sessions, project, "kim@example.org")
+    provider.person = {"sub": "not-kim", "email": "\u212aim@example.org", "email_verified": True}
+    assert "\u212aim".lower() == "kim"
+    assert come_in(browser(), provider) == 403
+    assert accounts(sessions) == []
+
+
+def test_a_provider_that_always_names_itself_is_held_to_it(
+    browser: Callable[..., TestClient], provider: Provider, sessions: Sessions, project: Project
+) -> None:
+    invited(sessions, project)
+    provider.metadata = {"authorization_response_iss_parameter_supported": True}
+    assert come_in(browser(), provider) == 401
+    client = browser()
+    answer = begin(client, provider) | {"iss": provider.issuer}
+    assert client.get("/oidc/callback", params=answer).status_code == 303
+
+
+def test_behind_https_no_neighbouring_host_plants_an_attempt(
+    browser: Callable[..., TestClient], provider: Provider
+) -> None:
+    cookie = browser(public_console_url="https://whet.example.org").get("/oidc/start").headers["set-cookie"]
+    assert cookie.startswith("__Host-whet-oidc=")
+    assert "Secure" in cookie
+    assert "Path=/;" in cookie
 
 
 def test_a_shut_account_stays_shut(

@@ -212,6 +212,8 @@ def test_a_rotated_key_has_one_successor_and_both_live_for_the_overlap(sessions:
         assert (new.scopes, new.rotated_from, new.expires_at) == (old.scopes, old.id, None)
         with pytest.raises(Conflict, match="successor"):
             keys.rotate(session, old.id, pepper=pepper)
+        with pytest.raises(Conflict, match="predecessor"):
+            keys.rotate(session, new.id, pepper=pepper)
         third = keys.rotate(session, new.id, pepper=pepper, overlap=timedelta())[1]
         assert keys.find(session, pepper, second) is None
         assert keys.find(session, pepper, third) is not None

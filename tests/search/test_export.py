@@ -56,7 +56,7 @@ def test_lines_hold_what_the_search_finds_with_its_feedback(
     assert len(taken(lead, "jsonl", "finish=length").splitlines()) == 1
     with sessions() as session:
         events = session.scalars(select(AuditEvent).where(AuditEvent.action == "interactions.export")).all()
-    assert [event.detail["query"] for event in events] == ["q=needle&mode=words", "finish=length"]
+    assert [event.detail["filters"] for event in events] == ["q, mode words", "finish length"]
 
 
 def test_no_cell_of_a_spreadsheet_is_a_formula(sessions: Sessions, project: Project, lead: TestClient) -> None:
