@@ -81,7 +81,8 @@ def revoke_key(here: Administrator, key_id: UUID) -> Response:
 
 
 def _page(request: Request, here: Here, project: Project | None, made: dict[str, Any] | None = None) -> Response:
-    rows = [key for key in keys.list_all(here.session, project.id if project else None) if _sees(here, key)]
+    found = keys.list_all(here.session, project.id if project else None)
+    rows = sorted((key for key in found if _sees(here, key)), key=lambda key: not keys.live(key))
     successors = {key.rotated_from: key for key in rows if key.rotated_from}
     context = {
         "base": f"/p/{project.slug}/keys" if project else "/keys",
@@ -94,10 +95,11 @@ def _page(request: Request, here: Here, project: Project | None, made: dict[str,
 
 
 def _row(here: Here, key: ApiKey, successor: ApiKey | None) -> dict[str, Any]:
-    acts_as = here.session.get(UserAccount, key.user_id) if key.user_id else None
+    acts_as, maker = (here.session.get(UserAccount, one) if one else None for one in (key.user_id, key.created_by))
     live = keys.live(key)
     return {
         "key": key, "live": live, "successor": successor, "acts_as": acts_as.name if acts_as else None,
+        "maker": maker.name if maker else None,
         "project": here.session.get(Project, key.project_id) if key.project_id else None,
         "may_rotate": live and successor is None and _may_rotate(here, key),
         "may_revoke": live and _holds(here, key),

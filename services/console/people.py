@@ -10,8 +10,8 @@ from services.console import access
 from services.console.access import Administrator, Here, Lead
 from services.console.views import page
 from services.errors import Conflict, NotFound
-from services.store import audit, audit_view, departure, invitations, logins, people, projects, roles
-from services.store.models import Project, UserAccount
+from services.store import audit, audit_view, departure, invitations, keys, logins, people, projects, roles
+from services.store.models import ApiKey, Project, UserAccount
 
 router = APIRouter()
 Email = Annotated[str, Form(max_length=260)]
@@ -152,8 +152,26 @@ def _person_page(request: Request, here: Here, user_id: UUID, link: str | None =
         "grantable": here.authority.grantable(None),
         "former": departure.former_name(user_id),
         "link": link,
+        "made_keys": _made_keys(here, user_id),
     }
     return page(request, here, "person.html", context)
+
+
+def _made_keys(here: Here, user_id: UUID) -> list[tuple[ApiKey, Project | None]]:
+    """Live keys of theirs that act as nobody: nothing else ends those."""
+    made = keys.made_by(here.session, user_id)
+    return [(key, here.session.get(Project, key.project_id) if key.project_id else None) for key in made]
+
+
+@router.post("/people/{user_id}/keys/{key_id}/revoke")
+def revoke_key(here: Administrator, user_id: UUID, key_id: UUID) -> Response:
+    """End a key they made."""
+    found = next((key for key in keys.made_by(here.session, user_id) if key.id == key_id), None)
+    if found is None:
+        raise NotFound("there is no such API key here")
+    keys.revoke(here.session, found.id)
+    audit.record(here.session, here.actor, "key.revoke", f"key:{found.prefix}")
+    return _back(user_id)
 
 
 @router.post("/people/{user_id}/role")

@@ -8,7 +8,7 @@ from fastapi.responses import RedirectResponse
 
 from services.console.access import Here, Lead, Viewer
 from services.console.views import page
-from services.store import audit, pins, projects, worked
+from services.store import audit, people, pins, projects, worked
 from services.store.instant_config import read_pins, read_worked
 
 router = APIRouter()
@@ -19,8 +19,10 @@ SHOWN = 100
 def pins_page(request: Request, here: Viewer) -> Response:
     """Pins, newest first: what is served, who approved it, how often it was, and the way to withdraw it."""
     config = here.project.config
+    listed = pins.page(here.session, here.project.id, limit=SHOWN)
     context = {
-        "listed": pins.page(here.session, here.project.id, limit=SHOWN),
+        "listed": listed,
+        "withdrawing": people.names_of(here.session, [one.pin.withdrawn_by for one in listed]),
         "used": pins.used(here.session, here.project.id),
         "shown": SHOWN,
         "pin_config": read_pins(config),

@@ -96,6 +96,20 @@ def stamp(moment: datetime | None) -> str:
     return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC") if moment else "–"
 
 
+def minute(moment: datetime | None) -> str:
+    """A moment in UTC where a second more or less says nothing."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC") if moment else "–"
+
+
+def until(moment: datetime, now: datetime | None = None) -> str:
+    """How long until a moment, coarsely."""
+    left = (moment - (now or datetime.now(UTC))).total_seconds()
+    for limit, size, unit in ((5400, 60, "min"), (36 * 3600, 3600, "h"), (float("inf"), 86_400, "d")):
+        if left < limit:
+            return f"in {max(1, round(left / size))} {unit}"
+    raise AssertionError("every span is below infinity")
+
+
 def iso(moment: datetime | None) -> str:
     """A moment for a `datetime` attribute."""
     return moment.isoformat() if moment else ""
@@ -114,6 +128,15 @@ def last_part(identity: object) -> str:
 def sentence(text: str) -> str:
     """A text with a capital first letter, the rest as it is."""
     return text[:1].upper() + text[1:]
+
+
+def plain(value: object) -> str:
+    """A value of a JSON document on one line: lists and documents without their brackets, where that is enough."""
+    if isinstance(value, list):
+        return " ".join(plain(one) for one in value)
+    if isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False)
+    return {True: "yes", False: "no", None: "nothing"}[value] if isinstance(value, bool | None) else str(value)
 
 
 def content_text(content: object) -> str:
@@ -168,7 +191,8 @@ def keycap(key: str) -> str:
 FILTERS: dict[str, Any] = {
     "short": short, "count": count, "capped": capped, "percent": percent, "points": points,
     "figure": figure, "ms": milliseconds, "excerpt": excerpt, "keycap": keycap,
-    "duration": duration, "ago": ago, "stamp": stamp, "iso": iso,
+    "duration": duration, "ago": ago, "stamp": stamp, "minute": minute,
+    "until": until, "iso": iso, "plain": plain,
     "last_part": last_part, "sentence": sentence, "content_text": content_text, "pretty": pretty,
     "strategy": lambda name: STRATEGIES.get(name, name),
     "verdict": lambda name: VERDICTS.get(name, name),

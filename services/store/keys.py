@@ -200,6 +200,12 @@ def list_all(session: Session, project_id: UUID | None = None) -> list[ApiKey]:
     return list(session.scalars(query))
 
 
+def made_by(session: Session, user_id: UUID) -> list[ApiKey]:
+    """The live keys that somebody made, newest first. Those that act as them are theirs and end with them."""
+    query = select(ApiKey).where(ApiKey.created_by == user_id, ApiKey.user_id.is_distinct_from(user_id))
+    return [key for key in session.scalars(query.order_by(ApiKey.id.desc())) if live(key)]
+
+
 def touch(session: Session, used: Mapping[UUID, datetime]) -> None:
     """Note when keys were last used. Every call wakes the gateways' snapshots, so call it rarely."""
     for key_id, at in sorted(used.items()):

@@ -5,6 +5,7 @@ import hmac
 import re
 import secrets
 import unicodedata
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 from uuid import UUID
@@ -99,6 +100,13 @@ def everybody(session: Session) -> list[Entry]:
 def known(session: Session, email: str) -> UserAccount | None:
     """The account of an e-mail address, if there is one."""
     return session.scalar(select(UserAccount).where(UserAccount.email == email.strip().lower()))
+
+
+def names_of(session: Session, emails: Iterable[str | None]) -> dict[str, str]:
+    """The names behind addresses, as far as they are known."""
+    wanted = {email for email in emails if email}
+    rows = session.execute(select(UserAccount.email, UserAccount.name).where(UserAccount.email.in_(wanted)))
+    return {row.email: row.name for row in rows}
 
 
 def find_user(session: Session, email: str) -> UserAccount:

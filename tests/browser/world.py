@@ -37,7 +37,7 @@ def build(session: Session) -> list[Scene]:
         Scene("overview", HERE),
         Scene("overview-young", "/p/young"),
         Scene("interactions", f"{HERE}/interactions"),
-        Scene("interactions-none", f"{HERE}/interactions?q=nothing-like-it"),
+        Scene("interactions-none", f"{HERE}/interactions?q=nothing-like-it&mode=words"),
         Scene("interaction", f"{HERE}/interactions/{logged}"),
         Scene("interaction-baseline", f"{HERE}/interactions/{baseline}"),
         Scene("datasets", f"{HERE}/datasets"),

@@ -19,7 +19,10 @@ from tests.console import seed, seed_instant, seed_queue
 from worker.curation.bulk import step
 
 MODEL = "world/mean"
-GOOD = b'prompt,completion\nText: Anna Reed was seen in Oslo.,"{""people"": [""Anna Reed""]}"\n' * 3
+GOOD = b"prompt,completion\n" + b"".join(
+    b'Text: %s was seen in Oslo.,"{""people"": [""%s""]}"\n' % (name, name)
+    for name in (b"Anna Reed", b"Ivy Stone", b"Grace Moss")
+)
 BAD = b"prompt,completion\nText: Anna Reed was seen in Oslo.,\nText: Ivy Stone lives in Bergen.,{}\n"
 LIST = f"{HERE}/interactions"
 
@@ -60,8 +63,8 @@ def build(session: Session, project: Project) -> list[Scene]:
         Scene("erasure-preview", f"{HERE}/erasure", _asked),
         Scene("erasure-young", "/p/young/erasure"),
         Scene("runs-young", "/p/young/runs"),
-        Scene("interactions-words", f"{LIST}?q=anna&mode=words&finish=stop"),
-        Scene("interactions-meaning", f"{LIST}?q=people+in+Oslo&mode=meaning"),
+        Scene("interactions-words", f"{LIST}?q=report&mode=words&finish=stop"),
+        Scene("interactions-meaning", f"{LIST}?q=news+about+mergers&mode=meaning"),
         Scene("interactions-ticked", LIST, _ticked),
         Scene("interactions-save", f"{LIST}?finish=length", _pressed("Save this view")),
         Scene("interactions-export", LIST, _pressed("Export")),
