@@ -103,8 +103,8 @@ def ensure_projects(session: Session, model: str) -> None:
     for slug, starting in wanted.items():
         if slug not in existing:
             config = {"guidelines": starting.guidelines, "tags": list(starting.tags)}
-            projects.create(session, slug, starting.name, config=config)
-            audit.record(session, ACTOR, "project.create", slug)
+            made = projects.create(session, slug, starting.name, config=config)
+            audit.record(session, ACTOR, "project.create", f"project:{made.id}", {"slug": slug})
 
 
 def slug_of(model: str) -> str:
@@ -130,7 +130,7 @@ def ensure_credentials(session: Session, settings: Settings) -> Credentials:
         if plaintext and keys.find(session, pepper, plaintext) is not None:
             return plaintext
         key, made = keys.create(session, pepper=pepper, name=name, scopes=scopes)
-        audit.record(session, ACTOR, "key.create", key.prefix, {"name": name, "scopes": list(scopes)})
+        audit.record(session, ACTOR, "key.create", f"key:{key.prefix}", {"name": name, "scopes": list(scopes)})
         return made
 
     return Credentials(

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
@@ -39,7 +40,12 @@ class Whet:
         retries: int = 3,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        """`timeout` is in seconds for each try. `transport` replaces the network, for tests of your own."""
+        """`timeout` is in seconds for each try. `transport` replaces the network, for tests of your own.
+
+        Raises ValueError for what cannot be a key.
+        """
+        if not api_key.strip() or not api_key.isascii():
+            raise ValueError("api_key is empty or no API key; one looks like wh_…")
         self.project = project
         self._gateway = Transport(gateway_url, api_key, timeout=timeout, retries=retries, transport=transport)
         self._console = Transport(console_url, api_key, timeout=timeout, retries=retries, transport=transport)
@@ -81,13 +87,23 @@ class Whet:
     # --- the log ------------------------------------------------------------------------------------------
 
     def interactions(
-        self, *, words: str = "", finish: str = "", feedback: str = "", window: str = "all"
+        self,
+        *,
+        words: str = "",
+        finish: str = "",
+        feedback: str = "",
+        window: str = "all",
+        user: str = "",
+        session: str = "",
+        tag: str = "",
     ) -> Iterator[Line]:
         """The project's interactions, newest first; pages are fetched as they are needed.
 
-        `feedback` is negative, positive, any or none; `window` is hour, day, week or all.
+        `finish` is stop, length, cancelled or error; `feedback` is negative, positive, any or none; `window` is hour,
+        day, week, month or all; `user` and `session` as the app sent them; `tag` is a name, or name=value.
         """
-        wanted = {"q": words, "finish": finish, "feedback": feedback, "window": window, "limit": PAGE}
+        chosen = {"q": words, "finish": finish, "feedback": feedback, "window": window}
+        wanted = chosen | {"user": user, "session": session, "tag": tag, "limit": PAGE}
         before: dict[str, str] = {}
         while True:
             rows = self._review("GET", "interactions", parameters=wanted | before)["interactions"]
@@ -98,7 +114,7 @@ class Whet:
 
     def interaction(self, interaction_id: str) -> Interaction:
         """One of them in full, with the feedback it got."""
-        found = self._review("GET", f"interactions/{_bare(interaction_id)}")
+        found = self._review("GET", f"interactions/{_part(_bare(interaction_id))}")
         return read(Interaction, found | {"feedback": [read(Said, one) for one in found["feedback"]]})
 
     # --- reviewing ----------------------------------------------------------------------------------------
@@ -124,7 +140,7 @@ class Whet:
             "verdict": verdict, "lease_token": item.lease_token,
             "idempotency_key": idempotency_key or str(uuid.uuid4()),
         } | _given(said)  # fmt: skip
-        return read(Annotation, self._review("POST", f"review/items/{item.id}/annotations", body))
+        return read(Annotation, self._review("POST", f"review/items/{_part(item.id)}/annotations", body))
 
     def undo(self, annotation: Annotation | str) -> Undone:
         """Take a judgement of yours back."""
@@ -133,12 +149,12 @@ class Whet:
 
     def heartbeat(self, item: Item) -> str:
         """Hold an item for three more minutes; returns until when."""
-        path = f"review/items/{item.id}/heartbeat"
+        path = f"review/items/{_part(item.id)}/heartbeat"
         return str(self._review("POST", path, {"lease_token": item.lease_token})["lease_expires_at"])
 
     def release(self, item: Item) -> None:
         """Give an item back unjudged."""
-        self._review("POST", f"review/items/{item.id}/release", {"lease_token": item.lease_token})
+        self._review("POST", f"review/items/{_part(item.id)}/release", {"lease_token": item.lease_token})
 
     def _review(
         self,
@@ -147,11 +163,16 @@ class Whet:
         body: Mapping[str, Any] | None = None,
         parameters: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        return self._console.send(method, f"/api/p/{self.project}/{path}", body, parameters)
+        return self._console.send(method, f"/api/p/{_part(self.project)}/{path}", body, parameters)
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _part(text: str) -> str:
+    """One part of a path: an id that came from elsewhere must not lead anywhere else."""
+    return quote(text, safe="").replace(".", "%2E")
 
 
 def _bare(interaction_id: str) -> str:

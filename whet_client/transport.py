@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from whet_client.errors import LostLease, Unavailable, WhetError, of_status
+from whet_client.errors import InvalidRequest, LostLease, Unavailable, WhetError, of_status
 
 RETRIED = (429, 502, 503, 504)
 FIRST_PAUSE_SECONDS = 0.25
@@ -58,6 +58,8 @@ class Transport:
             last = attempt == self._retries
             try:
                 response = self._http.request(method, path, json=body, params=parameters, headers=headers)
+            except (httpx.UnsupportedProtocol, httpx.LocalProtocolError) as error:
+                raise InvalidRequest(f"this cannot be sent to {self._http.base_url}: {error}") from error
             except httpx.TransportError as error:
                 if last:
                     raise Unavailable(

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from services.admin import shapes
 from services.admin.access import Caller, Reviewer
-from services.errors import Forbidden
+from services.errors import Forbidden, InvalidRequest
 from services.store import browse, feedback, interactions, people, reviews, search
 from services.store.models import InteractionBody, Project, ReviewItem, UserAccount
 
@@ -123,11 +123,16 @@ def undo(caller: Reviewer, slug: str, sent: Undo) -> dict[str, Any]:
 @router.get("/interactions")
 def list_interactions(
     caller: Reviewer, slug: str, q: Text = "", finish: Text = "", feedback: Text = "", window: Text = "all",
-    before: UUID | None = None, limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    user: Text = "", session: Text = "", tag: Text = "", before: UUID | None = None,
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
 ) -> dict[str, Any]:  # fmt: skip
     """Newest first, excerpts only; `before` is the last id of the page before."""
     project = _reading(caller, slug)
-    wanted = search.parsed({"q": q, "finish": finish, "feedback": feedback, "window": window})
+    asked = {"finish": finish, "feedback": feedback, "window": window}
+    for name, value in asked.items():
+        if value and value not in search.CHOICES[name]:  # a page leaves it out; a program must not get everything
+            raise InvalidRequest(f"{name} is one of {', '.join(search.CHOICES[name])}, not {value!r}", param=name)
+    wanted = search.parsed(asked | {"q": q, "user": user, "session": session, "tag": tag})
     found = search.newest(caller.session, project.id, wanted, before=before, limit=limit)
     lines = browse.lines(caller.session, project.id, found.ids)
     return {

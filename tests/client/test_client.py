@@ -91,6 +91,29 @@ def test_refusals_are_not_repeated_and_have_a_kind(status: int, code: str | None
     assert (type(caught.value), caught.value.status, caught.value.param) == (kind, status, "p")
 
 
+def test_what_cannot_be_sent_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("", "  ", "wh_…"):
+        with pytest.raises(ValueError, match="API key"):
+            Whet(key, project="chat")
+    for broken in (httpx.UnsupportedProtocol("no http"), httpx.LocalProtocolError("illegal header")):
+        flaky = Flaky(broken)
+        with pytest.raises(errors.InvalidRequest, match="cannot be sent"):
+            Whet("wh_k", project="chat", transport=flaky).lease()
+        assert len(flaky.sent) == 1
+
+
+@pytest.mark.parametrize("identity", ["../runs", "..", "a/../../x", "a?b=c", "%2e%2e"])
+def test_an_id_from_elsewhere_leads_nowhere_else(identity: str) -> None:
+    flaky = Flaky(httpx.Response(404, json={"error": {"message": "no"}}))
+    with pytest.raises(errors.NotFound):
+        Whet("wh_k", project="chat", transport=flaky).interaction(identity)
+    path = flaky.sent[0].url.raw_path.decode()
+    assert path.startswith("/api/p/chat/interactions/")
+    assert path.count("/") == 5
+    assert "?" not in path
+    assert ".." not in path
+
+
 def test_an_answer_that_is_no_json_is_an_error_and_no_crash() -> None:
     flaky = Flaky(httpx.Response(200, text="<html>a proxy says hello</html>"))
     with pytest.raises(errors.WhetError, match="no JSON"):
@@ -173,6 +196,19 @@ def test_a_key_without_a_person_cannot_judge(console: TestClient, sessions: Sess
     assert list(whet.interactions()) == []
 
 
+def test_a_filter_that_is_misspelt_is_no_licence_to_get_everything(
+    reviewer: Whet, sessions: Sessions, project: Project
+) -> None:
+    with sessions.begin() as session:
+        mine = seed.interaction(session, project.id, output="a", end_user="u1", tags={"app": "x"}).id
+        seed.interaction(session, project.id, output="b", end_user="u2")
+    assert [line.id for line in reviewer.interactions(user="u1", tag="app=x")] == [str(mine)]
+    for wrong in ({"finish": "stopp"}, {"feedback": "bad"}, {"window": "year"}):
+        with pytest.raises(errors.InvalidRequest) as caught:
+            list(reviewer.interactions(**wrong))
+        assert caught.value.param == next(iter(wrong))
+
+
 def test_the_log_is_read_page_by_page(
     reviewer: Whet, sessions: Sessions, project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,4 +219,6 @@ def test_the_log_is_read_page_by_page(
     assert [line.output for line in reviewer.interactions(words="answer 3")] == ["answer 3"]
     assert reviewer.interaction(f"chatcmpl-{made[0]}").output == "answer 0"
     with pytest.raises(errors.NotFound):
-        Whet("", project="x", transport=Flaky(httpx.Response(404, json={"error": {"message": "no"}}))).interaction("i")
+        Whet("wh_k", project="x", transport=Flaky(httpx.Response(404, json={"error": {"message": "no"}}))).interaction(
+            "i"
+        )

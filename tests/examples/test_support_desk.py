@@ -23,11 +23,12 @@ def test_a_correction_typed_at_the_desk_arrives_as_feedback(postgres: PostgresSe
         world.start_gateway()
         command = [sys.executable, "-m", "examples.support_desk", "May I return a lamp?", "--project", "entities"]
         command += ["--correction", "No: policy 12 gives you 30 days.", "--agent", "desk 3"]
-        environment = os.environ | {"WHET_API_KEY": world.keys["app"], "WHET_GATEWAY": world.url}
+        command += ["--gateway", world.url]
+        environment = os.environ | {"DESK_KEY": world.keys["app"]}
         said = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=True
         )
-        assert "thumbs down, with the correction" in said.stdout
+        assert "told Whet that it was bad, with a correction" in said.stdout
 
         def stored() -> bool:
             with world.sessions() as session:
@@ -37,7 +38,19 @@ def test_a_correction_typed_at_the_desk_arrives_as_feedback(postgres: PostgresSe
                 ]
 
         eventually(stored)
-        refused = environment | {"WHET_API_KEY": "wh_wrong"}
+        talk = [*command[:3], "--project", "entities", "--gateway", world.url]
+        typed = "First?\n\nSecond?\n+\n\n"  # nothing is said of the first
+        spoken = subprocess.run(
+            talk, cwd=ROOT, env=environment, input=typed, capture_output=True, text=True, timeout=60, check=True
+        )
+        assert spoken.stdout.count("told Whet") == 1
+
+        def praised() -> bool:
+            with world.sessions() as session:
+                return sorted(session.scalars(select(Feedback.rating))) == [-1, 1]
+
+        eventually(praised)
+        refused = environment | {"DESK_KEY": "wh_wrong"}
         failed = subprocess.run(command, cwd=ROOT, env=refused, capture_output=True, text=True, timeout=60, check=False)
         assert failed.returncode == 1
         assert "the desk could not do that" in failed.stderr
