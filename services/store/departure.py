@@ -50,6 +50,8 @@ NAMING: tuple[tuple[Any, ...], ...] = (
     (ErasureRequest, "asked_by"),
 )
 
+TYPED = ("reason", "name", "file_name")
+
 
 def short_id(user_id: UUID) -> str:
     """The end of an id: the beginning of a UUIDv7 is the time, which would say when somebody joined."""
@@ -129,13 +131,19 @@ def _keep_an_administrator(session: Session, user_id: UUID) -> None:
 
 
 class Traces:
-    """Where a person's address and name may stand in text, and what stands there afterwards."""
+    """Where a person's address and name may stand in text, and what stands there afterwards.
+
+    A name of one word is looked for in sentences only. Elsewhere the word may be Whet's own: somebody who calls
+    themselves "reviewer" and leaves must not take the roles out of the audit log.
+    """
 
     def __init__(self, email: str, name: str, user_id: UUID) -> None:
         self.email = email
         self.replacement = former_name(user_id)
-        # The address in any case; the name as whole words as it is written, for many names are also ordinary words.
-        self.pattern = re.compile(rf"(?i:{re.escape(email)})|(?<!\w){re.escape(name)}(?!\w)")
+        address = rf"(?i:{re.escape(email)})"
+        # The name as whole words as it is written, for many names are also ordinary words.
+        self.in_sentences = re.compile(rf"{address}|(?<!\w){re.escape(name)}(?!\w)")
+        self.anywhere = self.in_sentences if " " in name else re.compile(address)
         # As text, and as it stands inside a JSON document.
         self.likely = {
             _literal(form) for words in (email, name) for form in (words, json.dumps(words, ensure_ascii=False)[1:-1])
@@ -145,10 +153,11 @@ class Traces:
         """Rows that may hold a trace; `scrub` decides."""
         return or_(*(cast(column, Text).ilike(f"%{words}%") for column in columns for words in self.likely))
 
-    def scrub(self, value: Any) -> Any:  # noqa: ANN401 - any JSON
-        """The value with every trace replaced, keys of documents included."""
+    def scrub(self, value: Any, *, typed: bool = False) -> Any:  # noqa: ANN401 - any JSON
+        """The value with every trace replaced, keys of documents included. `typed` is what a person wrote."""
         if isinstance(value, str):
-            return self.pattern.sub(self.replacement, value)
+            pattern = self.in_sentences if typed or " " in value else self.anywhere
+            return pattern.sub(self.replacement, value)
         if isinstance(value, list):
             return [self.scrub(one) for one in value]
         if isinstance(value, dict):
@@ -167,7 +176,7 @@ def _forget(session: Session, by: Authority, traces: Traces) -> None:
         held = traces.within(*(getattr(table, column) for column in columns))
         for row in session.scalars(select(table).where(held)):
             for column in columns:
-                setattr(row, column, traces.scrub(getattr(row, column)))
+                setattr(row, column, traces.scrub(getattr(row, column), typed=column in TYPED))
     session.flush()
     told = traces.within(AuditEvent.actor, AuditEvent.subject, AuditEvent.detail)
     audit.redact(session, by.actor, session.scalars(select(AuditEvent).where(told)).all(), traces.scrub)

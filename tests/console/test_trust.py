@@ -192,6 +192,22 @@ def test_a_deleted_person_is_named_by_no_pin_import_erasure_or_search(
     assert traces(sessions, email) == []
 
 
+def test_somebody_named_like_a_word_of_ours_takes_nothing_along(sessions: Sessions, project: Project) -> None:
+    with sessions.begin() as session:
+        user = people.create_user(session, email="sly@example.org", name="reviewer")
+        roles.give(session, ROOT, user.id, "reviewer", project.id)
+        audit.record(session, "key:x", "test.act", "reviewer", {"reviewer": 1, "why": "reviewer asked for it"})
+        key, _ = keys.create(session, pepper=b"p", name="reviewer", scopes=["infer"], created_by=user.id)
+        former = departure.delete_user(session, ROOT, user.id)
+        given, typed = session.scalars(
+            select(AuditEvent).where(AuditEvent.action.in_(("role.give", "test.act"))).order_by(AuditEvent.id)
+        )
+        assert (given.detail["role"], given.redacted_at) == ("reviewer", None)
+        assert (typed.subject, typed.detail) == ("reviewer", {"reviewer": 1, "why": f"{former} asked for it"})
+        assert key.name == former
+        assert audit.verify(session).intact
+
+
 # --- the audit log of a project ---------------------------------------------------------------------------
 
 
