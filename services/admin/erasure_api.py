@@ -8,8 +8,9 @@ from pydantic import Field
 
 from services.admin import shapes
 from services.admin.access import Admin, Caller
-from services.store import erasure
-from services.store.erasure import LONGEST_SUBJECT, Subject
+from services.store import erasure, erasure_rows
+from services.store.erasure import LONGEST_SUBJECT
+from services.store.erasure_cover import Subject
 from services.store.models import ErasureRequest
 
 router = APIRouter(prefix="/api/erasures")
@@ -26,7 +27,7 @@ class Erasure(shapes.Body):
 @router.post("/preview")
 def preview(caller: Admin, sent: Erasure) -> dict[str, Any]:
     """Rows by table that an erasure would touch now."""
-    return {"rows": erasure.preview(caller.session, _subject(caller, sent))}
+    return {"rows": erasure_rows.preview(caller.session, _subject(caller, sent))}
 
 
 @router.post("", status_code=202)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sqlalchemy import func, select
 
 from services.errors import InvalidRequest, TooLarge, Unprocessable, WhetError
-from services.store import datasets, import_files, imports
+from services.store import datasets, import_files, imports, revisions
 from services.store.imports import Parsed
 from services.store.models import Dataset, DatasetImport, DatasetImportExample, Example
 from tests.curation.world import World
@@ -148,7 +148,7 @@ def test_repeated_rows_are_told_and_a_build_takes_each_once(world: World) -> Non
     assert [(one.rows, one.duplicates) for one in done] == [(5, 1), (3, 2)]
     with world.sessions.begin() as session:
         revision = build_revision(session, world.project_id, "golden")
-        assert datasets.counts(session, revision.id)["train"] == {"imported": 6}
+        assert revisions.counts(session, revision.id)["train"] == {"imported": 6}
 
 
 def test_an_import_that_repeats_a_held_out_prompt_stays_out_of_training(world: World) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.store.datasets import Draft
+from services.store.examples import Draft
 from services.store.models import Annotation
 from tests.curation.world import World
 from worker.curation import authors, screens

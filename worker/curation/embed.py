@@ -17,7 +17,7 @@ from engine.messages import Pool
 from engine.sync_client import SyncEngineClient
 from engine.text.tokenizer import Tokenizer
 from services.settings import Settings
-from services.store import datasets, pii, reviews
+from services.store import examples, pii, reviews
 from services.store.copying import among
 from services.store.jobs import Lease
 from services.store.models import Annotation, Example, ExampleEmbedding, Project, ReviewItem
@@ -84,12 +84,12 @@ def _draft(session: Session, project_id: UUID) -> list[Waiting]:
     # Whether a correction makes a pair does not matter here, so no weights are too old.
     drafted = judged.draft_all(session, project_id, _corrected(session, project_id), Retired())
     config = session.get_one(Project, project_id).config
-    drafts = [datasets.treated(one, pii.mode_of(config)) for one in drafted.drafts if one.source == "corrected"]
-    entries = datasets.add_examples(session, project_id, drafts)
-    examples = session.scalars(select(Example).where(among(Example.id, [entry.example_id for entry in entries])))
+    drafts = [examples.treated(one, pii.mode_of(config)) for one in drafted.drafts if one.source == "corrected"]
+    entries = examples.add_examples(session, project_id, drafts)
+    found = session.scalars(select(Example).where(among(Example.id, [entry.example_id for entry in entries])))
     return [
         Waiting(example.id, shown, completion, _ids(example))
-        for example in examples
+        for example in found
         if (shown := shown_of(example.messages)) and (completion := example.completion or "")
         if len(completion) <= LONGEST_TEXT
     ]

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from services.store.datasets import Draft, LeftOut, digest_of
+from services.store.examples import Draft, digest_of
 from services.store.forms import text_of
+from services.store.revisions import LeftOut
 from worker.curation.duplicates import Index, Prompt, shingles, without_template
 
 ACCEPTED_SHARE = 0.3
