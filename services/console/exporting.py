@@ -1,5 +1,6 @@
 """The log as a file, streamed while it is read; who took what is in the audit log."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Annotated, cast
 
@@ -10,9 +11,12 @@ from services.console.access import Lead
 from services.console.browsing import pairs, results
 from services.store import audit, export
 from services.store.base import Sessions, uuid7
-from services.store.search import RANKED, parsed
+from services.store.erasure_cover import hashed
+from services.store.search import RANKED, Search, parsed
 
 router = APIRouter()
+# What people typed may name whom the log is of, and an erasure cannot reach the chain of the audit log.
+TYPED = ("words", "user", "session", "tag")
 TYPES = {"jsonl": "application/x-ndjson", "csv": "text/csv; charset=utf-8"}
 
 
@@ -30,7 +34,7 @@ def export_interactions(
     if wanted.words and wanted.mode != "words":
         got = results(request, here, wanted, limit=RANKED)
         ids = got.found.ids if got.ranked else None
-    said = {"format": kind, "query": wanted.query}
+    said = {"format": kind, "query": told(wanted)}
     audit.record(here.session, here.user.email, "interactions.export", f"project:{here.project.id}", said)
     name = f"{here.project.slug}-{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}.{kind}"
     sessions = cast(Sessions, request.app.state.sessions)
@@ -39,3 +43,9 @@ def export_interactions(
         media_type=TYPES[kind],
         headers={"Content-Disposition": f'attachment; filename="{name}"'},
     )
+
+
+def told(search: Search) -> str:
+    """A search as the audit log may keep it: what was typed as hashes, by which two exports can be compared."""
+    typed = {name: hashed(getattr(search, name)) for name in TYPED if getattr(search, name)}
+    return replace(search, **typed).query

@@ -18,7 +18,7 @@ def lines(sessions: Sessions, revision_id: UUID, form: Form, split: str | None =
     """
     with sessions() as session:
         for example, _ in revisions.stream(session, revision_id, split):
-            rows = [] if example.content_hash.startswith(examples.ERASED) else rows_of(example, form)
+            rows = [] if examples.is_erased(example.content_hash) else rows_of(example, form)
             for row in rows:
                 whole = {**row, "example": example.content_hash, "split": example.split}
                 yield json.dumps(whole, ensure_ascii=False).encode() + b"\n"

@@ -55,8 +55,9 @@ PLACES: Mapping[str, Place] = {
         "example",
         ("id",),
         {
+            # With the row's id: another copy of the same text, built meanwhile, is erased under the same hash.
             "content_hash": "CASE WHEN starts_with(content_hash, 'erased:') THEN content_hash "
-            "ELSE 'erased:' || content_hash END",
+            "ELSE 'erased:' || content_hash || ':' || id END",
             "messages": "'[]'",
             "completion": "NULL",
             "rejected": "NULL",

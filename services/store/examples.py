@@ -16,7 +16,7 @@ from services.store.base import uuid7
 from services.store.copying import land_rows
 from services.store.models import Example
 
-# Before the hash of an example whose text was erased; manifests go on naming the hash.
+# Before the hash of an example whose text was erased; behind it stands the row's id. Manifests go on naming the hash.
 ERASED = "erased:"
 EXAMPLE_COLUMNS = (
     "id", "project_id", "content_hash", "kind", "source", "split", "group_key", "slice", "messages", "completion",
@@ -69,6 +69,16 @@ class Entry(NamedTuple):
             "content_hash": self.content_hash, "split": self.split, "source": self.source, "slice": self.slice,
             "reviewers": list(self.reviewers), "weight": self.weight,
         }  # fmt: skip
+
+
+def is_erased(content_hash: str) -> bool:
+    """Whether only the hash of an example's text is left."""
+    return content_hash.startswith(ERASED)
+
+
+def plain_hash(content_hash: str) -> str:
+    """The hash that manifests and exports name the example by, whether it was erased or not."""
+    return content_hash.removeprefix(ERASED).partition(":")[0]
 
 
 def canonical(value: object) -> bytes:

@@ -323,7 +323,7 @@ def drafts(session: Session, dataset_id: UUID) -> list[Draft]:
         select(Example)
         .join(DatasetImportExample, DatasetImportExample.example_id == Example.id)
         .join(DatasetImport, DatasetImport.id == DatasetImportExample.import_id)
-        .where(DatasetImport.dataset_id == dataset_id)
+        .where(DatasetImport.dataset_id == dataset_id, ~Example.content_hash.startswith(examples.ERASED))
         .order_by(Example.id)
         .distinct()
     )

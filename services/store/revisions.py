@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from services.errors import NotFound
 from services.store.copying import among, copy_rows
-from services.store.examples import ERASED, Entry, digest_of, draft_of
+from services.store.examples import Entry, digest_of, draft_of, is_erased, plain_hash
 from services.store.models import Dataset, Example, Project, Revision, RevisionExample, RevisionLeftOut
 
 MANIFEST_FORMAT = 1
@@ -255,22 +255,39 @@ def _manifest(listed: Iterable[Entry]) -> dict[str, Any]:
 
 
 def rebuild(session: Session, revision_id: UUID) -> Rebuilt:
-    """Hash every text again and the manifest made of the hashes."""
+    """Hash every text again and the manifest made of the hashes.
+
+    What the members' own rows say counts as well: who moved a row to the other side there would train on held-out rows.
+    """
     listed: list[Entry] = []
     changed: list[UUID] = []
     erased = 0
-    for example, weight in stream(session, revision_id):
+    for example, member in _streamed(session, revision_id):
         content_hash = draft_of(example).content_hash
-        if example.content_hash.startswith(ERASED):
-            erased, content_hash = erased + 1, example.content_hash.removeprefix(ERASED)
-        elif content_hash != example.content_hash:
+        if is_erased(example.content_hash):
+            erased, content_hash = erased + 1, plain_hash(example.content_hash)
+        if (content_hash, example.split) != (member.content_hash, member.split):
             changed.append(example.id)
         reviewers = tuple(sorted(example.reviewers))
-        listed.append(Entry(example.id, content_hash, example.split, example.source, example.slice, reviewers, weight))
+        listed.append(
+            Entry(example.id, content_hash, member.split, example.source, example.slice, reviewers, member.weight)
+        )
         session.expunge(example)
     ordered = sorted(listed, key=lambda entry: (entry.split, entry.content_hash))
     held_out = [entry for entry in ordered if entry.split == "held_out"]
     return Rebuilt(digest_of(_manifest(ordered)), digest_of(_manifest(held_out)), len(ordered), changed, erased)
+
+
+def _streamed(session: Session, revision_id: UUID) -> Iterable[tuple[Example, Any]]:
+    """Examples beside their places in the revision: hash, split, weight."""
+    wanted = (
+        select(Example, RevisionExample.content_hash, RevisionExample.split, RevisionExample.weight)
+        .join(RevisionExample, RevisionExample.example_id == Example.id)
+        .where(RevisionExample.revision_id == revision_id)
+        .order_by(RevisionExample.position)
+        .execution_options(yield_per=500)
+    )
+    return ((row[0], row) for row in session.execute(wanted))
 
 
 def counts(session: Session, revision_id: UUID) -> dict[str, dict[str, int]]:

@@ -1,7 +1,7 @@
 """Somebody's words in every table and file that can hold them, and next to them somebody else's."""
 
 import json
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -164,6 +164,7 @@ def show(session: Session) -> None:
     other = session.scalars(select(Interaction).where(Interaction.end_user == f"{OTHER}-user")).first()
     assert example is not None
     assert other is not None
+    example.created_at -= timedelta(hours=1)  # it was there when the other prompt was made
     body = session.get_one(InteractionBody, other.id)
     body.worked_examples, body.prompt_token_ids = [str(example.id)], [1, 2, 3]
 

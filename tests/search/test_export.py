@@ -7,6 +7,7 @@ import json
 import tracemalloc
 import uuid
 from datetime import timedelta
+from urllib.parse import quote
 
 import pytest
 from sqlalchemy import select
@@ -14,6 +15,7 @@ from starlette.testclient import TestClient
 
 from services.store import export
 from services.store.base import Sessions
+from services.store.erasure_cover import hashed
 from services.store.models import AuditEvent, Feedback, Project, SavedView
 from services.store.search import Search
 from tests.console import seed
@@ -56,7 +58,7 @@ def test_lines_hold_what_the_search_finds_with_its_feedback(
     assert len(taken(lead, "jsonl", "finish=length").splitlines()) == 1
     with sessions() as session:
         events = session.scalars(select(AuditEvent).where(AuditEvent.action == "interactions.export")).all()
-    assert [event.detail["query"] for event in events] == ["q=needle&mode=words", "finish=length"]
+    assert [event.detail["query"] for event in events] == [f"q={quote(hashed('needle'))}&mode=words", "finish=length"]
 
 
 def test_no_cell_of_a_spreadsheet_is_a_formula(sessions: Sessions, project: Project, lead: TestClient) -> None:

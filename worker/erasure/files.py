@@ -11,7 +11,7 @@ from services.settings import Settings
 from services.store import erasure, runs
 from services.store.erasure_cover import Subject
 from services.store.erasure_rows import noted
-from services.store.examples import ERASED
+from services.store.examples import plain_hash
 from services.store.jobs import Lease
 from services.store.models import ErasureRequest, Example, Run
 from worker.erasure import exports, progress
@@ -48,5 +48,5 @@ def _gone(session: Session, made: ErasureRequest) -> exports.Gone:
     them, for those whose log had passed its retention."""
     hashes = session.scalars(select(Example.content_hash).where(Example.id.in_(noted(made, "example"))))
     ids = {str(one) for one in session.scalars(noted(made, "interaction"))}
-    names = frozenset(ids | {one.removeprefix(ERASED) for one in hashes})
+    names = frozenset(ids | {plain_hash(one) for one in hashes})
     return exports.Gone(names, Subject.of(made), progress.utc(made.created_at))

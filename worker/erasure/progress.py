@@ -32,8 +32,9 @@ def count(made: ErasureRequest, counts: Mapping[str, int]) -> None:
 
 
 def add(made: ErasureRequest, name: str, found: Sequence[Any]) -> None:
-    """Add to one of the lists."""
-    made.progress = {**made.progress, name: [*made.progress.get(name, []), *found]}
+    """Add to one of the lists what another attempt has not put there."""
+    known = made.progress.get(name, [])
+    made.progress = {**made.progress, name: [*known, *(one for one in found if one not in known)]}
 
 
 def note_traffic(session: Session, made: ErasureRequest, ids: Sequence[UUID]) -> None:
