@@ -39,6 +39,7 @@ def request(session: Session, subject: Subject, asked_by: str) -> ErasureRequest
     )
     session.add(made)
     session.flush()
+    session.refresh(made)
     _enqueue(session, made)
     detail = {"kind": subject.kind, "subject": hashed(subject.name)}
     audit.record(session, asked_by, "erasure.request", f"erasure:{made.id}", detail)
@@ -50,6 +51,7 @@ def _enqueue(session: Session, made: ErasureRequest) -> None:
     payload, dedupe_key = {"request_id": str(made.id)}, f"{JOB}:{made.id}"
     job = jobs.enqueue(session, JOB, payload, project_id=made.project_id, dedupe_key=dedupe_key, priority=50)
     made.job_id, made.state = job.id, "queued"
+    made.progress = {name: value for name, value in made.progress.items() if name != "error"}
     session.flush()
 
 
@@ -85,7 +87,8 @@ def settle(session: Session) -> list[UUID]:
         .where(ErasureRequest.state.in_(UNFINISHED), Job.state.in_(("failed", "cancelled", "dead")))
     )
     found = session.execute(ended.with_for_update(of=ErasureRequest, skip_locked=True)).all()
-    for made, _ in found:
+    for made, job in found:
         made.state = "failed"
+        made.progress = {**made.progress, "error": job.error}
     session.flush()
     return [made.id for made, _ in found]
