@@ -90,12 +90,12 @@ def digest_of(value: object) -> str:
     return hashlib.sha256(canonical(value)).hexdigest()
 
 
-def treated(draft: Draft, mode: pii.Mode) -> Draft:
+def treated(draft: Draft, mode: pii.Mode, finder: pii.Finder = pii.find) -> Draft:
     """Personal data marked or masked before anything is hashed or written."""
     if mode == "off":
         return draft
-    messages = pii.treat_document(draft.messages, mode)
-    completion, rejected = (pii.treat(text or "", mode) for text in (draft.completion, draft.rejected))
+    messages = pii.treat_document(draft.messages, mode, finder)
+    completion, rejected = (pii.treat(text or "", mode, finder) for text in (draft.completion, draft.rejected))
     kinds = tuple(sorted({*draft.pii, *messages.kinds, *completion.kinds, *rejected.kinds}))
     if not kinds:
         return draft

@@ -3,8 +3,10 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from datasets import DatasetDict
 from starlette.testclient import TestClient
 from typer.testing import CliRunner, Result
 
@@ -76,6 +78,43 @@ def test_export_writes_jsonl_parquet_and_a_manifest(run: Typed, built: list[Revi
     assert (manifest["digest"], manifest["kind"]) == (built[0].digest, "unpaired")
     lines = [json.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_text().split("\n") if line]
     assert manifest["rows"]["train"] == len(lines)
+
+
+def test_export_pushes_to_the_hub_with_a_token_and_refuses_without(
+    run: Typed, built: list[Revision], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed: list[dict[str, Any]] = []
+
+    def push(self: DatasetDict, repo_id: str, **named: Any) -> None:  # noqa: ANN401 - as datasets has it
+        pushed.append({"repository": repo_id, "rows": {split: len(rows) for split, rows in self.items()}, **named})
+
+    monkeypatch.setattr(DatasetDict, "push_to_hub", push)
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    words = ("export", built[0].digest, "--push-to-hub", "acme/golden", "--to")
+    refused = run(*words, str(tmp_path / "out"))
+    assert refused.exit_code == 1
+    assert "set HF_TOKEN" in refused.output + str(refused.exception)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    done = run(*words, str(tmp_path / "out"))
+    assert done.exit_code == 0, done.output
+    counts = json.loads((tmp_path / "out" / "manifest.json").read_text())["rows"]
+    [sent] = pushed
+    assert sent == {
+        "repository": "acme/golden", "rows": {split: count for split, count in counts.items() if count},
+        "private": True, "token": "hf_secret", "commit_message": f"Revision {built[0].digest}",
+    }  # fmt: skip
+    wrong = run("export", built[0].digest, "--push-to-hub", "not a name", "--to", str(tmp_path / "other"))
+    assert "OWNER/NAME" in wrong.output + str(wrong.exception)
+
+    def refuse(self: DatasetDict, repo_id: str, **named: Any) -> None:  # noqa: ANN401
+        raise OSError("no way there")
+
+    monkeypatch.setattr(DatasetDict, "push_to_hub", refuse)
+    lost = run(*words, str(tmp_path / "third"))
+    assert "the hub did not take it: no way there" in lost.output + str(lost.exception)
+    assert (tmp_path / "third" / "train.jsonl").exists()
 
 
 def test_import_maps_columns_tries_first_and_keeps_nothing_of_a_bad_file(

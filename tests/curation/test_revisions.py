@@ -5,14 +5,14 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import select, update
 from typer.testing import CliRunner
 
 from services import cli
 from services.cli_datasets import to_parquet
 from services.store import dataset_export, revision_diff, revisions
 from services.store.forms import FORMS, Form
-from services.store.models import Example, Revision
+from services.store.models import Example, Revision, RevisionExample
 from tests.curation.world import World
 from worker.curation.build import build_revision
 
@@ -71,6 +71,19 @@ def test_a_rebuild_gives_the_digests_again_and_notices_any_edit(world: World) ->
     assert made.changed == [edited]
     assert made.digest != revision.digest
     assert made.held_out_digest != revision.held_out_digest
+
+
+def test_a_row_moved_to_the_other_side_in_its_revision_is_noticed(world: World) -> None:
+    for number in range(2):
+        world.corrected(f"question {number}", "wrong", f"right {number}", "held_out")
+    revision = build(world)
+    with world.sessions.begin() as session:
+        moved = session.scalars(select(RevisionExample).limit(1)).one()
+        moved.split = "train"
+        session.flush()
+        made = revisions.rebuild(session, revision.id)
+    assert made.changed == [moved.example_id]
+    assert made.digest != revision.digest
 
 
 def test_a_look_counts_for_every_revision_with_the_same_held_out_part(world: World) -> None:

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from services.errors import NotFound, Unprocessable
 from services.settings import Settings
-from services.store import datasets, examples, forms, imports, pii, revisions, runs
+from services.store import datasets, examples, forms, imports, pii, pii_presidio, revisions, runs
 from services.store.jobs import JobFailed, Lease
 from services.store.models import Project, Revision
 from services.store.revisions import LeftOut
@@ -53,8 +53,8 @@ def build_revision(session: Session, project_id: UUID, dataset: str, *, now: dat
     retired = pairs.retired_weights(session, project_id, moment, float(config.get("pair_days", pairs.PAIR_DAYS)))
     drafted = judged.draft_all(session, project_id, judged.read(session, project_id), retired)
     target = datasets.get_or_create(session, project_id, dataset)
-    mode = pii.mode_of(config)
-    drafts = [examples.treated(draft, mode) for draft in [*drafted.drafts, *imports.drafts(session, target.id)]]
+    mode, finder = pii.mode_of(config), pii_presidio.finder_of(config)
+    drafts = [examples.treated(draft, mode, finder) for draft in [*drafted.drafts, *imports.drafts(session, target.id)]]
     screened = screens.screen(drafts, screens.Limits.of(config))
     left_out = [*drafted.left_out, *screened.left_out]
     if not screened.kept:

@@ -17,7 +17,7 @@ from engine.messages import Pool
 from engine.sync_client import SyncEngineClient
 from engine.text.tokenizer import Tokenizer
 from services.settings import Settings
-from services.store import examples, pii, reviews
+from services.store import examples, pii, pii_presidio, reviews
 from services.store.copying import among
 from services.store.examples import ERASED, is_erased
 from services.store.jobs import Lease
@@ -85,7 +85,8 @@ def _draft(session: Session, project_id: UUID) -> list[Waiting]:
     # Whether a correction makes a pair does not matter here, so no weights are too old.
     drafted = judged.draft_all(session, project_id, _corrected(session, project_id), Retired())
     config = session.get_one(Project, project_id).config
-    drafts = [examples.treated(one, pii.mode_of(config)) for one in drafted.drafts if one.source == "corrected"]
+    mode, finder = pii.mode_of(config), pii_presidio.finder_of(config)
+    drafts = [examples.treated(one, mode, finder) for one in drafted.drafts if one.source == "corrected"]
     entries = examples.add_examples(session, project_id, drafts)
     found = session.scalars(select(Example).where(among(Example.id, [entry.example_id for entry in entries])))
     return [

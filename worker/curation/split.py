@@ -107,7 +107,7 @@ class _Clusters:
     def __init__(self, session: Session, project_id: UUID, prompts: dict[UUID, Prompt]) -> None:
         self._session = session
         self._project_id = project_id
-        self._known: list[_Known] = []
+        self._open: list[_Known] = []
         self._sketches = Sketches()
         self._equal: dict[int, _Known] = {}
         self._members: dict[UUID, int] = {}
@@ -125,26 +125,33 @@ class _Clusters:
             self._add(known, row.bands, row.members)
 
     def _add(self, known: _Known, bands: Sequence[int], members: int) -> None:
-        self._known.append(known)
-        self._sketches.add(known.sketch, bands)
         self._equal.setdefault(known.fingerprint, known)
         self._members[known.cluster_id] = members
+        if members < MEMBERS_MOST:
+            self._open.append(known)
+            self._sketches.add(known.sketch, bands)
 
     def find(self, prompt: Prompt) -> _Known | None:
-        """The oldest cluster of equal prompts, or of those most like it, which has one more member then."""
+        """The cluster that an equal prompt began, or the oldest of those like it, which has one more member then."""
         found = self._equal.get(prompt.fingerprint)
-        for near in self._sketches.likeliest(prompt.sketch, prompt.bands) if found is None else ():
-            known = self._known[near.place]
-            if near.similarity >= ESTIMATED_THRESHOLD and self._members[known.cluster_id] < MEMBERS_MOST:
-                found = known
-                break
+        if found is None:
+            found = self._near(prompt)
+            if found is not None:
+                # A full one of its own: whoever asks this again finds it, when the other takes no more.
+                self.begin(prompt, found.split, members=MEMBERS_MOST)
         if found is not None:
             self._members[found.cluster_id] += 1
             self._joined[found.cluster_id] = self._joined.get(found.cluster_id, 0) + 1
         return found
 
-    def begin(self, prompt: Prompt, split: str) -> None:
-        """A cluster of its own, whose side every near-duplicate to come will share."""
+    def _near(self, prompt: Prompt) -> _Known | None:
+        near = self._sketches.likeliest(prompt.sketch, prompt.bands)
+        places = sorted(one.place for one in near if one.similarity >= ESTIMATED_THRESHOLD)
+        alike = (self._open[place] for place in places)
+        return next((one for one in alike if self._members[one.cluster_id] < MEMBERS_MOST), None)
+
+    def begin(self, prompt: Prompt, split: str, members: int = 1) -> None:
+        """A cluster of its own, whose side every repeat to come shares, and near-duplicates while it is not full."""
         known = _Known(uuid7(), prompt.fingerprint, prompt.sketch, split)
         sketch = prompt.sketch.astype("<u4").tobytes()
         self._begun.append(
@@ -153,7 +160,7 @@ class _Clusters:
                 "bands": list(prompt.bands), "fingerprint": prompt.fingerprint,
             }
         )  # fmt: skip
-        self._add(known, prompt.bands, 1)
+        self._add(known, prompt.bands, members)
 
     def store(self) -> None:
         begun = {row["id"] for row in self._begun}
