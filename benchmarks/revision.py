@@ -19,7 +19,7 @@ from services.platform.accounts import server_account
 from services.platform.paths import prepare_home, temporary_home
 from services.platform.postgres import PostgresServer
 from services.platform.process import Guarded
-from services.store import datasets, partitions, projects, revision_diff
+from services.store import datasets, partitions, projects, revision_diff, revisions
 from services.store.base import Base, Sessions, make_sessions, uuid7
 from services.store.copying import copy_rows
 from services.store.models import UserAccount
@@ -60,11 +60,11 @@ def measure(sessions: Sessions, rows: int) -> None:
         took.append(time.monotonic() - began)
     began = time.monotonic()
     with sessions() as session:
-        assert datasets.rebuild(session, revision.id).digest == revision.digest
+        assert revisions.rebuild(session, revision.id).digest == revision.digest
     rebuilt = time.monotonic() - began
     began = time.monotonic()
     with sessions.begin() as session:
-        empty = datasets.create_revision(session, datasets.get(session, project_id, "golden"), [], {})
+        empty = revisions.create(session, datasets.get(session, project_id, "golden"), [], {})
         changes = len(revision_diff.explain(session, empty, revision).changes)
     explained = time.monotonic() - began
     kept = revision.train_count + revision.held_out_count

@@ -57,8 +57,13 @@ def export(
     digest: Digest,
     to: Annotated[Path, typer.Option(help="A directory that is empty or not there yet.")],
     kind: Annotated[str, typer.Option(help=f"{', '.join(FORMS)}.")] = "prompt-completion",
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="Push it to this dataset repository, too: OWNER/NAME.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Everybody may read the repository.")] = False,
 ) -> None:
     """Write JSONL and Parquet that `datasets` and TRL read: one file a split, and a manifest."""
+    token = _hub_token(push_to_hub) if push_to_hub or public else ""
     if kind not in FORMS:
         raise InvalidRequest(f"no kind {kind!r}: {', '.join(FORMS)}")
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
@@ -70,6 +75,8 @@ def export(
     manifest = {name: value for name, value in found.items() if name not in ("counts", "report")}
     (to / "manifest.json").write_text(json.dumps({**manifest, "kind": kind, "rows": counts}, indent=2) + "\n")
     print_text(f"{to}: " + ", ".join(f"{count:,} {split} rows" for split, count in counts.items()))
+    if push_to_hub:
+        _push(to, push_to_hub, token, found["digest"], private=not public)
 
 
 def _write(client: AdminClient, digest: str, kind: str, split: str, to: Path) -> int:
@@ -98,6 +105,41 @@ def to_parquet(path: Path) -> None:
         pq.write_table(pa.Table.from_pylist(rows), path.with_suffix(".parquet"))
     except pa.ArrowException as error:
         raise InvalidRequest(f"{path.name} is written, but no Parquet file can hold its rows: {error}") from error
+
+
+def _hub_token(repository: str | None) -> str:
+    """Whose account pushes. Raises InvalidRequest before anything is written."""
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    if not repository:
+        raise InvalidRequest("--public says who may read what --push-to-hub pushes: name its repository")
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise InvalidRequest(f"--push-to-hub wants OWNER/NAME, not {repository!r}") from error
+    token = get_token()
+    if not token:
+        raise InvalidRequest("--push-to-hub needs a token: set HF_TOKEN, or sign in with `hf auth login`")
+    return token
+
+
+def _push(folder: Path, repository: str, token: str, digest: str, *, private: bool) -> None:
+    """The Parquet files, as splits of one dataset. Raises InvalidRequest when the hub refuses."""
+    from datasets import Dataset, DatasetDict  # seconds of loading that only a push should pay
+    from huggingface_hub.errors import HfHubHTTPError
+
+    files = {split: folder / f"{split}.parquet" for split in ("train", "held_out")}
+    held = DatasetDict({split: Dataset.from_parquet(str(path)) for split, path in files.items() if path.exists()})
+    if not held:
+        raise InvalidRequest("there is no row of this kind to push")
+    message = f"Revision {digest}"
+    try:
+        held.push_to_hub(repository, private=private, token=token, commit_message=message)
+    except (HfHubHTTPError, OSError) as error:
+        raise InvalidRequest(f"{folder} is written, but the hub did not take it: {error}") from error
+    print_text(f"pushed to {repository}, {'private' if private else 'public'}")
 
 
 def import_(

@@ -4,6 +4,7 @@ import json
 import time
 from pathlib import Path
 from typing import Annotated, Any
+from uuid import UUID
 
 import typer
 from rich.console import Console
@@ -15,11 +16,13 @@ from services.settings import Settings
 
 ACCESS = "Projects, people and keys"
 POLL_SECONDS = 0.5
+spool_app = typer.Typer(no_args_is_help=True, help="Log spools of all machines, which erasures wait for.")
 
 
 def add_commands(app: typer.Typer) -> None:
     """Put the command on the `whet` application."""
     app.command(rich_help_panel=ACCESS)(erase)
+    app.add_typer(spool_app, name="spool", rich_help_panel=ACCESS)
 
 
 def erase(
@@ -42,11 +45,16 @@ def erase(
         raise typer.Exit(1)
     done = _follow(console, client, client.post("/api/erasures", body))
     if done["state"] != "done":
-        raise InvalidRequest(f"the erasure {done['id']} has {done['state']}: see its job, then take it up again")
+        why = f": {done['error']}" if done["error"] else ""
+        raise InvalidRequest(f"the erasure {done['id']} has {done['state']}{why}. Take it up again on its page")
     found: dict[str, Any] = done["certificate"]
     _show(console, found["rows"])
     for one in found["tainted"]:
         console.print(f"tainted: {one['kind']} {one['digest'][:12]} ({one['state']}); train again")
+    for file in found["exports_not_searched"]:
+        console.print(f"not searched: {escape(file)} below exports/ of the home; look yourself")
+    if found["exports"]:
+        console.print(f"{len(found['exports'])} exports may hold the rows: the certificate names their audit events")
     if certificate is not None:
         certificate.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     console.print(f"done; certificate {found['hash']}")
@@ -67,3 +75,18 @@ def _follow(console: Console, client: AdminClient, made: dict[str, Any]) -> dict
             made = client.get(f"/api/erasures/{made['id']}")
             status.update(escape(str(made["step"])))
     return made
+
+
+@spool_app.command("list")
+def spool_list() -> None:
+    """Every spool that a shipper has registered, and when it was last seen."""
+    console = Console(highlight=False)
+    for one in AdminClient(Settings()).get("/api/spools")["spools"]:
+        console.print(f"{one['id']}  {one['seen_at']}  {escape(one['host'])}:{escape(one['path'])}", soft_wrap=True)
+
+
+@spool_app.command("forget")
+def spool_forget(spool: Annotated[UUID, typer.Argument(help="Its id, from `whet spool list`.")]) -> None:
+    """Say that a spool's disk is gone, so that erasures wait for it no more."""
+    found = AdminClient(Settings()).post(f"/api/spools/{spool}/forget")
+    Console(highlight=False).print(f"{escape(found['host'])}:{escape(found['path'])} is forgotten", soft_wrap=True)

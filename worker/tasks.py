@@ -25,10 +25,10 @@ from worker.curation.build import build_job
 from worker.curation.bulk import bulk_job
 from worker.curation.embed import embed_job as embed_examples_job
 from worker.curation.sample import sample_job
+from worker.erasure.job import erase_job
 from worker.gate.evaluate import evaluate_job
 from worker.gate.speculator_job import evaluate_speculator_job
 from worker.indexing.embed import embed_job
-from worker.rollout.erase import erase_job
 from worker.rollout.pins import check_pins_job
 from worker.rollout.speculator import deploy_speculator_job
 from worker.rollout.swap import deploy_job

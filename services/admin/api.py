@@ -9,13 +9,26 @@ from services.admin import dataset_api, erasure_api, instant_api, people_api, re
 from services.admin.access import Admin, Caller, Trainer, undeclared
 from services.errors import Conflict, NotFound
 from services.settings import Settings
-from services.store import audit, datasets, deployments, evaluations, jobs, keys, people, projects, roles, runs
+from services.store import (
+    audit,
+    datasets,
+    deployments,
+    evaluations,
+    jobs,
+    keys,
+    people,
+    projects,
+    revisions,
+    roles,
+    runs,
+)
 from services.store.models import ApiKey, Job, Run, UserAccount
 
 router = APIRouter(prefix="/api")
 PARTS = (
     dataset_api.router, speculator_api.router, instant_api.router, people_api.router, review_api.router,
     erasure_api.router,
+    erasure_api.spool_router,
 )  # fmt: skip
 Name = Annotated[str, Path(max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
@@ -218,7 +231,7 @@ def roll_back(caller: Trainer, slug: str, sent: shapes.RollBack) -> dict[str, An
 def list_datasets(caller: Trainer, slug: str) -> dict[str, Any]:
     """Names, and each one's newest revision."""
     found = datasets.list_(caller.session, caller.project(slug).id)
-    newest = {row.name: datasets.latest_revision(caller.session, row.id) for row in found}
+    newest = {row.name: revisions.latest(caller.session, row.id) for row in found}
     return {"datasets": [{"name": n, "latest": shapes.revision(row) if row else None} for n, row in newest.items()]}
 
 
@@ -226,11 +239,11 @@ def list_datasets(caller: Trainer, slug: str) -> dict[str, Any]:
 def show_dataset(caller: Trainer, slug: str, name: Name) -> dict[str, Any]:
     """Revisions, newest first, and what the newest one holds."""
     dataset = datasets.get(caller.session, caller.project(slug).id, name)
-    revisions = datasets.revisions(caller.session, dataset.id)
+    listed = revisions.list_(caller.session, dataset.id)
     return {
         "name": dataset.name,
-        "revisions": [shapes.revision(row) for row in revisions],
-        "counts": datasets.counts(caller.session, revisions[0].id) if revisions else None,
+        "revisions": [shapes.revision(row) for row in listed],
+        "counts": revisions.counts(caller.session, listed[0].id) if listed else None,
     }
 
 

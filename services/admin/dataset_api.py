@@ -8,11 +8,11 @@ from fastapi.responses import StreamingResponse
 
 from services.admin.access import Caller, Trainer
 from services.errors import InvalidRequest, Unprocessable
-from services.store import audit, dataset_export, datasets, imports, revision_diff
-from services.store.datasets import Located
+from services.store import audit, dataset_export, datasets, imports, revision_diff, revisions
 from services.store.forms import Form
 from services.store.models import Example
 from services.store.revision_diff import Change
+from services.store.revisions import Located
 
 router = APIRouter(prefix="/api")
 Digest = Annotated[str, Path(min_length=8, max_length=64, pattern="^[0-9a-f]+$")]
@@ -22,14 +22,14 @@ LISTED = 200
 
 
 def _found(caller: Caller, digest: str) -> Located:
-    return datasets.locate(caller.session, digest, project_id=caller.key.project_id)
+    return revisions.locate(caller.session, digest, project_id=caller.key.project_id)
 
 
 @router.get("/revisions/{digest}")
 def show_revision(caller: Trainer, digest: Digest) -> dict[str, Any]:
     """Where a revision is and what it holds."""
     found = _found(caller, digest)
-    counts = datasets.counts(caller.session, found.revision.id)
+    counts = revisions.counts(caller.session, found.revision.id)
     return {**dataset_export.described(found), "counts": counts, "report": found.revision.report}
 
 
@@ -37,7 +37,7 @@ def show_revision(caller: Trainer, digest: Digest) -> dict[str, Any]:
 def rebuild(caller: Trainer, digest: Digest) -> dict[str, Any]:
     """Hash every example and the manifest again; `same` says whether that gives the revision's digest."""
     found = _found(caller, digest)
-    made = datasets.rebuild(caller.session, found.revision.id)
+    made = revisions.rebuild(caller.session, found.revision.id)
     return {
         **dataset_export.described(found), "rebuilt_digest": made.digest, "examples": made.examples,
         "erased": made.erased,

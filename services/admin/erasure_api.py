@@ -8,11 +8,13 @@ from pydantic import Field
 
 from services.admin import shapes
 from services.admin.access import Admin, Caller
-from services.store import erasure
-from services.store.erasure import LONGEST_SUBJECT, Subject
-from services.store.models import ErasureRequest
+from services.store import erasure, erasure_rows, erasure_spools
+from services.store.erasure import LONGEST_SUBJECT
+from services.store.erasure_cover import Subject
+from services.store.models import ErasureRequest, LogSpool
 
 router = APIRouter(prefix="/api/erasures")
+spool_router = APIRouter(prefix="/api/spools")
 
 
 class Erasure(shapes.Body):
@@ -26,7 +28,7 @@ class Erasure(shapes.Body):
 @router.post("/preview")
 def preview(caller: Admin, sent: Erasure) -> dict[str, Any]:
     """Rows by table that an erasure would touch now."""
-    return {"rows": erasure.preview(caller.session, _subject(caller, sent))}
+    return {"rows": erasure_rows.preview(caller.session, _subject(caller, sent))}
 
 
 @router.post("", status_code=202)
@@ -65,6 +67,25 @@ def _shape(made: ErasureRequest) -> dict[str, Any]:
     return {
         "id": str(made.id), "kind": made.kind, "subject": made.subject, "state": made.state,
         "step": made.progress.get("step", "queued"), "rows": made.progress.get("counts", {}),
-        "late_rows": made.late_rows, "asked_by": made.asked_by, "created_at": shapes.moment(made.created_at),
+        "late_rows": made.late_rows, "error": made.progress.get("error"),
+        "asked_by": made.asked_by, "created_at": shapes.moment(made.created_at),
         "finished_at": shapes.moment(made.finished_at),
     }  # fmt: skip
+
+
+@spool_router.get("")
+def list_spools(caller: Admin) -> dict[str, Any]:
+    """Log spools that erasures wait for, the longest silent first; takes a key for all projects."""
+    caller.everywhere()
+    return {"spools": [_spool_shape(one) for one in erasure_spools.list_(caller.session)]}
+
+
+@spool_router.post("/{spool_id}/forget")
+def forget_spool(caller: Admin, spool_id: UUID) -> dict[str, Any]:
+    """Its disk is gone: erasures wait for it no more. 409 while its shipper is alive."""
+    caller.everywhere()
+    return _spool_shape(erasure_spools.forget(caller.session, spool_id, caller.actor))
+
+
+def _spool_shape(one: LogSpool) -> dict[str, Any]:
+    return {"id": str(one.id), "host": one.host, "path": one.path, "seen_at": shapes.moment(one.seen_at)}

@@ -14,10 +14,21 @@ from services.console.lineage import draw
 from services.console.mask import masks
 from services.console.views import page
 from services.errors import Conflict, NotFound
-from services.store import agreement, audit, dataset_export, datasets, imports, jobs, lineage, revision_diff, runs
-from services.store.datasets import Located
+from services.store import (
+    agreement,
+    audit,
+    dataset_export,
+    datasets,
+    imports,
+    jobs,
+    lineage,
+    revision_diff,
+    revisions,
+    runs,
+)
 from services.store.forms import FORMS, Form
 from services.store.models import Dataset, Revision, RevisionLeftOut, UserAccount
+from services.store.revisions import Located
 
 router = APIRouter()
 SAMPLES = 20
@@ -45,11 +56,11 @@ def dataset_list(request: Request, here: Viewer, building: bool = False, importe
 
 
 def _described(session: Session, dataset: Dataset) -> dict[str, Any]:
-    revisions = datasets.revisions(session, dataset.id, limit=20)
+    listed = revisions.list_(session, dataset.id, limit=20)
     return {
         "dataset": dataset,
-        "revisions": revisions,
-        "counts": datasets.counts(session, revisions[0].id) if revisions else None,
+        "revisions": listed,
+        "counts": revisions.counts(session, listed[0].id) if listed else None,
         "imports": imports.list_(session, dataset.id, limit=5),
     }
 
@@ -66,14 +77,14 @@ def revision_page(
 ) -> Response:
     """One immutable state of a dataset: its digest, counts, report, lineage, and samples of its rows."""
     dataset, revision = _found(here, name, digest)
-    members = datasets.members(here.session, revision.id, split or None, limit=SAMPLES, offset=start)
+    members = revisions.members(here.session, revision.id, split or None, limit=SAMPLES, offset=start)
     total = {"train": revision.train_count, "held_out": revision.held_out_count}
     shown = [member.example for member in members]
     traced = lineage.trace(here.session, here.project.id, revision)
     context = {
         "dataset": dataset,
         "revision": revision,
-        "counts": datasets.counts(here.session, revision.id),
+        "counts": revisions.counts(here.session, revision.id),
         "change": _change(here.session, dataset, revision),
         "members": members,
         "masks": masks(request.app.state.token_reader, shown) if view == "mask" else [None] * len(shown),
@@ -89,14 +100,14 @@ def revision_page(
 
 def _found(here: Here, name: str, digest: str) -> tuple[Dataset, Revision]:
     dataset = datasets.get(here.session, here.project.id, name)
-    revision = datasets.find_revision(here.session, dataset.id, digest)
+    revision = revisions.find(here.session, dataset.id, digest)
     if revision is None:
         raise NotFound(f"dataset {name!r} has no revision {digest[:12]}")
     return dataset, revision
 
 
 def _change(session: Session, dataset: Dataset, revision: Revision) -> revision_diff.Sizes | None:
-    parent = datasets.find_revision(session, dataset.id, revision.parent_digest or "")
+    parent = revisions.find(session, dataset.id, revision.parent_digest or "")
     return revision_diff.sizes(session, parent, revision) if parent else None
 
 
@@ -149,9 +160,9 @@ def diff_page(
 ) -> Response:
     """What changed against another revision (the parent, unless asked otherwise), and why."""
     dataset, revision = _found(here, name, digest)
-    others = [one for one in datasets.revisions(here.session, dataset.id) if one.id != revision.id]
+    others = [one for one in revisions.list_(here.session, dataset.id) if one.id != revision.id]
     chosen = against or revision.parent_digest or ""
-    old = datasets.find_revision(here.session, dataset.id, chosen)
+    old = revisions.find(here.session, dataset.id, chosen)
     if old is None:
         raise NotFound(
             f"there is no revision {chosen[:12]!r} to compare with" if chosen else "it is the first revision"
@@ -182,7 +193,7 @@ def export(
 def rebuild(request: Request, here: Viewer, name: Name, digest: Digest) -> Response:
     """Hash everything again and show whether it is still the same."""
     dataset, revision = _found(here, name, digest)
-    context = {"dataset": dataset, "revision": revision, "made": datasets.rebuild(here.session, revision.id)}
+    context = {"dataset": dataset, "revision": revision, "made": revisions.rebuild(here.session, revision.id)}
     return page(request, here, "revision_rebuilt.html", context)
 
 

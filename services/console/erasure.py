@@ -10,7 +10,7 @@ from fastapi.responses import RedirectResponse
 from services.console.access import Admin, Here
 from services.console.views import fragment, page
 from services.errors import NotFound, Unprocessable
-from services.store import audit_view, erasure
+from services.store import audit_view, erasure, erasure_rows
 from services.store.certificate import CANNOT_BE_UNDONE
 from services.store.erasure import LONGEST_SUBJECT
 from services.store.models import ErasureRequest
@@ -42,7 +42,7 @@ def _listed(here: Here) -> dict[str, Any]:
 def preview(request: Request, here: Admin, kind: Kind, subject: Name) -> Response:
     """What it would touch; nothing has happened yet."""
     found = erasure.checked(here.project.id, kind, subject.strip())
-    rows = {table: count for table, count in erasure.preview(here.session, found).items() if count}
+    rows = {table: count for table, count in erasure_rows.preview(here.session, found).items() if count}
     asked = {"kind": kind, "subject": found.name, "rows": rows}
     return page(request, here, "erasure.html", _listed(here) | {"asked": asked})
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from sqlalchemy.orm import Session
 
 from services.console import charts
-from services.store import datasets, evaluations, runs
+from services.store import evaluations, revisions, runs
 from services.store.models import Artifact, Dataset, Evaluation, EvaluationRow, Project, Revision, Run, RunEvent
 
 # The path of a run that succeeds, and the words in `run.phase` that belong to each step.
@@ -81,7 +81,7 @@ def describe(session: Session, run: Run, show: str = "") -> dict[str, Any]:
         "logs": [event for event in events if event.kind == "log"][-LOG_LINES:],
         "revision": revision,
         "dataset": session.get(Dataset, revision.dataset_id) if revision else None,
-        "counts": datasets.counts(session, revision.id) if revision else None,
+        "counts": revisions.counts(session, revision.id) if revision else None,
         "artifact": session.get(Artifact, run.artifact_digest) if run.artifact_digest else None,
         "evaluation": evaluation,
         "scores": scores,

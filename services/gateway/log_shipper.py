@@ -27,7 +27,7 @@ from services.gateway.spool_cleaner import Cleaner
 from services.gateway.spool_format import to_row
 from services.gateway.spool_tail import Damage, Ended, Tail
 from services.settings import Settings
-from services.store import erasure, interactions, keys, partitions, pins
+from services.store import erasure_cover, interactions, keys, partitions, pins
 from services.store.base import Sessions, make_sessions, uuid7_time
 from services.store.failpoints import reach
 
@@ -102,7 +102,7 @@ class Shipper:
             with self._sessions.begin() as session:
                 self._ensure_partitions(session, rows)
                 connection: psycopg.Connection[Any] = session.connection().connection.driver_connection  # type: ignore[assignment]
-                landing = erasure.drop_covered(session, rows)
+                landing = erasure_cover.drop_covered(session, rows)
                 pins.count_hits(session, landing)
                 fresh = interactions.land(connection, landing)
                 self._touch_keys(session, rows)

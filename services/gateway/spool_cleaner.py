@@ -1,25 +1,28 @@
-"""The shipper's part in an erasure: once it has read what was logged before the request, the spool is scrubbed."""
+"""The shipper's part in an erasure: once it has read what was logged before the request, its spool is scrubbed."""
 
 import time
 from collections.abc import Collection, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import structlog
-from sqlalchemy import func, select, update
+from sqlalchemy import select
 
 from services.gateway.spool_erasure import Matcher, scrub, scrub_quarantine
 from services.gateway.spool_format import Admitted, Position, segment_numbers, segment_path
 from services.gateway.spool_tail import Tail
+from services.store import erasure_spools
 from services.store.base import Sessions
-from services.store.erasure import UNFINISHED, Rule, Subject, asked_by
-from services.store.models import ErasureRequest, Interaction
+from services.store.erasure_cover import Rule, asked_by
+from services.store.failpoints import reach
+from services.store.models import Interaction
 
 LOOK_SECONDS = 0.5
+REGISTER_SECONDS = 30.0
 # A request that a gateway stamped before the erasure may reach its spool a moment later.
-SETTLE_SECONDS = 1.0
+SETTLE = timedelta(seconds=1)
 
 log = structlog.get_logger()
 
@@ -30,44 +33,46 @@ class Cleaner:
     def __init__(self, sessions: Sessions, spool: Path) -> None:
         self._sessions = sessions
         self._spool = spool
+        self._spool_id: UUID | None = None
         self._next_look = 0.0
-        # For each open erasure, how far every spool reached when it was first seen.
+        self._next_registration = 0.0
+        # For each open erasure, how far every tail reached when it was first seen.
         self._marks: dict[UUID, dict[str, Position]] = {}
 
     def step(self, tails: Mapping[str, Tail]) -> None:
         """Look for open erasures now and then, and scrub for those whose part of the log has been shipped."""
-        if time.monotonic() < self._next_look:
+        now = time.monotonic()
+        if now < self._next_look:
             return
-        self._next_look = time.monotonic() + LOOK_SECONDS
-        for rule in self._open():
+        self._next_look = now + LOOK_SECONDS
+        spool_id = self._registered(now)
+        for rule in self._open(spool_id):
             marks = self._marks.setdefault(rule.id, {name: _end(tail.directory) for name, tail in tails.items()})
             if all(_passed(tails[name], mark, rule) for name, mark in marks.items() if name in tails):
-                self._clean(rule, tails)
+                self._clean(spool_id, rule, tails)
                 del self._marks[rule.id]
 
-    def _open(self) -> list[Rule]:
-        waiting = select(ErasureRequest).where(
-            ErasureRequest.state.in_(UNFINISHED), ErasureRequest.spool_clean_at.is_(None)
-        )
-        settled = datetime.now(UTC).timestamp() - SETTLE_SECONDS
-        with self._sessions() as session:
-            found = session.scalars(waiting).all()
-        return [
-            Rule(one.id, Subject.of(one), one.created_at, False)
-            for one in found
-            if one.created_at.timestamp() < settled
-        ]
+    def _registered(self, now: float) -> UUID:
+        """The spool's id; erasures wait for spools that are known."""
+        if self._spool_id is None:
+            self._spool_id = erasure_spools.id_of(self._spool)
+        if now >= self._next_registration:
+            with self._sessions.begin() as session:
+                erasure_spools.register(session, self._spool_id, self._spool)
+            self._next_registration = now + REGISTER_SECONDS
+        return self._spool_id
 
-    def _clean(self, rule: Rule, tails: Mapping[str, Tail]) -> None:
+    def _open(self, spool_id: UUID) -> list[Rule]:
+        with self._sessions() as session:
+            return erasure_spools.open_for(session, spool_id, SETTLE)
+
+    def _clean(self, spool_id: UUID, rule: Rule, tails: Mapping[str, Tail]) -> None:
         matcher = Matcher(lambda admitted: _covers(rule, admitted), lambda ids: self._logged(rule, ids))
         count = sum(scrub(tail.directory, tail.place, matcher) for tail in tails.values())
         count += scrub_quarantine(self._spool, rule.subject.kind, rule.subject.name, matcher)
+        reach("shipper.scrubbed")
         with self._sessions.begin() as session:
-            session.execute(
-                update(ErasureRequest)
-                .where(ErasureRequest.id == rule.id)
-                .values(spool_clean_at=func.now(), spool_records=ErasureRequest.spool_records + count)
-            )
+            erasure_spools.cleaned(session, rule.id, spool_id, count)
         log.info("spool_scrubbed", erasure=str(rule.id), records=count)
 
     def _logged(self, rule: Rule, ids: Collection[UUID]) -> set[UUID]:

@@ -5,15 +5,16 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from services.store.datasets import digest_of
-from services.store.models import ErasureRequest, Project
+from services.store.examples import digest_of
+from services.store.models import ErasureRequest, ErasureSpool, Project
 
-FORMAT = 1
+FORMAT = 2
 CANNOT_BE_UNDONE = (
     "Weights trained on the data keep what they learned; nothing here unlearns.",
     "Artefacts that learned it are tainted and deployed nowhere any more; one that serves now serves until replaced.",
     "Responses that were sent are with whoever received them.",
-    "Backups and replicas of the database, files exported elsewhere, logs of apps and proxies are not reached.",
+    "Backups and replicas of the database, logs of apps and proxies are not reached.",
+    "Exports that were taken elsewhere are listed, not reached; so are files below exports/ that cannot be searched.",
     "Drafts kept in reviewers' browsers are not reached.",
     "Postgres keeps deleted rows in its files until it vacuums them, and in its write-ahead log until that is reused.",
     "Text that somebody copied into a project's guidelines, a reason or a name is not recognised as the subject's.",
@@ -40,10 +41,19 @@ def certify(session: Session, made: ErasureRequest) -> dict[str, Any]:
         "runs_stopped": progress.get("runs_stopped", []),
         "revisions": progress.get("revisions", []),
         "tainted": progress.get("tainted", []),
+        "spools": _spools(session, made),
+        "exports": progress.get("exports", []),
+        "exports_not_searched": progress.get("exports_not_searched", []),
         "retrain": "train again on the rebuilt revisions" if progress.get("tainted") else None,
         "cannot_be_undone": list(CANNOT_BE_UNDONE),
     }
     return document | {"hash": digest_of(document)}
+
+
+def _spools(session: Session, made: ErasureRequest) -> list[dict[str, Any]]:
+    """Which log spools were cleaned; one that somebody gave up stands in the audit log."""
+    found = select(ErasureSpool).where(ErasureSpool.request_id == made.id).order_by(ErasureSpool.spool_id)
+    return [{"spool": str(one.spool_id), "records": one.records} for one in session.scalars(found)]
 
 
 def verified(certificate: dict[str, Any]) -> bool:

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from typing import Any
 from uuid import UUID
 
-from services.store import datasets
+from services.store import examples, revisions
 from services.store.base import Sessions
-from services.store.datasets import Located
 from services.store.forms import Form, rows_of
+from services.store.revisions import Located
 
 
 def lines(sessions: Sessions, revision_id: UUID, form: Form, split: str | None = None) -> Iterator[bytes]:
@@ -17,8 +17,8 @@ def lines(sessions: Sessions, revision_id: UUID, form: Form, split: str | None =
     Opens a session of its own: a response is streamed after its request's transaction has ended.
     """
     with sessions() as session:
-        for example, _ in datasets.stream(session, revision_id, split):
-            rows = [] if example.content_hash.startswith(datasets.ERASED) else rows_of(example, form)
+        for example, _ in revisions.stream(session, revision_id, split):
+            rows = [] if examples.is_erased(example.content_hash) else rows_of(example, form)
             for row in rows:
                 whole = {**row, "example": example.content_hash, "split": example.split}
                 yield json.dumps(whole, ensure_ascii=False).encode() + b"\n"

@@ -79,10 +79,15 @@ def text_of(messages: Sequence[Any], output: str) -> str:
 
 
 def add(session: Session, project_id: UUID, model: str, vectors: Mapping[UUID, Sequence[float]]) -> None:
-    """Keep these vectors in place of any others of the same answers."""
-    if not vectors:
+    """Keep these vectors in place of any others of the same answers; none of an answer that is gone meanwhile."""
+    there = set(session.scalars(select(Interaction.id).where(Interaction.id.in_(vectors))))
+    rows = [
+        {"id": one, "project_id": project_id, "model": model, "vector": vector}
+        for one, vector in vectors.items()
+        if one in there
+    ]
+    if not rows:
         return
-    rows = [{"id": one, "project_id": project_id, "model": model, "vector": v} for one, v in vectors.items()]
     fresh = insert(InteractionEmbedding).values(rows)
     replaced = {"model": fresh.excluded.model, "vector": fresh.excluded.vector}
     session.execute(fresh.on_conflict_do_update(index_elements=["id"], set_=replaced))

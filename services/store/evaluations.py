@@ -9,7 +9,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from services.errors import NotFound
-from services.store import datasets
+from services.store import revisions
 from services.store.models import Evaluation, EvaluationRow, Example, Run
 
 
@@ -51,7 +51,7 @@ def decide(
     evaluation.reasons = reasons
     evaluation.summary = summary
     evaluation.finished_at = datetime.now(UTC)
-    datasets.count_look(session, evaluation.revision_id)
+    revisions.count_look(session, evaluation.revision_id)
     session.flush()
 
 

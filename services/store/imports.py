@@ -16,9 +16,9 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from services.errors import Conflict, NotFound, Unprocessable
-from services.store import audit, datasets, pii
+from services.store import audit, examples, pii
 from services.store.copying import among, copy_rows
-from services.store.datasets import Draft
+from services.store.examples import Draft
 from services.store.import_files import RowError, plain, read
 from services.store.models import Dataset, DatasetImport, DatasetImportExample, Example, Project
 from services.store.reviews_judgement import TEXT_LIMIT
@@ -154,7 +154,7 @@ def _draft(cells: Mapping[str, Any], author: str) -> Draft:
         source="imported",
         split="train",
         slice="target",
-        group_key=_checked(str(group), "group") if group else f"prompt:{datasets.digest_of(messages)[:32]}",
+        group_key=_checked(str(group), "group") if group else f"prompt:{examples.digest_of(messages)[:32]}",
         messages=messages,
         completion=completion,
         rejected=rejected,
@@ -279,9 +279,9 @@ def finish(session: Session, record: DatasetImport, mapping: Mapping[str, str] |
         raise Unprocessable(parsed.refusal)
     dataset = session.get_one(Dataset, record.dataset_id)
     mode = pii.mode_of(session.get_one(Project, dataset.project_id).config)
-    written = [datasets.treated(draft, mode) for draft in parsed.drafts]
+    written = [examples.treated(draft, mode) for draft in parsed.drafts]
     known = _known(session, dataset.project_id, written)
-    placed = datasets.add_examples(session, dataset.project_id, written)
+    placed = examples.add_examples(session, dataset.project_id, written)
     table = DatasetImportExample.metadata.tables["dataset_import_example"]
     rows = ((record.id, entry.example_id) for entry in placed)
     copy_rows(session, table, ("import_id", "example_id"), rows)
@@ -323,8 +323,8 @@ def drafts(session: Session, dataset_id: UUID) -> list[Draft]:
         select(Example)
         .join(DatasetImportExample, DatasetImportExample.example_id == Example.id)
         .join(DatasetImport, DatasetImport.id == DatasetImportExample.import_id)
-        .where(DatasetImport.dataset_id == dataset_id)
+        .where(DatasetImport.dataset_id == dataset_id, ~Example.content_hash.startswith(examples.ERASED))
         .order_by(Example.id)
         .distinct()
     )
-    return [datasets.draft_of(example) for example in session.scalars(wanted)]
+    return [examples.draft_of(example) for example in session.scalars(wanted)]

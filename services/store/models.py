@@ -841,3 +841,39 @@ class ErasureRequest(Base):
     certificate: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
     created_at: Mapped[Now]
     finished_at: Mapped[datetime | None]
+
+
+class LogSpool(Base):
+    """A log spool that some machine's shipper reads: an erasure is not done before each has said that it is clean.
+
+    `id` lies in the spool itself, so that it outlives names of machines; `seen_at` is when its shipper last said so.
+    """
+
+    __tablename__ = "log_spool"
+    id: Mapped[Key]
+    host: Mapped[str]
+    path: Mapped[str]
+    seen_at: Mapped[Now]
+
+
+class ErasureSpool(Base):
+    """A spool's word that it holds a request's subject no more. `spool_id` outlives the spool it names."""
+
+    __tablename__ = "erasure_spool"
+    request_id: Mapped[UUID] = mapped_column(ForeignKey("erasure_request.id", ondelete="CASCADE"), primary_key=True)
+    spool_id: Mapped[UUID] = mapped_column(primary_key=True)
+    records: Mapped[int]
+    clean_at: Mapped[Now]
+
+
+class ErasedRow(Base):
+    """What an unfinished erasure has taken out so far, so that it can look again for what was written meanwhile.
+
+    Ids only; gone with the erasure's end.
+    """
+
+    __tablename__ = "erased_row"
+    __table_args__ = (one_of("kind", "interaction", "example"),)
+    request_id: Mapped[UUID] = mapped_column(ForeignKey("erasure_request.id", ondelete="CASCADE"), primary_key=True)
+    kind: Mapped[str] = mapped_column(primary_key=True)
+    row_id: Mapped[UUID] = mapped_column(primary_key=True)

@@ -48,6 +48,9 @@ class Found(NamedTuple):
     end: int
 
 
+Finder = Callable[[str], list[Found]]
+
+
 class Treated(NamedTuple):
     """A text or document as it may be kept, and the kinds of personal data that were in it, sorted."""
 
@@ -75,9 +78,9 @@ def find(text: str) -> list[Found]:
     return sorted(taken, key=lambda one: one.start)
 
 
-def treat(text: str, mode: Mode) -> Treated:
+def treat(text: str, mode: Mode, finder: Finder = find) -> Treated:
     """The text with its personal data marked (`tag` changes nothing) or replaced by `[EMAIL]` and the like (`mask`)."""
-    found = find(text) if mode != "off" else []
+    found = finder(text) if mode != "off" else []
     kinds = tuple(sorted({one.kind for one in found}))
     if mode == "mask":
         for one in reversed(found):
@@ -85,21 +88,23 @@ def treat(text: str, mode: Mode) -> Treated:
     return Treated(text, kinds)
 
 
-def treat_document(value: object, mode: Mode) -> Treated:
+def treat_document(value: object, mode: Mode, finder: Finder = find) -> Treated:
     """Every string inside a JSON document treated; roles and other names are kept as they are."""
     kinds: set[str] = set()
-    return Treated(_walk(value, mode, kinds), tuple(sorted(kinds))) if mode != "off" else Treated(value, ())
+    return Treated(_walk(value, mode, kinds, finder), tuple(sorted(kinds))) if mode != "off" else Treated(value, ())
 
 
-def _walk(value: object, mode: Mode, kinds: set[str]) -> object:
+def _walk(value: object, mode: Mode, kinds: set[str], finder: Finder) -> object:
     if isinstance(value, str):
-        treated = treat(value, mode)
+        treated = treat(value, mode, finder)
         kinds.update(treated.kinds)
         return treated.value
     if isinstance(value, Mapping):
-        return {key: item if key in ("role", "type") else _walk(item, mode, kinds) for key, item in value.items()}
+        return {
+            key: item if key in ("role", "type") else _walk(item, mode, kinds, finder) for key, item in value.items()
+        }
     if isinstance(value, list):
-        return [_walk(item, mode, kinds) for item in value]
+        return [_walk(item, mode, kinds, finder) for item in value]
     return value
 
 

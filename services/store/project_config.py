@@ -35,6 +35,7 @@ class ProjectConfig(BaseModel):
     author_share: float | None = Field(None, gt=0, le=1, description="Largest share of training rows by one person.")
     pair_days: float | None = Field(None, ge=0, le=3650, description="Weights gone longer than this give no pairs.")
     pii: Mode | None = Field(None, description="Personal data in examples: left, marked (tag) or replaced (mask).")
+    pii_names: bool | None = Field(None, description="Names and places too, by Presidio (the extra `pii`).")
     margin_points: float | None = Field(None, ge=0, le=100, description="How much worse a guarded slice may get.")
     min_held_out: int | None = Field(None, ge=2, description="Fewer held-out groups than this decide nothing.")
     metrics: list[Metric] | None = Field(None, min_length=1, description="What the gate scores by.")

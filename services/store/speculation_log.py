@@ -9,7 +9,7 @@ from uuid import UUID
 from sqlalchemy import ColumnElement, exists, func, select
 from sqlalchemy.orm import Session
 
-from services.store.erasure import is_erased
+from services.store.erasure_cover import is_erased
 from services.store.models import Interaction, InteractionBody
 from services.store.pages import first_id
 

@@ -7,7 +7,7 @@ from uuid import UUID
 from sqlalchemy import Integer, cast, or_, select
 from sqlalchemy.orm import Session
 
-from services.store.erasure import is_erased
+from services.store.erasure_cover import is_erased
 from services.store.models import Interaction, InteractionBody
 
 # Sizes are read for so many of the newest answers; bodies only for those that are chosen.

@@ -59,12 +59,15 @@ def shown_of(messages: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def follow(session: Session, item: ReviewItem) -> None:
-    """An item's judgements have changed: what it taught before is placed no more, and the job is rung for."""
-    project = session.get_one(Project, item.project_id)
-    if not read_worked(project.config).enabled or item.split != "train":
+    """An item's judgements have changed: what it taught before is placed no more, and the job is rung for.
+
+    Where worked examples are switched off, too: who switches them on again must not place what was taken back.
+    """
+    if item.split != "train":
         return
     session.execute(delete(ExampleEmbedding).where(ExampleEmbedding.example_id.in_(_of_interaction(item))))
-    ring(session, project.id)
+    if read_worked(session.get_one(Project, item.project_id).config).enabled:
+        ring(session, item.project_id)
 
 
 def _of_interaction(item: ReviewItem) -> Any:  # noqa: ANN401 - a subquery

@@ -6,7 +6,7 @@ import pytest
 from playwright.sync_api import Page, expect
 from sqlalchemy import func, select
 
-from services.store import datasets
+from services.store import datasets, revisions
 from services.store.base import Sessions
 from services.store.models import Example
 from tests.browser.conftest import OpenAs
@@ -21,7 +21,7 @@ def revision(sessions: Sessions) -> str:
     with sessions.begin() as session:
         project = seed.lived_in(session, size=24)
         dataset = datasets.get(session, project.id, "golden")
-        found = datasets.latest_revision(session, dataset.id)
+        found = revisions.latest(session, dataset.id)
         assert found is not None
         return f"/p/entities/datasets/golden/{found.digest}"
 

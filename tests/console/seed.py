@@ -10,7 +10,18 @@ from sqlalchemy.orm import Session
 
 from examples.grammars.common import stream
 from examples.grammars.simulate import APPLICATIONS, review
-from services.store import datasets, deployments, evaluations, partitions, people, projects, reviews, runs
+from services.store import (
+    datasets,
+    deployments,
+    evaluations,
+    examples,
+    partitions,
+    people,
+    projects,
+    reviews,
+    revisions,
+    runs,
+)
 from services.store.base import uuid7
 from services.store.models import (
     Artifact,
@@ -166,7 +177,7 @@ def _judged(
     dice: random.Random,
     logged: Sequence[tuple[Interaction, list[dict[str, str]], str]],
     reviewers: Sequence[UserAccount],
-) -> list[datasets.Draft]:
+) -> list[examples.Draft]:
     drafts = []
     for index, (row, messages, output) in enumerate(logged):
         overlap = 2 if index % 4 == 0 else 1
@@ -184,7 +195,7 @@ def _judged(
             assert held.lease_token is not None
             reviews.submit(session, made.id, held.id, reviewer.id, held.lease_token, judgement)
         drafts.append(
-            datasets.Draft(
+            examples.Draft(
                 kind="completion", source="corrected" if correction else "accepted",
                 split="held_out" if overlap == 2 else "train", slice="target" if correction else "unchanged",
                 group_key=row.group_key, messages=list(messages), completion=correction or output,
@@ -195,12 +206,12 @@ def _judged(
     return drafts
 
 
-def _revision(session: Session, made: Project, drafts: Sequence[datasets.Draft]) -> Revision:
+def _revision(session: Session, made: Project, drafts: Sequence[examples.Draft]) -> Revision:
     golden = datasets.get_or_create(session, made.id, "golden")
     report = {"left_out": {"repeats another example": 3, "accepted beyond their share": 2}}
-    first = datasets.add_examples(session, made.id, drafts[: len(drafts) // 2])
-    datasets.create_revision(session, golden, first, report)
-    return datasets.create_revision(session, golden, datasets.add_examples(session, made.id, drafts), report)
+    first = examples.add_examples(session, made.id, drafts[: len(drafts) // 2])
+    revisions.create(session, golden, first, report)
+    return revisions.create(session, golden, examples.add_examples(session, made.id, drafts), report)
 
 
 def _run(session: Session, made: Project, revision: Revision, dice: random.Random, *, digest: str, loss: float) -> Run:
@@ -235,7 +246,7 @@ def _evaluate(session: Session, run: Run, revision: Revision, dice: random.Rando
         session, run, revision_id=revision.id, candidate_digest=run.artifact_digest or "", baseline_digest=None
     )
     rows = []
-    for member in datasets.members(session, revision.id, "held_out"):
+    for member in revisions.members(session, revision.id, "held_out"):
         wanted, before = member.example.completion or "", member.example.rejected or member.example.completion or ""
         after = wanted if dice.random() < share else before
         rows.append(

@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import func, select
 from starlette.testclient import TestClient
 
-from services.store import datasets, imports
+from services.store import datasets, imports, revisions
 from services.store.base import Sessions
 from services.store.models import AuditEvent, DatasetImport, Example, Project, Revision
 from tests.console import seed
@@ -24,7 +24,7 @@ def lived_in(sessions: Sessions) -> Project:
 
 def newest(sessions: Sessions, project: Project) -> Revision:
     with sessions() as session:
-        found = datasets.latest_revision(session, datasets.get(session, project.id, "golden").id)
+        found = revisions.latest(session, datasets.get(session, project.id, "golden").id)
         assert found is not None
         return found
 
@@ -57,7 +57,7 @@ def test_a_revision_shows_its_lineage_its_mask_and_what_changed(
 def test_an_edited_example_is_noticed(lead: TestClient, lived_in: Project, sessions: Sessions) -> None:
     revision = newest(sessions, lived_in)
     with sessions.begin() as session:
-        member = datasets.members(session, revision.id, limit=1)[0].example
+        member = revisions.members(session, revision.id, limit=1)[0].example
         member.completion = "something else"
     again = lead.post(f"/p/entities/datasets/golden/{revision.digest}/rebuild")
     assert "Do not train on this revision" in again.text

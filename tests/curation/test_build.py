@@ -7,7 +7,8 @@ from sqlalchemy import delete, select
 
 from services.errors import Unprocessable
 from services.settings import Settings
-from services.store import datasets, jobs, runs
+from services.store import jobs, revision_diff, revisions, runs
+from services.store.examples import digest_of
 from services.store.jobs import JobFailed
 from services.store.models import Example, InteractionBody, Job, Revision, Run
 from tests.curation.world import World
@@ -21,7 +22,7 @@ def build(world: World) -> Revision:
 
 def examples(world: World, revision: Revision, split: str | None = None) -> list[Example]:
     with world.sessions() as session:
-        return [member.example for member in datasets.members(session, revision.id, split)]
+        return [member.example for member in revisions.members(session, revision.id, split)]
 
 
 def test_a_correction_becomes_a_pair_and_an_accepted_answer_a_completion(world: World) -> None:
@@ -50,7 +51,7 @@ def test_the_same_judgements_give_the_same_revision_and_the_manifest_its_digest(
 
     assert again.id == first.id
     with world.sessions() as session:
-        assert datasets.digest_of(datasets.manifest(session, first.id)) == first.digest
+        assert digest_of(revisions.manifest(session, first.id)) == first.digest
 
 
 def test_a_new_judgement_makes_a_child_and_leaves_the_parent_as_it_was(world: World) -> None:
@@ -63,10 +64,9 @@ def test_a_new_judgement_makes_a_child_and_leaves_the_parent_as_it_was(world: Wo
     assert second.digest != first.digest
     assert second.parent_digest == first.digest
     with world.sessions() as session:
-        assert datasets.digest_of(datasets.manifest(session, first.id)) == first.digest
-        changed = datasets.diff(session, first, second)
-        assert (len(changed.added), len(changed.removed), changed.kept) == (1, 0, 1)
-        assert datasets.counts(session, second.id) == {"train": {"corrected": 2}, "held_out": {}}
+        assert digest_of(revisions.manifest(session, first.id)) == first.digest
+        assert revision_diff.sizes(session, first, second) == (1, 0, 1)
+        assert revisions.counts(session, second.id) == {"train": {"corrected": 2}, "held_out": {}}
 
 
 def test_held_out_rows_need_two_people_who_say_the_same(world: World) -> None:
@@ -110,7 +110,7 @@ def test_cut_off_answers_and_plain_completions_are_left_out_and_counted(world: W
 
     assert revision.report["left_out"] == {"accepted although cut off": 1, "not a chat": 1}
     with world.sessions() as session:
-        assert datasets.left_out(session, revision.id, "not a chat") == [world.interactions[2]]
+        assert revisions.left_out(session, revision.id, "not a chat") == [world.interactions[2]]
 
 
 def test_accepted_answers_are_capped_in_training_but_not_in_the_held_out_part(world: World) -> None:
@@ -123,7 +123,7 @@ def test_accepted_answers_are_capped_in_training_but_not_in_the_held_out_part(wo
     revision = build(world)
 
     with world.sessions() as session:
-        table = datasets.counts(session, revision.id)
+        table = revisions.counts(session, revision.id)
     assert table == {"train": {"corrected": 7, "accepted": 3}, "held_out": {"accepted": 9}}
     assert revision.report["left_out"] == {"accepted beyond their share": 6}
 

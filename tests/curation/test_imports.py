@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sqlalchemy import func, select
 
 from services.errors import InvalidRequest, TooLarge, Unprocessable, WhetError
-from services.store import datasets, import_files, imports
+from services.store import datasets, import_files, imports, revisions
 from services.store.imports import Parsed
 from services.store.models import Dataset, DatasetImport, DatasetImportExample, Example
 from tests.curation.world import World
@@ -113,6 +113,34 @@ def test_sizes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         import_files.read("a.csv", b"a\xff")
 
 
+def test_a_parquet_file_of_a_kilobyte_that_holds_gigabytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr(import_files, "UNPACKED_MOST", 20_000_000)
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 5000), pa.array(["x" * 4_000_000]))
+    file = io.BytesIO()
+    pq.write_table(pa.table({"prompt": column, "completion": column}), file, compression="zstd")
+    assert len(file.getvalue()) < 10_000
+    with pytest.raises(TooLarge, match="unpacks to more"):
+        import_files.read("a.parquet", file.getvalue())
+
+
+@pytest.mark.parametrize(
+    "content", [b"PAR1", b"PAR1" + b"\0" * 64 + b"PAR1", parquet(ROWS)[:-30], b"no parquet at all"]
+)
+def test_a_broken_parquet_file_is_told_in_a_sentence(content: bytes) -> None:
+    with pytest.raises(InvalidRequest, match="the Parquet file cannot be read"):
+        import_files.read("a.parquet", content)
+
+
+def test_blank_lines_of_a_sheet_are_no_rows_and_a_lone_byte_order_mark_is_no_file() -> None:
+    found = imports.parse("a.csv", b"prompt,completion\n\na,b\n\n\nonly one\n\n", None, "ada")
+    assert (found.rows, [error.row for error in found.errors]) == (2, [2])
+    with pytest.raises(InvalidRequest, match="the file is empty"):
+        import_files.read("a.csv", b"\xef\xbb\xbf")
+
+
 @given(st.binary(max_size=200), st.sampled_from(["a.jsonl", "a.csv"]))
 def test_any_bytes_are_rows_errors_or_a_sentence(content: bytes, name: str) -> None:
     with contextlib.suppress(WhetError):
@@ -148,7 +176,7 @@ def test_repeated_rows_are_told_and_a_build_takes_each_once(world: World) -> Non
     assert [(one.rows, one.duplicates) for one in done] == [(5, 1), (3, 2)]
     with world.sessions.begin() as session:
         revision = build_revision(session, world.project_id, "golden")
-        assert datasets.counts(session, revision.id)["train"] == {"imported": 6}
+        assert revisions.counts(session, revision.id)["train"] == {"imported": 6}
 
 
 def test_an_import_that_repeats_a_held_out_prompt_stays_out_of_training(world: World) -> None:

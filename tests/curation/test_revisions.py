@@ -2,28 +2,19 @@
 
 import json
 from pathlib import Path
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from sqlalchemy import update
+from sqlalchemy import select, update
 from typer.testing import CliRunner
 
 from services import cli
 from services.cli_datasets import to_parquet
-from services.store import dataset_export, datasets, revision_diff
-from services.store.datasets import Entry
+from services.store import dataset_export, revision_diff, revisions
 from services.store.forms import FORMS, Form
-from services.store.models import Example, Revision
+from services.store.models import Example, Revision, RevisionExample
 from tests.curation.world import World
 from worker.curation.build import build_revision
-
-ENTRIES = st.dictionaries(
-    st.text("abcdef", min_size=1, max_size=3),
-    st.tuples(st.sampled_from(["train", "held_out"]), st.sampled_from([1.0, 0.5])),
-    max_size=12,
-)
 
 
 def build(world: World) -> Revision:
@@ -34,24 +25,6 @@ def build(world: World) -> Revision:
 def explained(world: World, old: Revision, new: Revision) -> revision_diff.Explained:
     with world.sessions() as session:
         return revision_diff.explain(session, old, new)
-
-
-def entries(drawn: dict[str, tuple[str, float]]) -> list[Entry]:
-    one = UUID(int=1)
-    return [Entry(one, key, split, "corrected", "target", ("a",), weight) for key, (split, weight) in drawn.items()]
-
-
-@given(ENTRIES, ENTRIES)
-def test_applying_a_diff_to_the_old_manifest_gives_the_new_one(
-    old: dict[str, tuple[str, float]], new: dict[str, tuple[str, float]]
-) -> None:
-    changed = datasets.compare(entries(old), entries(new))
-    lines = {one.content_hash: one.manifest() for one in entries(old)}
-    for one in changed.removed:
-        del lines[one["content_hash"]]
-    lines |= {one["content_hash"]: one for one in changed.added}
-    assert lines == {one.content_hash: one.manifest() for one in entries(new)}
-    assert changed.kept == len(new) - len(changed.added)
 
 
 def test_every_change_has_its_cause(world: World) -> None:
@@ -90,14 +63,27 @@ def test_a_rebuild_gives_the_digests_again_and_notices_any_edit(world: World) ->
         world.corrected(f"held {index}", "wrong answer", f"right answer {index}", "held_out")
     revision = build(world)
     with world.sessions.begin() as session:
-        assert datasets.rebuild(session, revision.id) == (revision.digest, revision.held_out_digest, 8, [], 0)
-        edited = datasets.members(session, revision.id, "held_out", limit=1)[0].example.id
+        assert revisions.rebuild(session, revision.id) == (revision.digest, revision.held_out_digest, 8, [], 0)
+        edited = revisions.members(session, revision.id, "held_out", limit=1)[0].example.id
         session.execute(update(Example).where(Example.id == edited).values(completion="edited"))
     with world.sessions() as session:
-        made = datasets.rebuild(session, revision.id)
+        made = revisions.rebuild(session, revision.id)
     assert made.changed == [edited]
     assert made.digest != revision.digest
     assert made.held_out_digest != revision.held_out_digest
+
+
+def test_a_row_moved_to_the_other_side_in_its_revision_is_noticed(world: World) -> None:
+    for number in range(2):
+        world.corrected(f"question {number}", "wrong", f"right {number}", "held_out")
+    revision = build(world)
+    with world.sessions.begin() as session:
+        moved = session.scalars(select(RevisionExample).limit(1)).one()
+        moved.split = "train"
+        session.flush()
+        made = revisions.rebuild(session, revision.id)
+    assert made.changed == [moved.example_id]
+    assert made.digest != revision.digest
 
 
 def test_a_look_counts_for_every_revision_with_the_same_held_out_part(world: World) -> None:
@@ -110,7 +96,7 @@ def test_a_look_counts_for_every_revision_with_the_same_held_out_part(world: Wor
     third = build(world)
 
     with world.sessions.begin() as session:
-        datasets.count_look(session, first.id)
+        revisions.count_look(session, first.id)
 
     assert first.held_out_digest == second.held_out_digest != third.held_out_digest
     with world.sessions() as session:
@@ -140,9 +126,9 @@ def test_personal_data_is_left_marked_or_masked_as_the_project_says(
     world.corrected("I am bob@example.com", "wrong answer", "right answer")
     revision = build(world)
     with world.sessions() as session:
-        example = datasets.members(session, revision.id)[0].example
+        example = revisions.members(session, revision.id)[0].example
         assert (example.messages[0]["content"], example.pii) == (prompt, kinds)
-        assert datasets.rebuild(session, revision.id).digest == revision.digest
+        assert revisions.rebuild(session, revision.id).digest == revision.digest
 
 
 # --- exports ----------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.store.datasets import Draft
+from services.store.examples import Draft
 from services.store.models import Annotation
 from tests.curation.world import World
 from worker.curation import authors, screens
@@ -97,6 +97,23 @@ def test_no_author_has_more_than_their_share_once_there_are_three() -> None:
     kept = screen(drafts, Limits(1, 0.5)).kept
     assert Counter(one.reviewers[0] for one in kept) == {"ada": 40, "bela": 20, "cleo": 20}
     assert screen([one for one in drafts if one.reviewers != ("cleo",)], Limits(1, 0.5)).left_out == []
+
+
+def test_small_shares_hold_for_all_authors_after_all_are_cut() -> None:
+    dice = random.Random(9)
+    drafts = [row(dice, name) for name, count in (("a", 60), ("b", 50), ("c", 20), ("d", 6)) for _ in range(count)]
+    kept = Counter(draft.reviewers[0] for draft in screen(drafts, Limits(1, 0.3)).kept)
+    assert max(kept.values()) <= 0.3 * kept.total()
+    assert kept["d"] == 6
+    few = [row(dice, name) for name, count in (("a", 60), ("b", 50), ("c", 20)) for _ in range(count)]
+    assert len(screen(few, Limits(1, 0.3)).kept) == len(few), "three people cannot each have less than a third"
+
+
+def test_bad_answers_to_one_question_that_a_file_brings_are_all_kept() -> None:
+    dice = random.Random(10)
+    fields = {"source": "imported", "kind": "unpaired", "prompt": "one question", "completion": None}
+    drafts = [row(dice, rejected=f"bad {number}", **fields) for number in (1, 2, 2)]  # type: ignore[arg-type]
+    assert [draft.rejected for draft in screen(drafts, FREE).kept] == ["bad 1", "bad 2"]
 
 
 @settings(max_examples=30, deadline=None)

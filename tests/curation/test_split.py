@@ -61,11 +61,37 @@ def test_a_prompt_torn_between_group_and_near_duplicates_goes_to_training(world:
 
 def test_one_template_does_not_become_one_cluster(world: World) -> None:
     ids = [world.log(f"{LONG} number {index}") for index in range(50)]
-    sides(world, ids, [f"user {index}" for index in range(50)])
+    groups = [f"user {index}" for index in range(50)]
+    found = sides(world, ids, groups)
+    # Twenty go where the first went, and twenty where the first of the others went, and so do the rest.
+    leaders = [found[start] for start in (0, 20, 40)]
+    assert leaders == [split_of(world.project_id, groups[start], 0.5) for start in (0, 20, 40)]
+    assert found == [leaders[index // 20] for index in range(50)]
     with world.sessions() as session:
-        sizes = session.scalars(select(PromptCluster.members)).all()
-    assert sum(sizes) == 50
-    assert max(sizes) <= 20
+        assert max(session.scalars(select(PromptCluster.members))) <= 20
+
+
+def test_a_question_asked_again_is_found_among_hundreds_of_its_template(world: World) -> None:
+    """All share bands with all; a repeat must not begin anew on the other side because others come before it."""
+    template = " ".join(f"shared{index}" for index in range(150))
+    texts = [f"{template} {' '.join(f'own{number}x{place}' for place in range(10))}" for number in range(200)]
+    groups = [f"user {number}" for number in range(200)]
+    first = sides(world, [world.log(text) for text in texts], groups)
+    again = sides(world, [world.log(text) for text in texts], [f"other {number}" for number in range(200)])
+    assert len(set(first)) == 2
+    assert again == first
+    index = Index(asked(text) for text in texts)
+    assert [index.nearest(asked(text)) for text in texts] == [(place, 1.0) for place in range(200)]
+
+
+def test_a_near_duplicate_is_found_behind_many_that_share_a_band() -> None:
+    template = [f"shared{index}" for index in range(600)]
+    texts = [" ".join([*template, *(f"own{number}x{place}" for place in range(60))]) for number in range(200)]
+    index = Index(asked(text) for text in texts)
+    for place in (0, 150, 199):
+        found = index.nearest(asked(texts[place] + " please"))
+        assert found is not None
+        assert found.place == place
 
 
 def test_sampling_assigns_sides_by_cluster(world: World) -> None:

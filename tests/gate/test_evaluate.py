@@ -10,8 +10,8 @@ from engine.messages import Generate, Sampling
 from engine.sync_client import SyncEngineClient
 from engine.text.tokenizer import Tokenizer
 from services.settings import Settings
-from services.store import datasets, evaluations, jobs, runs
-from services.store.datasets import Draft
+from services.store import datasets, evaluations, examples, jobs, revisions, runs
+from services.store.examples import Draft
 from services.store.jobs import JobCancelled, JobFailed
 from services.store.models import Artifact, Evaluation, EvaluationRow, Interaction, Job, Revision, Run
 from tests.curation.world import World
@@ -33,8 +33,8 @@ def start(world: World, trained: Trained, drafts: list[Draft], digest: str | Non
     chosen = digest or trained.adapter.digest
     with world.sessions.begin() as session:
         dataset = datasets.get_or_create(session, world.project_id, "golden")
-        added = datasets.add_examples(session, world.project_id, drafts)
-        revision = datasets.create_revision(session, dataset, added, {})
+        added = examples.add_examples(session, world.project_id, drafts)
+        revision = revisions.create(session, dataset, added, {})
         run = runs.start(session, world.project(session), params={}, created_by="ada", revision=revision)
         session.add(
             Artifact(

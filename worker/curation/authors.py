@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import chain, pairwise
 from typing import Any
 
-from services.store.datasets import Draft
+from services.store.examples import Draft
 from services.store.forms import is_supervised
 from worker.curation.screens import author_of
 

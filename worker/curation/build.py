@@ -11,10 +11,10 @@ from sqlalchemy.orm import Session
 
 from services.errors import NotFound, Unprocessable
 from services.settings import Settings
-from services.store import datasets, forms, imports, pii, runs
-from services.store.datasets import LeftOut
+from services.store import datasets, examples, forms, imports, pii, pii_presidio, revisions, runs
 from services.store.jobs import JobFailed, Lease
 from services.store.models import Project, Revision
+from services.store.revisions import LeftOut
 from worker.curation import authors, judged, pairs, screens
 
 log = structlog.get_logger()
@@ -53,16 +53,16 @@ def build_revision(session: Session, project_id: UUID, dataset: str, *, now: dat
     retired = pairs.retired_weights(session, project_id, moment, float(config.get("pair_days", pairs.PAIR_DAYS)))
     drafted = judged.draft_all(session, project_id, judged.read(session, project_id), retired)
     target = datasets.get_or_create(session, project_id, dataset)
-    mode = pii.mode_of(config)
-    drafts = [datasets.treated(draft, mode) for draft in [*drafted.drafts, *imports.drafts(session, target.id)]]
+    mode, finder = pii.mode_of(config), pii_presidio.finder_of(config)
+    drafts = [examples.treated(draft, mode, finder) for draft in [*drafted.drafts, *imports.drafts(session, target.id)]]
     screened = screens.screen(drafts, screens.Limits.of(config))
     left_out = [*drafted.left_out, *screened.left_out]
     if not screened.kept:
         causes = "; ".join(f"{count} {cause}" for cause, count in sorted(_by_cause(left_out).items()))
         raise Unprocessable(f"no reviewed example to build from{f' ({causes})' if causes else ''}")
     report = _report(screened, left_out, drafted.pairs_left_out, mode)
-    entries = datasets.add_examples(session, project_id, screened.kept)
-    return datasets.create_revision(session, target, entries, report, left_out)
+    entries = examples.add_examples(session, project_id, screened.kept)
+    return revisions.create(session, target, entries, report, left_out)
 
 
 def _by_cause(left_out: Sequence[LeftOut]) -> dict[str, int]:

@@ -108,29 +108,60 @@ class Index:
 
     def __init__(self, prompts: Iterable[Prompt] = ()) -> None:
         self._prompts: list[Prompt] = []
-        self._by_band: dict[int, list[int]] = {}
+        self._sketches = Sketches()
+        self._first: dict[Grams, int] = {}
         for prompt in prompts:
             self.add(prompt)
 
     def add(self, prompt: Prompt) -> None:
         """It takes the next place."""
-        place = len(self._prompts)
+        self._first.setdefault(prompt.grams, len(self._prompts))
         self._prompts.append(prompt)
-        for band in prompt.bands:
-            self._by_band.setdefault(band, []).append(place)
+        self._sketches.add(prompt.sketch, prompt.bands)
 
     @property
     def size(self) -> int:
         return len(self._prompts)
 
     def nearest(self, prompt: Prompt) -> Nearest | None:
-        """The near-duplicate most like it, the earliest of equals; at most CANDIDATES_MOST are looked at."""
-        if not self._prompts:
-            return None
-        places = sorted({place for band in prompt.bands for place in self._by_band.get(band, ())[:CANDIDATES_MOST]})
+        """The near-duplicate most like it, the earliest of equals.
+
+        Of many that share a band, the CANDIDATES_MOST that the sketches say are most alike are compared exactly.
+        """
+        equal = self._first.get(prompt.grams)
+        if equal is not None:
+            return Nearest(equal, 1.0)
+        places = [one.place for one in self._sketches.likeliest(prompt.sketch, prompt.bands)]
         similar = [Nearest(place, jaccard(prompt.grams, self._prompts[place].grams)) for place in places]
-        found = max(similar[:CANDIDATES_MOST], key=lambda one: (one.similarity, -one.place), default=None)
+        found = max(similar, key=lambda one: (one.similarity, -one.place), default=None)
         return found if found is not None and found.similarity >= THRESHOLD else None
+
+
+class Sketches:
+    """MinHash values by place, found through their bands."""
+
+    def __init__(self) -> None:
+        self._rows: NDArray[np.uint32] = np.empty((64, PERMUTATIONS), dtype=np.uint32)
+        self._by_band: dict[int, list[int]] = {}
+        self._size = 0
+
+    def add(self, sketch: Sketch, bands: Iterable[int]) -> None:
+        """It takes the next place."""
+        if self._size == len(self._rows):
+            self._rows = np.concatenate([self._rows, np.empty_like(self._rows)])
+        self._rows[self._size] = sketch
+        for band in bands:
+            self._by_band.setdefault(band, []).append(self._size)
+        self._size += 1
+
+    def likeliest(self, sketch: Sketch, bands: Iterable[int]) -> list[Nearest]:
+        """At most CANDIDATES_MOST that share a band, most alike by the sketches first, the earliest of equals first."""
+        places = np.array(sorted({place for band in bands for place in self._by_band.get(band, ())}), dtype=np.intp)
+        if not len(places):
+            return []
+        alike = np.count_nonzero(self._rows[places] == sketch, axis=1)
+        order = np.argsort(-alike, kind="stable")[:CANDIDATES_MOST]
+        return [Nearest(int(places[one]), int(alike[one]) / PERMUTATIONS) for one in order]
 
 
 def jaccard(one: Grams, other: Grams) -> float:

@@ -17,8 +17,9 @@ from engine.messages import Pool
 from engine.sync_client import SyncEngineClient
 from engine.text.tokenizer import Tokenizer
 from services.settings import Settings
-from services.store import datasets, pii, reviews
+from services.store import examples, pii, pii_presidio, reviews
 from services.store.copying import among
+from services.store.examples import ERASED, is_erased
 from services.store.jobs import Lease
 from services.store.models import Annotation, Example, ExampleEmbedding, Project, ReviewItem
 from services.store.worked import LONGEST_TEXT, MOST_EXAMPLES, read_tokens, shown_of
@@ -84,12 +85,14 @@ def _draft(session: Session, project_id: UUID) -> list[Waiting]:
     # Whether a correction makes a pair does not matter here, so no weights are too old.
     drafted = judged.draft_all(session, project_id, _corrected(session, project_id), Retired())
     config = session.get_one(Project, project_id).config
-    drafts = [datasets.treated(one, pii.mode_of(config)) for one in drafted.drafts if one.source == "corrected"]
-    entries = datasets.add_examples(session, project_id, drafts)
-    examples = session.scalars(select(Example).where(among(Example.id, [entry.example_id for entry in entries])))
+    mode, finder = pii.mode_of(config), pii_presidio.finder_of(config)
+    drafts = [examples.treated(one, mode, finder) for one in drafted.drafts if one.source == "corrected"]
+    entries = examples.add_examples(session, project_id, drafts)
+    found = session.scalars(select(Example).where(among(Example.id, [entry.example_id for entry in entries])))
     return [
         Waiting(example.id, shown, completion, _ids(example))
-        for example in examples
+        for example in found
+        if not is_erased(example.content_hash)
         if (shown := shown_of(example.messages)) and (completion := example.completion or "")
         if len(completion) <= LONGEST_TEXT
     ]
@@ -130,7 +133,10 @@ def _vectors(
 def _keep(
     session: Session, project_id: UUID, base: str, batch: Sequence[Waiting], vectors: Sequence[list[float]]
 ) -> None:
-    """A judgement may have been taken back meanwhile: what it taught is not kept."""
+    """A judgement may have been taken back meanwhile, or the correction erased: what it taught is not kept."""
+    here = select(Example.id).where(among(Example.id, [one.example_id for one in batch]))
+    # Under a lock that an erasure waits for: it finds the vector, or there is none.
+    kept = set(session.scalars(here.where(~Example.content_hash.startswith(ERASED)).with_for_update(read=True)))
     standing = _standing(session, [one for waiting in batch for one in waiting.annotation_ids])
     rows = [
         {
@@ -138,7 +144,7 @@ def _keep(
             "completion": one.completion, "embedding": vector,
         }
         for one, vector in zip(batch, vectors, strict=True)
-        if standing.issuperset(one.annotation_ids)
+        if one.example_id in kept and standing.issuperset(one.annotation_ids)
     ]  # fmt: skip
     if rows:
         session.execute(insert(ExampleEmbedding).on_conflict_do_nothing(), rows)

@@ -12,8 +12,9 @@ from sqlalchemy.orm import Session
 
 from services.store import reviews
 from services.store.copying import among
-from services.store.datasets import Draft, LeftOut, draft_of
+from services.store.examples import Draft, draft_of
 from services.store.models import Annotation, Example, Interaction, InteractionBody, ReviewItem
+from services.store.revisions import LeftOut
 from worker.curation.pairs import Retired, pair_flaw
 
 STATES = ("open", "done", "disputed")

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from services.store.datasets import Draft, LeftOut, digest_of
+from services.store.examples import Draft, digest_of
 from services.store.forms import text_of
+from services.store.revisions import LeftOut
 from worker.curation.duplicates import Index, Prompt, shingles, without_template
 
 ACCEPTED_SHARE = 0.3
@@ -85,8 +86,9 @@ def _duplicates(state: Screened) -> None:
     seen: set[tuple[str, str]] = set()
 
     def again(draft: Draft) -> bool:
-        pair = [draft.completion, draft.rejected] if draft.source in ("preferred", "rejected") else draft.completion
-        key = (draft.split, digest_of([draft.messages, pair]))
+        # A correction has the answer it replaces beside it by the way; elsewhere what is worse is half of what it says.
+        taught = draft.completion if draft.source in ("accepted", "corrected") else [draft.completion, draft.rejected]
+        key = (draft.split, digest_of([draft.messages, taught]))
         known = key in seen
         seen.add(key)
         return known
@@ -192,16 +194,29 @@ def _ngrams(text: str) -> frozenset[str]:
 
 
 def _author_cap(state: Screened, share: float) -> None:
-    """Nobody's judgement alone makes the model. Who stays is decided by hash."""
+    """Nobody's judgement alone makes the model. Who stays is decided by hash.
+
+    Where so few authors judge that a share for each cannot hold them all (three, of a quarter each), nobody is cut.
+    """
     authors = Counter(author for draft in state.kept if (author := author_of(draft)) is not None)
-    if len(authors) < AUTHORS_FOR_CAP:
+    if len(authors) < AUTHORS_FOR_CAP or len(authors) * share <= 1:
         return
     train = sum(draft.split == "train" for draft in state.kept)
+    allowed = _allowed_each(share, authors, train - authors.total())
     for author, count in sorted(authors.items()):
-        allowed = _allowed(share, count, train - count)
         if count > allowed:
             own = [draft for draft in state.kept if author_of(draft) == author]
             _drop_beyond(state, own, allowed, AUTHOR_OVER)
+
+
+def _allowed_each(share: float, authors: Counter[str], others: int) -> int:
+    """Rows an author may have so that nobody has more than a share of what is left when all are cut to it."""
+    allowed, before = authors.total(), -1
+    while allowed != before:
+        before = allowed
+        left = others + sum(min(count, allowed) for count in authors.values())
+        allowed = max(1, min(allowed, int(share * left)))
+    return allowed
 
 
 def _accepted_cap(state: Screened, share: float) -> None:

@@ -20,13 +20,12 @@ from sqlalchemy.types import BigInteger
 from services.store.base import uuid7
 from services.store.copying import among
 from services.store.models import InteractionBody, PromptCluster, SplitGroup
-from worker.curation.duplicates import PERMUTATIONS, THRESHOLD, Messages, Prompt, Sketch, shingles
+from worker.curation.duplicates import THRESHOLD, Messages, Prompt, Sketch, Sketches, shingles
 
 # An estimate from 64 permutations strays by 0.03: looser than the build's exact bar, which has the last word.
 ESTIMATED_THRESHOLD = THRESHOLD - 0.05
 # Beyond this many a cluster is a template rather than a question; only exact repeats still join.
 MEMBERS_MOST = 20
-CANDIDATES_MOST = 64
 
 
 class Chosen(NamedTuple):
@@ -108,8 +107,9 @@ class _Clusters:
     def __init__(self, session: Session, project_id: UUID, prompts: dict[UUID, Prompt]) -> None:
         self._session = session
         self._project_id = project_id
-        self._by_band: dict[int, list[UUID]] = {}
-        self._known: dict[UUID, _Known] = {}
+        self._open: list[_Known] = []
+        self._sketches = Sketches()
+        self._equal: dict[int, _Known] = {}
         self._members: dict[UUID, int] = {}
         self._joined: dict[UUID, int] = {}
         self._begun: list[dict[str, object]] = []
@@ -125,26 +125,33 @@ class _Clusters:
             self._add(known, row.bands, row.members)
 
     def _add(self, known: _Known, bands: Sequence[int], members: int) -> None:
-        self._known[known.cluster_id] = known
+        self._equal.setdefault(known.fingerprint, known)
         self._members[known.cluster_id] = members
-        for band in bands:
-            self._by_band.setdefault(band, []).append(known.cluster_id)
+        if members < MEMBERS_MOST:
+            self._open.append(known)
+            self._sketches.add(known.sketch, bands)
 
     def find(self, prompt: Prompt) -> _Known | None:
-        """The oldest cluster the prompt belongs to, which has one more member then."""
-        candidates = {one for band in prompt.bands for one in self._by_band.get(band, ())[:CANDIDATES_MOST]}
-        for cluster_id in sorted(candidates)[:CANDIDATES_MOST]:
-            known = self._known[cluster_id]
-            alike = int(np.count_nonzero(known.sketch == prompt.sketch)) / PERMUTATIONS
-            equal = known.fingerprint == prompt.fingerprint
-            if equal or (alike >= ESTIMATED_THRESHOLD and self._members[cluster_id] < MEMBERS_MOST):
-                self._members[cluster_id] += 1
-                self._joined[cluster_id] = self._joined.get(cluster_id, 0) + 1
-                return known
-        return None
+        """The cluster that an equal prompt began, or the oldest of those like it, which has one more member then."""
+        found = self._equal.get(prompt.fingerprint)
+        if found is None:
+            found = self._near(prompt)
+            if found is not None:
+                # A full one of its own: whoever asks this again finds it, when the other takes no more.
+                self.begin(prompt, found.split, members=MEMBERS_MOST)
+        if found is not None:
+            self._members[found.cluster_id] += 1
+            self._joined[found.cluster_id] = self._joined.get(found.cluster_id, 0) + 1
+        return found
 
-    def begin(self, prompt: Prompt, split: str) -> None:
-        """A cluster of its own, whose side every near-duplicate to come will share."""
+    def _near(self, prompt: Prompt) -> _Known | None:
+        near = self._sketches.likeliest(prompt.sketch, prompt.bands)
+        places = sorted(one.place for one in near if one.similarity >= ESTIMATED_THRESHOLD)
+        alike = (self._open[place] for place in places)
+        return next((one for one in alike if self._members[one.cluster_id] < MEMBERS_MOST), None)
+
+    def begin(self, prompt: Prompt, split: str, members: int = 1) -> None:
+        """A cluster of its own, whose side every repeat to come shares, and near-duplicates while it is not full."""
         known = _Known(uuid7(), prompt.fingerprint, prompt.sketch, split)
         sketch = prompt.sketch.astype("<u4").tobytes()
         self._begun.append(
@@ -153,7 +160,7 @@ class _Clusters:
                 "bands": list(prompt.bands), "fingerprint": prompt.fingerprint,
             }
         )  # fmt: skip
-        self._add(known, prompt.bands, 1)
+        self._add(known, prompt.bands, members)
 
     def store(self) -> None:
         begun = {row["id"] for row in self._begun}

@@ -13,7 +13,7 @@ from engine.client import EngineRefused
 from engine.sync_client import SyncEngineClient
 from engine.text.tokenizer import Tokenizer
 from services.settings import Settings
-from services.store import datasets, deployments, evaluations, failpoints, runs
+from services.store import deployments, evaluations, failpoints, revisions, runs
 from services.store.forms import is_supervised
 from services.store.jobs import JobCancelled, JobFailed, Lease
 from services.store.models import EvaluationRow, Example, Project
@@ -106,7 +106,7 @@ def make_policy(config: dict[str, Any]) -> Policy:
 
 def _held_out(session: Session, revision_id: UUID) -> list[Example]:
     """Rows with a golden answer; there is nothing to score the others by."""
-    members = datasets.members(session, revision_id, "held_out")
+    members = revisions.members(session, revision_id, "held_out")
     return [member.example for member in members if is_supervised(member.example)]
 
 
@@ -179,7 +179,7 @@ def _conclude(lease: Lease, order: Order, rows: list[EvaluationRow]) -> None:
     with lease.transaction() as session:
         run = runs.get(session, order.run_id)
         # Concurrent gates on one held-out part must not both take it for their first look.
-        looks = datasets.lock_looks(session, order.revision_id)
+        looks = revisions.lock_looks(session, order.revision_id)
         decision = decide(_scored(rows, order.deciding), look=looks + 1, policy=order.policy)
         evaluation = evaluations.create(
             session,

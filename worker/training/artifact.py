@@ -13,7 +13,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from engine.digest import file_digest
-from services.store.datasets import canonical, digest_of
+from services.store.examples import canonical, digest_of
 from services.store.models import Artifact
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")

@@ -13,7 +13,7 @@ from typing import Any
 from uuid import UUID
 
 from engine.text.tokenizer import Tokenizer
-from services.store.datasets import digest_of
+from services.store.examples import digest_of
 from services.store.models import Example, InteractionBody
 from worker.training.rows import Row, make_rows
 

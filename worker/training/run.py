@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from engine.digest import base_digest
 from engine.text.tokenizer import Tokenizer
 from services.settings import Settings
-from services.store import datasets, failpoints, runs
+from services.store import failpoints, revisions, runs
 from services.store.forms import is_supervised
 from services.store.jobs import JobCancelled, JobFailed, Lease
 from services.store.models import Example, InteractionBody
@@ -93,7 +93,7 @@ def _begin(lease: Lease, run_id: UUID) -> Order | None:
         if run.revision_id is None:
             raise JobFailed("the run has no revision to train on")
         runs.enter_phase(session, run, "checking")
-        revision = datasets.get_revision(session, run.revision_id)
+        revision = revisions.get(session, run.revision_id)
         params = TrainParams.model_validate(run.params)
         return Order(run_id, run.project_id, revision.id, revision.digest, params)
 
@@ -129,7 +129,7 @@ def _preflight(lease: Lease, order: Order, tokenizer: Tokenizer) -> tuple[Prefli
 
 def _examples(session: Session, order: Order, split: str) -> list[Example]:
     """Only answers that are right as they stand: supervision has nothing to take from the others."""
-    found = [member.example for member in datasets.members(session, order.revision_id, split)]
+    found = [member.example for member in revisions.members(session, order.revision_id, split)]
     return [example for example in found if is_supervised(example)]
 
 
