@@ -53,6 +53,7 @@ def blind(request: Request, here: Here, item: ReviewItem, logged: Logged, body: 
         "told": None if here.project.config.get("blind_review", True) else told(item, logged),
         "history": [],
         "dispute": [],
+        "again": False,
     }
 
 
@@ -83,14 +84,28 @@ def told(item: ReviewItem, logged: Logged | None) -> dict[str, Any]:
     }
 
 
+def after(annotation: Annotation, item: ReviewItem, logged: Logged | None) -> dict[str, Any]:
+    """What is told once a judgement is stored."""
+    said = {"state": item.state, "adjudicates": annotation.adjudicates, "again": annotation.again}
+    return said | told(item, logged)
+
+
 def for_lead(session: Session, here: Here, item: ReviewItem, queue: str) -> dict[str, Any]:
     """What a lead needs beside the item: why it was escalated, or what its judges said, unnamed."""
     if queue == "escalated":
         spoken = reviews.standing_annotations(session, item.id)
-        return {"history": [{"comment": one.comment} for one in spoken if one.verdict == "escalate"]}
+        asked = [{"comment": one.comment} for one in spoken if one.verdict == "escalate"]
+        return {"history": asked, "again": _spoke(here, spoken)}
     if queue == "disputed":
-        return {"dispute": [_as_said(here, one) for one in reviews_history.of_dispute(session, item.id)]}
+        spoken = reviews_history.of_dispute(session, item.id)
+        said = [_as_said(here, one) | {"mine": one.author_id == here.user.id} for one in spoken]
+        return {"dispute": said, "again": _spoke(here, spoken)}
     return {}
+
+
+def _spoke(here: Here, spoken: Sequence[Annotation]) -> bool:
+    """Whether the lead who decides was one of them: then no other is left, and it is noted."""
+    return any(one.author_id == here.user.id for one in spoken)
 
 
 def _as_said(here: Here, one: Annotation) -> dict[str, Any]:
@@ -118,7 +133,7 @@ def looked_back(request: Request, here: Here, looked: Sequence[reviews_history.L
                 "item": shown,
                 "annotation_id": str(annotation.id),
                 "judgement": _as_said(here, annotation),
-                "reveal": {"state": item.state, "adjudicates": annotation.adjudicates} | told(item, record),
+                "reveal": after(annotation, item, record),
             }
         )
     return entries
