@@ -8,11 +8,12 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from services.console.access import Here, Lead, Reviewer
-from services.console.review_items import after, blind, for_lead, iso, looked_back, meant
+from services.console.review_items import after, blind, for_lead, iso, looked_back
 from services.console.views import page
 from services.errors import Forbidden
 from services.store import audit, gold, interactions, pages, review_keys, reviews, reviews_history
 from services.store.models import Annotation, ReviewItem
+from services.store.reviews_sides import meant
 
 router = APIRouter()
 

@@ -7,9 +7,7 @@ otherwise; which side of a pair was served is told by nothing that is sent.
 import json
 from collections.abc import Sequence
 from datetime import datetime
-from hashlib import sha256
 from typing import Any
-from uuid import UUID
 
 from fastapi import Request
 from sqlalchemy.orm import Session
@@ -19,26 +17,12 @@ from services.console.tokens import token_pieces
 from services.store import interactions, reviews, reviews_history
 from services.store.interactions import Logged
 from services.store.models import Annotation, InteractionBody, ReviewItem
-
-SIDES = ("left", "right")
-
-
-def served_left(user_id: UUID, item_id: UUID) -> bool:
-    """Whether this person sees the served response of a pair on the left; the same each time they look."""
-    return sha256(user_id.bytes + item_id.bytes).digest()[0] % 2 == 0
-
-
-def meant(side: str | None, user_id: UUID, item_id: UUID) -> str | None:
-    """What a side stands for, and what it stands for as a side: the same map both ways. Other words are passed on."""
-    order = ("response", "alternative") if served_left(user_id, item_id) else ("alternative", "response")
-    there = dict(zip(SIDES, order, strict=True))
-    back = {meaning: side for side, meaning in there.items()}
-    return (there | back).get(side, side) if side is not None else None
+from services.store.reviews_sides import meant, pair_of
 
 
 def blind(request: Request, here: Here, item: ReviewItem, logged: Logged, body: InteractionBody) -> dict[str, Any]:
     """Everything the page shows of an item before it is judged."""
-    pair = _pair(here, item, body)
+    pair = pair_of(item, body, here.user.id)
     return {
         "id": str(item.id),
         "lease_token": str(item.lease_token),
@@ -55,13 +39,6 @@ def blind(request: Request, here: Here, item: ReviewItem, logged: Logged, body: 
         "dispute": [],
         "again": False,
     }
-
-
-def _pair(here: Here, item: ReviewItem, body: InteractionBody) -> list[str] | None:
-    if item.alternative is None:
-        return None
-    texts = [body.output, str(item.alternative.get("output", ""))]
-    return texts if served_left(here.user.id, item.id) else texts[::-1]
 
 
 def _schema(body: InteractionBody) -> object:
