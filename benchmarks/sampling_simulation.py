@@ -5,9 +5,10 @@
 A stream is WINDOWS windows of WINDOW interactions that fail at a given rate. Users complain about half of the failures
 and some of the rest, failures are more often unsure or break their schema; so what is flagged is mostly wrong. Each
 window is planned by `worker.curation.strata.plan`; reviewers come to `drain` of its items and leave the rest, either in
-the queue's order or every complaint first; `services.store.quality.estimate` speaks. Truth is the stream's own share of
-failures. Compared: Whet's interval, the normal one and Korn–Graubard's on the same labels, and what a dashboard would
-say from flagged items alone, with Wilson's interval.
+the queue's order or every complaint first, or in the queue's order beside what leads, who look for failures, had put in
+the queue by hand; `services.store.quality.estimate` speaks. Truth is the stream's own share of failures. Compared:
+Whet's interval, the normal one and Korn–Graubard's on the same labels, and what a dashboard would say from flagged
+items alone, with Wilson's interval.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 
 from benchmarks.publish import README, between_markers, table
 from services.store.quality import Z95, Stratum, estimate, wilson
-from services.store.sampling import DEFAULT_MIX, PRECEDENCE, UNIFORM
+from services.store.sampling import CHOSEN, DEFAULT_MIX, PRECEDENCE, UNIFORM
 from worker.curation.strata import Candidate, Placed, plan
 
 RATES = (0.02, 0.1, 0.3)
@@ -36,7 +37,9 @@ SIGNALS = {
     "negative_feedback": (0.5, 0.02), "schema_failure": (0.1, 0.01), "disagreement": (0.1, 0.02),
     "low_confidence": (0.3, 0.05), "novelty": (0.05, 0.05),
 }  # fmt: skip
-ORDERS = ("the queue's order", "complaints first")
+# How often somebody picks it by hand before its window closes: a failure, and an answer that is right.
+PICKED = (0.3, 0.02)
+ORDERS = ("the queue's order", "complaints first", "picked by hand too")
 METHODS = ("Whet", "normal", "Korn–Graubard", "flagged only")
 RESULTS = Path(__file__).parent / "results" / "sampling.md"
 BEGIN, END = "<!-- sampling:begin -->", "<!-- sampling:end -->"
@@ -71,36 +74,56 @@ class Row(NamedTuple):
     audit: float
 
 
-def simulate(rate: float, order: str, seed: int) -> Outcome:
-    """One stream, reviewed and estimated."""
+def simulate(rate: float, order: str, seed: int, *, apart: bool = True) -> Outcome:
+    """One stream, reviewed and estimated. What is picked by hand is a stratum of its own; with `apart` False it stays
+    in the size of the one it would else have been in, to show what comes of that."""
     random = np.random.default_rng(seed)
     failed_WN = random.random((WINDOWS, WINDOW)) < rate
     claimed = {
         name: random.random((WINDOWS, WINDOW)) < np.where(failed_WN, *chances) for name, chances in SIGNALS.items()
     }
     drains = random.uniform(*DRAIN, WINDOWS)
+    picked_WN = np.zeros((WINDOWS, WINDOW), dtype=bool)
+    if order == ORDERS[2]:
+        picked_WN = random.random((WINDOWS, WINDOW)) < np.where(failed_WN, *PICKED)
     strata: list[Stratum] = []
     for window in range(WINDOWS):
         claims = {name: marks[window] for name, marks in claimed.items()}
-        strata += _window(f"{seed}/{window}", failed_WN[window], claims, order, float(drains[window]))
+        picked = picked_WN[window] if apart else np.zeros(WINDOW, dtype=bool)
+        beside = np.zeros(WINDOW, dtype=bool) if apart else picked_WN[window]
+        drain = float(drains[window])
+        strata += _window(f"{seed}/{window}", failed_WN[window], claims, order, drain, picked, beside)
     labelled = sum(one.labelled for one in strata)
     audit = sum(one.labelled for one in strata if one.strategy == UNIFORM) / max(1, labelled)
     return Outcome(float(failed_WN.mean()), _estimates(strata), audit)
 
 
 def _window(
-    salt: str, failed_N: NDArray[np.bool_], claims: dict[str, NDArray[np.bool_]], order: str, drain: float
+    salt: str,
+    failed_N: NDArray[np.bool_],
+    claims: dict[str, NDArray[np.bool_]],
+    order: str,
+    drain: float,
+    picked_N: NDArray[np.bool_],
+    lost_N: NDArray[np.bool_],
 ) -> list[Stratum]:
-    """The window's strata as reviewers leave them."""
+    """The window's strata as reviewers leave them: `picked_N` is out of the frame, `lost_N` in it and never drawn."""
     frame = [
         Candidate(UUID(int=index), "", frozenset(name for name, marks in claims.items() if marks[index]))
         for index in range(len(failed_N))
+        if not picked_N[index]
     ]
-    placed = plan(salt, frame, budget=BUDGET, mix=DEFAULT_MIX)
+    placed = [
+        one for one in plan(salt, frame, budget=BUDGET, mix=DEFAULT_MIX) if not lost_N[one.candidate.interaction_id.int]
+    ]
     if order == "complaints first":
         placed = sorted(placed, key=lambda item: (item.strategy != PRECEDENCE[0], item.priority))
     done = placed[: round(drain * len(placed))]
-    return [_stratum(name, placed, done, failed_N) for name in {item.strategy for item in placed}]
+    strata = [_stratum(name, placed, done, failed_N) for name in {item.strategy for item in placed}]
+    if picked_N.any():
+        seen = np.flatnonzero(picked_N)[: max(1, round(drain * picked_N.sum()))]
+        strata.append(Stratum(CHOSEN, int(picked_N.sum()), len(seen), float((~failed_N[seen]).sum())))
+    return strata
 
 
 def _stratum(name: str, placed: Sequence[Placed], done: Sequence[Placed], failed_N: NDArray[np.bool_]) -> Stratum:

@@ -15,7 +15,7 @@ from urllib.parse import quote
 import httpx
 
 from whet_client.transport import Transport
-from whet_client.types import Annotation, Feedback, Interaction, Item, Line, Said, Undone, Verdict, read
+from whet_client.types import Annotation, Feedback, Interaction, Item, Line, Said, Side, Undone, Verdict, read
 
 GATEWAY_URL = "http://127.0.0.1:8000"
 CONSOLE_URL = "http://127.0.0.1:8001"
@@ -129,13 +129,18 @@ class Whet:
         verdict: Verdict,
         *,
         correction: str | None = None,
+        preference: Side | None = None,
         tags: Sequence[str] = (),
         comment: str | None = None,
         active_ms: int | None = None,
         idempotency_key: str | None = None,
     ) -> Annotation:
-        """Judge an item you hold. Raises LostLease when it went to somebody else meanwhile."""
-        said = {"correction": correction, "comment": comment, "active_ms": active_ms, "tags": list(tags)}
+        """Judge an item you hold: a pair by `prefer` and a `preference`, or by `reject` when neither will do. Raises
+        LostLease when it went to somebody else meanwhile."""
+        said = {
+            "correction": correction, "preference": preference, "comment": comment, "active_ms": active_ms,
+            "tags": list(tags),
+        }  # fmt: skip
         body = {
             "verdict": verdict, "lease_token": item.lease_token,
             "idempotency_key": idempotency_key or str(uuid.uuid4()),

@@ -1,10 +1,11 @@
 """What the platform answers, as frozen dataclasses. Unknown fields of newer platforms are passed over."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, TypeVar
 
-Verdict = Literal["accept", "correct", "reject", "skip", "escalate"]
+Verdict = Literal["accept", "correct", "reject", "prefer", "skip", "escalate"]
+Side = Literal["left", "right", "tie"]
 Made = TypeVar("Made")
 
 
@@ -61,13 +62,17 @@ class Interaction:
 
 @dataclass(frozen=True)
 class Item:
-    """A review item held under a lease of three minutes; `lease_token` proves it."""
+    """A review item held under a lease of three minutes; `lease_token` proves it.
+
+    `pair` holds the left and the right answer of an item to compare, whose `output` is empty; it is None for others.
+    """
 
     id: str
     lease_token: str
     lease_expires_at: str
     messages: list[dict[str, Any]]
     output: str
+    pair: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,5 +95,6 @@ class Undone:
 
 
 def read(kind: type[Made], document: Mapping[str, Any]) -> Made:
-    """A document as one of the classes above. Raises KeyError for a field that is missing."""
-    return kind(**{field.name: document[field.name] for field in fields(kind)})  # type: ignore[arg-type]
+    """A document as one of the classes above. Raises KeyError for a field that is missing and has no default."""
+    wanted = [field for field in fields(kind) if field.name in document or field.default is MISSING]  # type: ignore[arg-type]
+    return kind(**{field.name: document[field.name] for field in wanted})

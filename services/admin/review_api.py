@@ -4,7 +4,7 @@ A judgement needs a person. The key acts as whoever it was made by, with the rol
 """
 
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from fastapi import APIRouter, Query
@@ -15,6 +15,7 @@ from services.admin.access import Caller, Reviewer
 from services.errors import Forbidden, InvalidRequest
 from services.store import browse, feedback, interactions, people, reviews, search
 from services.store.models import InteractionBody, Project, ReviewItem, UserAccount
+from services.store.reviews_sides import meant, pair_of
 
 router = APIRouter(prefix="/api/p/{slug}")
 Text = Annotated[str, Query(max_length=200)]
@@ -27,12 +28,13 @@ class Lease(shapes.Body):
 
 
 class Judgement(shapes.Body):
-    """A judgement, under the lease that came with the item."""
+    """A judgement, under the lease that came with the item. `preference` names a side of a pair, or a tie."""
 
     verdict: str
     lease_token: UUID
     idempotency_key: str
     correction: str | None = None
+    preference: Literal["left", "right", "tie"] | None = None
     tags: list[str] = Field(default_factory=list, max_length=50)
     spans: list[dict[str, Any]] = Field(default_factory=list, max_length=100)
     comment: str | None = None
@@ -71,15 +73,16 @@ def lease(caller: Reviewer, slug: str, sent: Lease) -> dict[str, Any]:
         if record is None or record.body is None:
             reviews.withdraw(caller.session, item)  # its text is past retention: there is nothing to judge
         else:
-            items.append(_item(item, record.body))
+            items.append(_item(item, record.body, user.id))
     return {"items": items, "tags": project.config.get("tags", [])}
 
 
-def _item(item: ReviewItem, body: InteractionBody) -> dict[str, Any]:
-    """Blind: neither what chose it nor which weights answered."""
+def _item(item: ReviewItem, body: InteractionBody, user_id: UUID) -> dict[str, Any]:
+    """Blind: neither what chose it, nor which weights answered, nor which answer of a pair was served."""
+    pair = pair_of(item, body, user_id)
     return {
         "id": str(item.id), "lease_token": str(item.lease_token), "lease_expires_at": _iso(item.lease_expires_at),
-        "messages": body.messages, "output": body.output,
+        "messages": body.messages, "output": "" if pair else body.output, "pair": pair,
     }  # fmt: skip
 
 
@@ -87,7 +90,9 @@ def _item(item: ReviewItem, body: InteractionBody) -> dict[str, Any]:
 def annotate(caller: Reviewer, slug: str, item_id: UUID, sent: Judgement) -> dict[str, Any]:
     """Store a judgement once per idempotency key; 409 when the lease is lost."""
     project, user = _reviewing(caller, slug)
-    judgement = reviews.Judgement(**sent.model_dump(exclude={"lease_token"}))
+    values = sent.model_dump(exclude={"lease_token"})
+    values["preference"] = meant(sent.preference, user.id, item_id)
+    judgement = reviews.Judgement(**values)
     stored = reviews.submit(caller.session, project.id, item_id, user.id, sent.lease_token, judgement)
     annotation = stored.annotation
     return {

@@ -8,11 +8,12 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from services.console.access import Here, Lead, Reviewer
-from services.console.review_items import blind, for_lead, iso, looked_back, meant, told
+from services.console.review_items import after, blind, for_lead, iso, looked_back
 from services.console.views import page
 from services.errors import Forbidden
 from services.store import audit, gold, interactions, pages, review_keys, reviews, reviews_history
 from services.store.models import Annotation, ReviewItem
+from services.store.reviews_sides import meant
 
 router = APIRouter()
 
@@ -119,7 +120,7 @@ def annotate(here: Reviewer, item_id: UUID, sent: AnnotationRequest) -> JSONResp
 def _reveal(here: Here, item_id: UUID, annotation: Annotation) -> dict[str, Any]:
     item = here.session.get_one(ReviewItem, item_id)
     record = interactions.get_many(here.session, [annotation.interaction_id]).get(annotation.interaction_id)
-    return {"state": item.state, "adjudicates": annotation.adjudicates} | told(item, record)
+    return after(annotation, item, record)
 
 
 @router.post("/p/{slug}/review/items/{item_id}/heartbeat")

@@ -7,9 +7,7 @@ otherwise; which side of a pair was served is told by nothing that is sent.
 import json
 from collections.abc import Sequence
 from datetime import datetime
-from hashlib import sha256
 from typing import Any
-from uuid import UUID
 
 from fastapi import Request
 from sqlalchemy.orm import Session
@@ -19,26 +17,12 @@ from services.console.tokens import token_pieces
 from services.store import interactions, reviews, reviews_history
 from services.store.interactions import Logged
 from services.store.models import Annotation, InteractionBody, ReviewItem
-
-SIDES = ("left", "right")
-
-
-def served_left(user_id: UUID, item_id: UUID) -> bool:
-    """Whether this person sees the served response of a pair on the left; the same each time they look."""
-    return sha256(user_id.bytes + item_id.bytes).digest()[0] % 2 == 0
-
-
-def meant(side: str | None, user_id: UUID, item_id: UUID) -> str | None:
-    """What a side stands for, and what it stands for as a side: the same map both ways. Other words are passed on."""
-    order = ("response", "alternative") if served_left(user_id, item_id) else ("alternative", "response")
-    there = dict(zip(SIDES, order, strict=True))
-    back = {meaning: side for side, meaning in there.items()}
-    return (there | back).get(side, side) if side is not None else None
+from services.store.reviews_sides import meant, pair_of
 
 
 def blind(request: Request, here: Here, item: ReviewItem, logged: Logged, body: InteractionBody) -> dict[str, Any]:
     """Everything the page shows of an item before it is judged."""
-    pair = _pair(here, item, body)
+    pair = pair_of(item, body, here.user.id)
     return {
         "id": str(item.id),
         "lease_token": str(item.lease_token),
@@ -53,14 +37,8 @@ def blind(request: Request, here: Here, item: ReviewItem, logged: Logged, body: 
         "told": None if here.project.config.get("blind_review", True) else told(item, logged),
         "history": [],
         "dispute": [],
+        "again": False,
     }
-
-
-def _pair(here: Here, item: ReviewItem, body: InteractionBody) -> list[str] | None:
-    if item.alternative is None:
-        return None
-    texts = [body.output, str(item.alternative.get("output", ""))]
-    return texts if served_left(here.user.id, item.id) else texts[::-1]
 
 
 def _schema(body: InteractionBody) -> object:
@@ -83,14 +61,28 @@ def told(item: ReviewItem, logged: Logged | None) -> dict[str, Any]:
     }
 
 
+def after(annotation: Annotation, item: ReviewItem, logged: Logged | None) -> dict[str, Any]:
+    """What is told once a judgement is stored."""
+    said = {"state": item.state, "adjudicates": annotation.adjudicates, "again": annotation.again}
+    return said | told(item, logged)
+
+
 def for_lead(session: Session, here: Here, item: ReviewItem, queue: str) -> dict[str, Any]:
     """What a lead needs beside the item: why it was escalated, or what its judges said, unnamed."""
     if queue == "escalated":
         spoken = reviews.standing_annotations(session, item.id)
-        return {"history": [{"comment": one.comment} for one in spoken if one.verdict == "escalate"]}
+        asked = [{"comment": one.comment} for one in spoken if one.verdict == "escalate"]
+        return {"history": asked, "again": _spoke(here, spoken)}
     if queue == "disputed":
-        return {"dispute": [_as_said(here, one) for one in reviews_history.of_dispute(session, item.id)]}
+        spoken = reviews_history.of_dispute(session, item.id)
+        said = [_as_said(here, one) | {"mine": one.author_id == here.user.id} for one in spoken]
+        return {"dispute": said, "again": _spoke(here, spoken)}
     return {}
+
+
+def _spoke(here: Here, spoken: Sequence[Annotation]) -> bool:
+    """Whether the lead who decides was one of them: then no other is left, and it is noted."""
+    return any(one.author_id == here.user.id for one in spoken)
 
 
 def _as_said(here: Here, one: Annotation) -> dict[str, Any]:
@@ -118,7 +110,7 @@ def looked_back(request: Request, here: Here, looked: Sequence[reviews_history.L
                 "item": shown,
                 "annotation_id": str(annotation.id),
                 "judgement": _as_said(here, annotation),
-                "reveal": {"state": item.state, "adjudicates": annotation.adjudicates} | told(item, record),
+                "reveal": after(annotation, item, record),
             }
         )
     return entries

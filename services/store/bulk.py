@@ -203,7 +203,8 @@ class Place(NamedTuple):
 
 
 def to_review(session: Session, action: BulkAction, places: Mapping[UUID, Place]) -> int:
-    """Items for these answers, without an inclusion probability: people chose them, no sampling plan did."""
+    """Items for these answers, in no stratum: people chose them, no sampling plan did. Those whose time window is still
+    open become a stratum of it when it closes."""
     rows = session.execute(select(Interaction.id, Interaction.group_key).where(Interaction.id.in_(places))).all()
     values = [
         {

@@ -1,14 +1,18 @@
 """Vectors of a project's newest live answers, for search by meaning: which are due, keeping them, letting them go."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 from uuid import UUID
 
+import numpy as np
+from numpy.typing import NDArray
 from sqlalchemy import delete, func, or_, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from services.store.copying import among
 from services.store.models import Interaction, InteractionBody, InteractionEmbedding, Project
 from services.store.pages import first_id
 
@@ -76,6 +80,31 @@ def text_of(messages: Sequence[Any], output: str) -> str:
         if isinstance(message, dict) and message.get("role") != "system" and isinstance(message.get("content"), str)
     ]
     return f"{asked[-1][:CHARACTERS] if asked else ''}\n{output[:CHARACTERS]}".strip()
+
+
+class Known(NamedTuple):
+    """Vectors of one model, each of length 1: a row of `vectors` [N, D] for each of `ids`."""
+
+    model: str
+    ids: list[UUID]
+    vectors: NDArray[np.float32]
+
+
+def known(session: Session, ids: Sequence[UUID], model: str | None = None) -> Known | None:
+    """The vectors there are of these answers: of the model named, else of the one that most of them have."""
+    rows = session.execute(
+        select(InteractionEmbedding.id, InteractionEmbedding.model, InteractionEmbedding.vector).where(
+            among(InteractionEmbedding.id, ids)
+        )
+    ).all()
+    models = Counter(row.model for row in rows)
+    if model is None and models:
+        model = models.most_common(1)[0][0]
+    mine = [row for row in rows if row.model == model]
+    if model is None or not mine:
+        return None
+    vectors = np.array([row.vector for row in mine], dtype=np.float32)
+    return Known(model, [row.id for row in mine], vectors)
 
 
 def add(session: Session, project_id: UUID, model: str, vectors: Mapping[UUID, Sequence[float]]) -> None:

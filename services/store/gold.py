@@ -81,12 +81,14 @@ def mark(session: Session, item: ReviewItem, by: UUID) -> None:
 def _known(session: Session, item: ReviewItem) -> Annotation:
     spoken = [one for one in standing_annotations(session, item.id) if one.verdict in COUNTED]
     if item.state == "done":
-        decided = [one for one in spoken if one.adjudicates]
+        decided = [one for one in spoken if one.adjudicates and not one.again]
         if decided:
             return decided[-1]
         if len({one.author_id for one in spoken}) > 1 and agree(spoken):
             return spoken[0]
-    raise Conflict("only an item that a lead decided, or on which two reviewers agree, can be gold")
+    raise Conflict(
+        "only an item that a lead who was none of its judges decided, or on which two reviewers agree, can be gold"
+    )
 
 
 def unmark(session: Session, item: ReviewItem) -> None:

@@ -336,6 +336,7 @@ class Annotation(Base):
     """One reviewer's judgement. Appended, never overwritten: an undo is a row that supersedes another.
 
     `checked` ones answered a hidden gold item and count for nothing else; one that `adjudicates` settles a dispute.
+    `again` marks what somebody said of an item a second time, as the one lead who was left to decide it.
     """
 
     __tablename__ = "annotation"
@@ -343,6 +344,7 @@ class Annotation(Base):
         one_of("verdict", *VERDICTS),
         one_of("preference", *PREFERENCES),
         CheckConstraint("(verdict = 'prefer') = (preference IS NOT NULL)", name="prefer"),
+        CheckConstraint("NOT again OR adjudicates OR verdict = 'skip'", name="again"),
         UniqueConstraint("author_id", "idempotency_key"),
         Index(None, "review_item_id"),
         Index("ix_annotation_supersedes", "supersedes", postgresql_where=text("supersedes IS NOT NULL")),
@@ -363,6 +365,7 @@ class Annotation(Base):
     assisted: Mapped[bool] = mapped_column(default=False)
     checked: Mapped[bool] = mapped_column(default=False, server_default="false")
     adjudicates: Mapped[bool] = mapped_column(default=False, server_default="false")
+    again: Mapped[bool] = mapped_column(default=False, server_default="false")
     active_ms: Mapped[int | None]
     supersedes: Mapped[UUID | None] = mapped_column(ForeignKey("annotation.id"))
     created_at: Mapped[Now]

@@ -24,7 +24,7 @@ from sqlalchemy.orm import Session
 
 from services.store import reviews
 from services.store.models import Annotation, ReviewItem
-from services.store.sampling import PRECEDENCE, STAMP
+from services.store.sampling import CHOSEN, PRECEDENCE, STAMP
 
 Z95 = 1.959964
 LONGEST = timedelta(days=28)
@@ -125,8 +125,9 @@ def counted() -> ColumnElement[bool]:
 
 
 def sampled() -> ColumnElement[bool]:
-    """Items the sampler chose. What people put in the queue by hand has no probability: it says nothing of the rest."""
-    return ReviewItem.strategy.in_(PRECEDENCE)
+    """Items that are in a stratum of a window: what the sampler chose, and what people had put in the queue by hand
+    before the window closed. What they put there later has no probability, and says nothing of the rest."""
+    return ReviewItem.strategy.in_(PRECEDENCE) | ((ReviewItem.strategy == CHOSEN) & (ReviewItem.window != ""))
 
 
 def score() -> ColumnElement[float]:

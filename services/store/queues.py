@@ -120,10 +120,12 @@ def waiting(session: Session, project_id: UUID) -> Waiting:
 
 
 def mix(targets: Mapping[str, float], found: Sequence[quality.Counted], queue: Waiting) -> list[Share]:
-    """Every strategy, in order of precedence. `found` are the strata whose labels are counted."""
+    """Every strategy, in order of precedence. `found` are the strata whose labels are counted; what people chose by
+    hand is no strategy's."""
     labels = dict.fromkeys(PRECEDENCE, 0)
     for row in found:
-        labels[row.stratum.strategy] += row.stratum.labelled
+        if row.stratum.strategy in labels:
+            labels[row.stratum.strategy] += row.stratum.labelled
     total = sum(labels.values())
     return [
         Share(name, targets[name], labels[name], labels[name] / total if total else None, queue.strategies.get(name, 0))

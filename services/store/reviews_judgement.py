@@ -89,14 +89,15 @@ def storable(text: str) -> bool:
     return "\x00" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def check_content(session: Session, item: ReviewItem, judgement: Judgement) -> None:
-    """Raises Unprocessable for what does not fit the item, its response or its project's tags."""
+def check_content(session: Session, item: ReviewItem, judgement: Judgement, *, decides: bool) -> None:
+    """Raises Unprocessable for what does not fit the item, its response or its project's tags, or, where it `decides`
+    what others could not agree on, does not say why."""
     _check_tags(session.get_one(Project, item.project_id), judgement)
     if item.alternative is None and judgement.verdict == "prefer":
         raise Unprocessable("this item has one response; there is nothing to prefer it to", param="verdict")
     if item.alternative is not None and judgement.verdict not in FOR_PAIRS:
         raise Unprocessable(f"this item is a pair: choose one of {', '.join(FOR_PAIRS)}", param="verdict")
-    if item.state == "disputed":
+    if decides:
         _check_decision(judgement)
     body = session.get(InteractionBody, item.interaction_id)
     if body is None:
@@ -117,6 +118,6 @@ def _check_tags(project: Project, judgement: Judgement) -> None:
 def _check_decision(judgement: Judgement) -> None:
     """Whoever settles a dispute says why: the next reviewers learn from it."""
     if judgement.verdict == "escalate":
-        raise Unprocessable("a disputed item is the lead's to decide; skip it to leave it to another", param="verdict")
+        raise Unprocessable("this item is yours to decide; skip it to leave it to another lead", param="verdict")
     if judgement.verdict in COUNTED and not (judgement.comment or "").strip():
         raise Unprocessable("say in the comment why you decide so", param="comment")

@@ -7,6 +7,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from services.store.models import Annotation, ReviewItem
+from services.store.reviews_deciding import FOR_LEADS, may_decide
 from services.store.reviews_standing import COUNTED, touched_by, unrevoked
 
 QUEUE_COUNTED_TO = 10_000
@@ -15,7 +16,8 @@ QUEUE_COUNTED_TO = 10_000
 class Progress(NamedTuple):
     """The bottom line of the review page. `median_seconds` is this person's, over their last 200 judgements.
 
-    `waiting` counts up to QUEUE_COUNTED_TO; `capped` says that it got there.
+    `waiting` counts up to QUEUE_COUNTED_TO; `capped` says that it got there. `escalated` and `disputed` are what this
+    person may decide if they lead here.
     """
 
     waiting: int
@@ -32,7 +34,7 @@ def progress(session: Session, project_id: UUID, user_id: UUID) -> Progress:
     waiting = queue.where(ReviewItem.state == "open", ~touched_by(user_id)).limit(QUEUE_COUNTED_TO).subquery()
     by_lead = session.execute(
         select(ReviewItem.state, func.count())
-        .where(ReviewItem.project_id == project_id, ReviewItem.state.in_(("escalated", "disputed")))
+        .where(ReviewItem.project_id == project_id, ReviewItem.state.in_(FOR_LEADS), may_decide(user_id))
         .group_by(ReviewItem.state)
     )
     held_up = {str(row[0]): int(row[1]) for row in by_lead}

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 UNIFORM = "uniform"
+# What people put in the queue themselves: a stratum of its own, as nothing drew it.
+CHOSEN = "chosen"
 # The first that claims an interaction has it; what nobody claims is the audit's.
 PRECEDENCE = ("negative_feedback", "schema_failure", "disagreement", "low_confidence", "novelty", UNIFORM)
 LEAST_AUDIT = 0.2

@@ -4,15 +4,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import UUID
 
 import httpx
 import pytest
+from sqlalchemy import select
 from starlette.testclient import TestClient
 
 from services.settings import Settings
 from services.store import keys, people, roles
 from services.store.base import Sessions
-from services.store.models import Project
+from services.store.models import Annotation, Project
 from services.web import create_app
 from tests.console import seed
 from whet_client import errors
@@ -177,6 +179,39 @@ def test_a_queue_is_judged_and_a_judgement_taken_back(reviewer: Whet, sessions: 
     assert reviewer.undo(stored.id).item_id == first.id
     with pytest.raises(errors.InvalidRequest, match="verdict"):
         reviewer.annotate(reviewer.lease(1)[0], "perfect")  # type: ignore[arg-type]
+
+
+def test_pairs_are_compared_blind_and_stored_by_what_they_are(
+    reviewer: Whet, sessions: Sessions, project: Project
+) -> None:
+    with sessions.begin() as session:
+        for place in range(8):
+            logged = seed.interaction(session, project.id, output=f"served {place}")
+            other = {"output": f"other {place}", "digest": None}
+            seed.item(session, logged, priority=place, alternative=other)
+    items = reviewer.lease(8)
+    assert all(item.output == "" for item in items)
+    lefts = [item.pair[0].split()[0] for item in items if item.pair]
+    assert set(lefts) == {"served", "other"}  # drawn for each item
+    assert [item.pair for item in reviewer.lease(8)] == [item.pair for item in items]
+    for item, side in zip(items, ("left", "right", "left", "tie"), strict=False):
+        reviewer.annotate(item, "prefer", preference=side)  # type: ignore[arg-type]
+    with pytest.raises(errors.InvalidRequest, match="a pair"):
+        reviewer.annotate(items[4], "accept")
+    with pytest.raises(errors.InvalidRequest, match="preference"):
+        reviewer.annotate(items[4], "prefer")
+    assert reviewer.annotate(items[4], "reject").verdict == "reject"
+    meaning = {"served": "response", "other": "alternative"}
+    with sessions() as session:
+        stored = {row.review_item_id: row.preference for row in session.scalars(select(Annotation))}
+    wanted = [meaning[lefts[0]], meaning[{"served": "other", "other": "served"}[lefts[1]]], meaning[lefts[2]], "tie"]
+    assert [stored[UUID(item.id)] for item in items[:5]] == [*wanted, None]
+
+
+def test_an_older_platform_that_knows_no_pairs_is_understood() -> None:
+    row = {"id": "i", "lease_token": "t", "lease_expires_at": "soon", "messages": [], "output": "one"}
+    flaky = Flaky(httpx.Response(200, json={"items": [row], "tags": []}))
+    assert Whet("wh_x", project="chat", transport=flaky).lease()[0].pair is None
 
 
 def test_the_key_is_worth_what_its_person_is_worth(reviewer: Whet, sessions: Sessions, project: Project) -> None:

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from services.errors import Conflict, Unprocessable
 from services.store import gold, pages, reviews, reviews_history
 from services.store.base import Sessions, uuid7
-from services.store.models import Annotation, Project, ReviewItem
+from services.store.models import Annotation, Project, ReviewItem, UserAccount
 from services.store.reviews import Judgement
 from tests.console import seed
 
@@ -245,3 +245,103 @@ def test_a_pair_is_compared_and_a_single_response_is_not(sessions: Sessions, pro
                 say(session, item, ada, verdict, **values)
         assert say(session, pair, ada, "prefer", preference="alternative").preference == "alternative"
         assert (pair.state, pair.judged) == ("done", 1)
+
+
+# --- when no other lead is left -----------------------------------------------------------------------------
+
+
+def led_by(session: Session, project: Project, leads: int) -> list[uuid.UUID]:
+    """So many leads, and two reviewers behind them."""
+    roles = [("lead", n) for n in range(leads)] + [("reviewer", n) for n in range(2)]
+    return [seed.person(session, f"{role}{n}@example.org", role, project.id).user.id for role, n in roles]
+
+
+def test_the_only_lead_decides_what_they_judged_and_it_is_noted(sessions: Sessions, project: Project) -> None:
+    with sessions.begin() as session:
+        lead, ada, grace = led_by(session, project, 1)
+        item = dispute(session, project, lead, ada)
+        assert reviews.lease(session, project.id, grace, queue="disputed")[0].id == item.id
+        reviews.release(session, project.id, item.id, grace, item.lease_token or uuid.uuid4())
+        held = only(session, project, lead, "disputed")
+        with pytest.raises(Unprocessable, match="why you decide so"):
+            say(session, held, lead)
+        with pytest.raises(Unprocessable, match="yours to decide"):
+            say(session, held, lead, "escalate", comment="no")
+        decision = say(session, held, lead, "correct", correction="three", comment="both of us were wrong")
+    with sessions.begin() as session:
+        spoken = reviews.standing_annotations(session, item.id)
+        assert [(one.verdict, one.adjudicates, one.again) for one in spoken] == [
+            ("accept", False, False), ("correct", False, False), ("correct", True, True),
+        ]  # fmt: skip
+        settled = reviews.lock_item(session, project.id, item.id)
+        assert (settled.state, settled.judged) == ("done", 2)
+        with pytest.raises(Conflict, match="none of its judges"):
+            gold.mark(session, settled, lead)
+        assert reviews.undo(session, project.id, lead, decision.id).lease_user_id == lead
+        assert settled.state == "disputed"
+
+
+def test_a_judge_does_not_decide_while_another_lead_is_there_who_was_none(sessions: Sessions, project: Project) -> None:
+    with sessions.begin() as session:
+        lead, other, ada, _ = led_by(session, project, 2)
+        item = dispute(session, project, lead, ada)
+        assert reviews.lease(session, project.id, lead, queue="disputed") == []
+        assert reviews.progress(session, project.id, lead).disputed == 0
+        assert reviews.progress(session, project.id, other).disputed == 1
+        session.get_one(UserAccount, other).disabled_at = item.created_at
+        session.flush()
+        assert [one.id for one in reviews.lease(session, project.id, lead, queue="disputed")] == [item.id]
+        session.get_one(UserAccount, other).disabled_at = None  # back before the decision is sent
+        session.flush()
+        with pytest.raises(Conflict, match="judged this item already"):
+            say(session, item, lead, comment="so")
+
+
+def test_two_leads_who_judged_each_other_are_not_stuck(sessions: Sessions, project: Project) -> None:
+    with sessions.begin() as session:
+        first, second, *_ = led_by(session, project, 2)
+        item = dispute(session, project, first, second)
+        assert say(session, only(session, project, second, "disputed"), second, comment="so").again
+        assert item.state == "done"
+
+
+def test_what_the_only_lead_skips_is_not_put_before_them_again(sessions: Sessions, project: Project) -> None:
+    with sessions.begin() as session:
+        lead, ada, grace = led_by(session, project, 1)
+        item = seed.item(session, seed.interaction(session, project.id, output="one"), overlap=2)
+        say(session, only(session, project, lead), lead, "skip", comment="needs an expert")
+    for user, verdict in ((ada, "accept"), (grace, "reject")):
+        with sessions.begin() as session:
+            say(session, only(session, project, user), user, verdict)
+    with sessions.begin() as session:  # skipped before it was disputed: it is theirs to decide now
+        assert say(session, only(session, project, lead, "disputed"), lead, "skip", comment="cannot say").again
+    with sessions.begin() as session:
+        assert reviews.lease(session, project.id, lead, queue="disputed") == []
+        assert session.get_one(ReviewItem, item.id).state == "disputed"
+
+
+def test_the_only_lead_answers_what_was_escalated_after_they_judged_it(sessions: Sessions, project: Project) -> None:
+    with sessions.begin() as session:
+        lead, ada, _ = led_by(session, project, 1)
+        item = seed.item(session, seed.interaction(session, project.id, output="one"), overlap=2)
+        say(session, only(session, project, lead), lead)
+        say(session, only(session, project, ada), ada, "escalate", comment="is that so?")
+        decision = say(session, only(session, project, lead, "escalated"), lead, comment="it is")
+        assert (decision.adjudicates, decision.again, item.state, item.judged) == (True, True, "done", 1)
+
+
+def test_the_database_knows_a_second_voice_only_by_its_mark(sessions: Sessions, project: Project) -> None:
+    with sessions.begin() as session:
+        lead, ada, _ = led_by(session, project, 1)
+        item = dispute(session, project, lead, ada)
+    marked = raw(item, lead) | {"adjudicates": True, "again": True}
+    for values, said in (
+        (raw(item, lead) | {"adjudicates": True}, "judges an item once"),
+        (raw(item, lead) | {"again": True}, "ck_annotation_again"),
+    ):
+        with pytest.raises(IntegrityError, match=said), sessions.begin() as session:
+            session.execute(insert(Annotation).values(values))
+    with sessions.begin() as session:
+        session.execute(insert(Annotation).values(marked))
+    with pytest.raises(IntegrityError, match="judges an item once"), sessions.begin() as session:
+        session.execute(insert(Annotation).values(marked | {"id": uuid7(), "idempotency_key": "another"}))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from services.store import embeddings
 from services.store.models import ReviewItem
 from tests.curation.world import World
 from worker.curation import frame as frames
@@ -213,6 +214,47 @@ def test_the_sampler_calls_novel_what_is_unlike_the_reviewed_prompts(
     found = claims(world)
 
     assert [name.split()[0] for name, claimed in found.items() if "novelty" in claimed] == ["translate"]
+
+
+def test_vectors_decide_where_there_are_some_and_words_where_there_are_none(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(novelty, "LEAST_REVIEWED", 4)
+    start, vectors = window().start, {}
+    for index in range(6):
+        text = f"sum up the minutes of meeting {index} of the board in one short line of plain words please"
+        world.accepted(text, "fine", at=start - timedelta(minutes=30 + index))
+        vectors[world.interactions[-1]] = [1.0, 0.01 * index, 0.0]
+    at = start + timedelta(minutes=5)
+    like = "sum up the minutes of meeting {} of the board in one short line of plain words please"
+    unlike = "translate this sonnet into {} languages and then count all of the vowels in each"
+    near = {world.log(unlike.format(name), at=at, group=name) for name in ("near by vector",)}
+    far = {world.log(like.format(name), at=at, group=name) for name in ("far by vector",)}
+    old = {world.log(unlike.format(name), at=at, group=name) for name in ("of an older model",)}
+    world.log(like.format("x"), at=at, group="like by words")
+    world.log(unlike.format("y"), at=at, group="unlike by words")
+    with world.sessions.begin() as session:
+        embeddings.add(session, world.project_id, "new", vectors | {key: [1.0, 0.02, 0.0] for key in near})
+        embeddings.add(session, world.project_id, "new", {key: [0.0, 0.0, 1.0] for key in far})
+        embeddings.add(session, world.project_id, "old", {key: [1.0, 0.0, 0.0] for key in old})
+
+    found = claims(world)
+
+    novel = {name for name, claimed in found.items() if "novelty" in claimed}
+    assert novel == {"far by vector", "of an older model", "unlike by words"}
+
+
+def test_too_few_vectors_of_reviewed_answers_leave_it_to_words(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(novelty, "LEAST_REVIEWED", 4)
+    for index in range(6):
+        world.accepted(f"the same words every time {index}", "fine", at=window().start - timedelta(minutes=30 + index))
+    with world.sessions.begin() as session:
+        embeddings.add(session, world.project_id, "m", {key: [1.0, 0.0] for key in world.interactions[:3]})
+    far = world.log("the same words every time 3", at=window().start + timedelta(minutes=1), group="far")
+    with world.sessions.begin() as session:
+        embeddings.add(session, world.project_id, "m", {far: [0.0, 1.0]})
+
+    assert "novelty" not in claims(world)["far"]
 
 
 # --- together ---------------------------------------------------------------------------------------------

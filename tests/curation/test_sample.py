@@ -161,3 +161,54 @@ def test_the_job_fills_the_queue_and_refuses_a_senseless_configuration(world: Wo
         world.configure(window_seconds=0)
         with pytest.raises(JobFailed, match="window_seconds"):
             sample_job(lease, settings)
+
+
+def test_what_people_chose_before_the_window_closed_is_a_stratum_of_it_and_in_no_other(world: World) -> None:
+    world.configure(held_out_share=0)
+    start = this_hour()
+    for index in range(20):
+        world.log(f"prompt {index}", at=start + timedelta(seconds=index))
+    picked = world.interactions[:4]
+    made_by_hand = [world.item(one, strategy="chosen", window="", stratum_size=1) for one in picked]
+    withdrawn = world.item(world.interactions[4], strategy="chosen", window="", stratum_size=1, state="withdrawn")
+
+    assert run_sampler(world, start + 2 * HOUR) == 15  # of the sixteen left one is withdrawn
+    assert run_sampler(world, start + 3 * HOUR) == 0
+
+    by_id = {item.id: item for item in items(world)}
+    drawn = [item for item in by_id.values() if item.strategy == "uniform"]
+    assert {item.stratum_size for item in drawn} == {16}
+    assert {(by_id[one].stratum_size, by_id[one].window) for one in made_by_hand} == {(4, drawn[0].window)}
+    assert by_id[withdrawn].window == ""
+
+    for item in drawn[:8]:
+        world.judge(item.id, "accept")
+    with world.sessions() as session:
+        assert estimate_quality(session, world.project_id) is None  # nobody has looked at what was picked
+    for one in made_by_hand[:2]:
+        world.judge(one, "reject")
+    with world.sessions.begin() as session:
+        realised(session, world.project_id)
+        found = estimate_quality(session, world.project_id)
+    assert found is not None
+    assert (found.rate, found.population) == (pytest.approx(16 / 20), 20)
+    assert {item.probability for item in items(world) if item.strategy == "chosen" and item.window} == {0.5}
+
+
+def test_what_people_choose_after_the_window_has_closed_moves_nothing(world: World) -> None:
+    world.configure(held_out_share=0, review_budget=10)
+    start = this_hour()
+    for index in range(20):
+        world.log(f"prompt {index}", at=start + timedelta(seconds=index))
+    run_sampler(world, start + 2 * HOUR)
+    for item in items(world):
+        world.judge(item.id, "accept")
+    with world.sessions() as session:
+        before = estimate_quality(session, world.project_id)
+    left = set(world.interactions) - {item.interaction_id for item in items(world)}
+    late = world.item(left.pop(), strategy="chosen", window="", stratum_size=1)
+    world.judge(late, "reject")
+
+    assert run_sampler(world, start + 3 * HOUR) == 0
+    with world.sessions() as session:
+        assert estimate_quality(session, world.project_id) == before

@@ -1,13 +1,14 @@
 """The sampling plan as arithmetic: quotas, order, split, and the estimate that rests on them."""
 
 from math import ceil
+from statistics import mean
 from uuid import UUID
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.sampling_simulation import ORDERS, run
+from benchmarks.sampling_simulation import ORDERS, run, simulate
 from services.store.base import uuid7
 from services.store.quality import Stratum, estimate, wilson
 from services.store.sampling import DEFAULT_MIX, LEAST_AUDIT, PRECEDENCE, UNIFORM, Plan, check_mix, mix_of
@@ -220,7 +221,7 @@ def test_the_interval_holds_the_estimate_and_stays_among_the_shares(
 
 def test_the_interval_covers_the_truth_where_flagged_items_are_far_off_and_the_normal_one_is_too_sure() -> None:
     """A smaller run of `benchmarks.sampling_simulation`, through plan and estimate as production uses them."""
-    rows = run(250, seed=3, rates=(0.02, 0.1), orders=ORDERS[1:], processes=1)
+    rows = run(250, seed=3, rates=(0.02, 0.1), orders=ORDERS[1:2], processes=1)
     found = {(row.rate, row.method): row for row in rows}
 
     for rate in (0.02, 0.1):
@@ -232,3 +233,16 @@ def test_the_interval_covers_the_truth_where_flagged_items_are_far_off_and_the_n
         assert flagged.coverage < 0.05
         assert flagged.error > 0.05
     assert found[0.02, "normal"].coverage < 0.75
+
+
+def test_what_people_pick_by_hand_is_off_in_its_old_stratum_and_right_in_one_of_its_own() -> None:
+    found = [[simulate(0.1, ORDERS[2], seed, apart=apart) for seed in range(150)] for apart in (False, True)]
+
+    errors, covered = [], []
+    for outcomes in found:
+        told = [(one.truth, one.methods[0]) for one in outcomes if one.methods[0] is not None]
+        errors.append(mean(known.rate - truth for truth, known in told))
+        covered.append(mean(known.low <= truth <= known.high for truth, known in told))
+    assert errors[0] < -0.01
+    assert abs(errors[1]) < 0.006
+    assert covered[1] >= 0.9

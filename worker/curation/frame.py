@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 import numpy as np
+from numpy.typing import NDArray
 from sqlalchemy import ColumnElement, func, or_, select
 from sqlalchemy.orm import Session
 
+from services.store import embeddings
 from services.store.models import Feedback, Interaction, InteractionBody, ReviewItem
 from services.store.sampling import STAMP
 from worker.curation import novelty, schemas
@@ -130,19 +132,37 @@ def _examine(
     session: Session, project_id: UUID, ids: Sequence[UUID], schema: dict[str, Any] | None, claims: dict[UUID, set[str]]
 ) -> None:
     """Add what the texts say: schema failures and novel prompts."""
-    reviewed = _reviewed_sketches(session, project_id)
-    sketched: list[UUID] = []
-    sketches: list[novelty.Sketches] = []
+    reviewed = _latest_reviewed(session, project_id)
+    judged = _by_meaning(session, ids, reviewed, claims)
+    known = _sketches(session, reviewed) if len(judged) < len(ids) else None
+    sketches: dict[UUID, novelty.Sketches] = {}
     for body in _bodies(session, ids):
         wanted = schemas.schema_of(body.parameters, schema)
         if wanted is not None and schemas.fails(body.output, wanted):
             claims[body.id].add("schema_failure")
-        if reviewed is not None:
-            sketched.append(body.id)
-            sketches.append(novelty.sketch(body.messages))
-    if reviewed is not None and sketches:
-        far = novelty.novel(np.stack(sketches), reviewed)
-        for one in np.asarray(sketched, dtype=object)[far]:
+        if known is not None and body.id not in judged:
+            sketches[body.id] = novelty.sketch(body.messages)
+    if known is not None and sketches:
+        _claim(list(sketches), novelty.novel(np.stack(list(sketches.values())), known), claims)
+
+
+def _by_meaning(
+    session: Session, ids: Sequence[UUID], reviewed: Sequence[UUID], claims: dict[UUID, set[str]]
+) -> set[UUID]:
+    """Claim what is far from the reviewed ones by the engine's vectors; returns those that have one to judge by."""
+    near = embeddings.known(session, reviewed) if len(reviewed) >= novelty.LEAST_REVIEWED else None
+    if near is None or len(near.ids) < novelty.LEAST_REVIEWED:
+        return set()
+    mine = embeddings.known(session, ids, near.model)
+    if mine is None:
+        return set()
+    _claim(mine.ids, novelty.novel_by_meaning(mine.vectors, near.vectors), claims)
+    return set(mine.ids)
+
+
+def _claim(ids: Sequence[UUID], far: NDArray[np.bool_], claims: dict[UUID, set[str]]) -> None:
+    for one, novel in zip(ids, far, strict=True):
+        if novel:
             claims[one].add("novelty")
 
 
@@ -162,16 +182,19 @@ def _bodies(session: Session, ids: Sequence[UUID]) -> Iterator[Body]:
             yield Body(*row)
 
 
-def _reviewed_sketches(session: Session, project_id: UUID) -> novelty.Sketches | None:
-    """The latest reviewed prompts; None while there are too few to be far from."""
+def _latest_reviewed(session: Session, project_id: UUID) -> Sequence[UUID]:
     latest = (
         select(ReviewItem.interaction_id)
         .where(ReviewItem.project_id == project_id, ReviewItem.done_at.is_not(None))
         .order_by(ReviewItem.done_at.desc())
         .limit(RECENT_REVIEWED)
     )
-    ids = session.scalars(latest).all()
-    if len(ids) < novelty.LEAST_REVIEWED:
+    return session.scalars(latest).all()
+
+
+def _sketches(session: Session, reviewed: Sequence[UUID]) -> novelty.Sketches | None:
+    """Of the reviewed prompts; None while there are too few to be far from."""
+    if len(reviewed) < novelty.LEAST_REVIEWED:
         return None
-    sketches = [novelty.sketch(body.messages) for body in _bodies(session, ids)]
+    sketches = [novelty.sketch(body.messages) for body in _bodies(session, reviewed)]
     return np.stack(sketches) if len(sketches) >= novelty.LEAST_REVIEWED else None

@@ -1,8 +1,8 @@
-"""How far a prompt is from everything reviewed: MinHash over word triples (Broder 1997), a bounded number of each.
+"""How far a prompt is from everything reviewed: by the engine's vectors, or by MinHash over word triples (Broder 1997).
 
 Prompts of one application share their template, so there is no fixed distance that is far. A prompt is novel when it
-is further from the nearest reviewed one than 19 in 20 reviewed prompts are from their own nearest: where all prompts
-are unlike each other, none is more novel than the rest.
+is further from the nearest reviewed one than 19 in 20 reviewed prompts are from their own nearest, by the same measure:
+where all prompts are unlike each other, none is more novel than the rest.
 """
 
 import zlib
@@ -20,8 +20,9 @@ CHUNK = 64
 LEAST_REVIEWED = 50
 FAR = 0.95
 
-# P is prompts, R reviewed prompts, S slots of a sketch.
+# P is prompts, R reviewed prompts, S slots of a sketch, D dimensions of a vector.
 Sketches = NDArray[np.uint32]
+Vectors = NDArray[np.float32]
 _random = np.random.default_rng(0x77686574)
 _FACTORS: NDArray[np.uint64] = _random.integers(1 << 62, size=(SLOTS, 1), dtype=np.uint64) | np.uint64(1)
 _OFFSETS: NDArray[np.uint64] = _random.integers(1 << 62, size=(SLOTS, 1), dtype=np.uint64)
@@ -51,6 +52,17 @@ def novel(prompts_PS: Sketches, reviewed_RS: Sketches) -> NDArray[np.bool_]:
         return np.zeros(len(prompts_PS), dtype=bool)
     own_R = _nearest(reviewed_RS, reviewed_RS, apart=True)
     return _nearest(prompts_PS, reviewed_RS) > np.quantile(own_R, FAR)
+
+
+def novel_by_meaning(prompts_PD: Vectors, reviewed_RD: Vectors) -> NDArray[np.bool_]:
+    """[P] as `novel`, by the angle between vectors of length 1."""
+    if len(reviewed_RD) < LEAST_REVIEWED or not len(prompts_PD):
+        return np.zeros(len(prompts_PD), dtype=bool)
+    alike_RR = reviewed_RD @ reviewed_RD.T
+    np.fill_diagonal(alike_RR, -1.0)
+    usual = np.quantile(alike_RR.max(axis=1), 1 - FAR)
+    far: NDArray[np.bool_] = (prompts_PD @ reviewed_RD.T).max(axis=1) < usual
+    return far
 
 
 def _nearest(prompts_PS: Sketches, reviewed_RS: Sketches, *, apart: bool = False) -> NDArray[np.float64]:

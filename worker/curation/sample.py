@@ -20,7 +20,7 @@ from services.store import quality
 from services.store.base import uuid7, uuid7_time
 from services.store.jobs import JobCancelled, JobFailed, Lease
 from services.store.models import Annotation, Deployment, Interaction, Project, ReviewItem
-from services.store.sampling import STAMP, Plan
+from services.store.sampling import CHOSEN, STAMP, Plan
 from worker.curation import second
 from worker.curation.frame import Window, frame, id_floor, in_window, reviewable
 from worker.curation.second import Second
@@ -99,10 +99,29 @@ def sample(
     chosen, known, added = Plan.of(project.config), seconds or {}, 0
     for window in _closed_windows(session, project_id, chosen, now or datetime.now(UTC)):
         salt = _salt(project_id, window)
+        picked = _adopt(session, project_id, window)
         candidates = frame(session, project_id, window, salt, response_schema=chosen.response_schema, seconds=known)
-        placed = plan(salt, candidates, budget=chosen.budget, mix=chosen.mix)
+        drawn = [one for one in candidates if one.interaction_id not in picked]
+        placed = plan(salt, drawn, budget=chosen.budget, mix=chosen.mix)
         added += _insert(session, project_id, window, placed, chosen.held_out_share, known)
     return added
+
+
+def _adopt(session: Session, project_id: UUID, window: Window) -> set[UUID]:
+    """Make what people have already put in the queue by hand a stratum of the window, and return its answers.
+
+    People pick what looks wrong. Left in the stratum it would else have been in, a picked answer could not be drawn
+    for it any more, and what is drawn of the rest would look better than the whole.
+    """
+    mine = (
+        ReviewItem.project_id == project_id, ReviewItem.strategy == CHOSEN, ReviewItem.state != "withdrawn",
+        ReviewItem.interaction_id >= id_floor(window.start), ReviewItem.interaction_id < id_floor(window.end),
+    )  # fmt: skip
+    picked = set(session.scalars(select(ReviewItem.interaction_id).where(*mine)))
+    if picked:
+        stratum = update(ReviewItem).where(*mine).values(window=window.label, stratum_size=len(picked))
+        session.execute(stratum.execution_options(synchronize_session=False))
+    return picked
 
 
 def _salt(project_id: UUID, window: Window) -> str:
@@ -181,7 +200,7 @@ def realised(session: Session, project_id: UUID) -> None:
             ReviewItem.strategy,
             func.sum(case((judged.exists(), 1), else_=0)).label("labelled"),
         )
-        # What people chose by hand has no probability: nothing may be estimated from it.
+        # What people chose by hand after its window had closed has no probability: nothing is estimated from it.
         .where(ReviewItem.project_id == project_id, quality.sampled())
         .group_by(ReviewItem.window, ReviewItem.strategy)
         .subquery()

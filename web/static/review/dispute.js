@@ -15,7 +15,8 @@ export function cards(item, draft, letters) {
 function card(item, draft, letters, said, place) {
   const made = element("article", "said");
   const heading = element("header", "");
-  heading.append(element("h3", "", `${NAMES[place] ?? `${place + 1}th`} reviewer ${SAID[said.verdict]}`));
+  const who = said.mine ? "You" : `${NAMES[place] ?? `${place + 1}th`} reviewer`;
+  heading.append(element("h3", "", `${who} ${SAID[said.verdict]}`));
   const take = element("button", "btn small");
   take.type = "button";
   take.dataset.do = `adopt ${place}`;

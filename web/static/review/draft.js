@@ -33,8 +33,9 @@ export function missing(item, draft) {
   if (verdict === "correct" && !text.trim()) return "A correction cannot be empty.";
   if (verdict === "correct" && text === item.output) return "Nothing is changed yet. Accept it, or edit it.";
   if (verdict === "skip") return reason || comment ? "" : "Say why: press a number, or write a comment.";
+  if (verdict === "escalate" && item.again) return "This one is yours to decide; skip it to leave it.";
   if (verdict === "escalate") return comment ? "" : "Say in the comment what the lead should decide.";
-  if (item.dispute.length && !comment) return "Say in the comment why you decide so.";
+  if ((item.dispute.length || item.again) && !comment) return "Say in the comment why you decide so.";
   return "";
 }
 

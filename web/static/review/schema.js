@@ -1,5 +1,8 @@
-// Does a text still follow the JSON schema its app asked for? The common keywords; `pattern` and `format` are left out,
-// because a pattern from outside could keep the page busy for ever.
+// Does a text still follow the JSON schema its app asked for? Runs in a worker (`checker.js`), which is ended when a
+// stranger's pattern, or a schema that refers to itself, takes too long. What is left out (`unevaluated…`,
+// `$dynamicRef`, references to other documents) asks for nothing here.
+
+import { hasFormat } from "./formats.js";
 
 const MOST_PROBLEMS = 5;
 const DEEPEST = 64;
@@ -30,19 +33,20 @@ function isJson(text) {
 }
 
 function check(value, schema, path, at) {
-  if (schema === true || typeof schema !== "object" || schema === null || at.depth > DEEPEST) return;
+  const say = (problem) => at.found.push(`${path || "the answer"} ${problem}`);
+  if (schema === false) say("may not be there");
+  if (typeof schema !== "object" || schema === null || at.depth > DEEPEST) return;
   if (at.found.length >= MOST_PROBLEMS) return;
   const deeper = { ...at, depth: at.depth + 1 };
-  const say = (problem) => at.found.push(`${path || "the answer"} ${problem}`);
   if (typeof schema.$ref === "string") check(value, resolve(schema.$ref, at.root), path, deeper);
   if (schema.type !== undefined && ![schema.type].flat().some((type) => isOf(value, type))) {
     say(`is ${nameOf(value)}, not ${[schema.type].flat().join(" or ")}`);
     return;
   }
   if (Array.isArray(schema.enum) && !schema.enum.some((one) => same(one, value))) say("is none of the values allowed");
-  if ("const" in schema && !same(schema.const, value)) say(`is not ${JSON.stringify(schema.const)}`);
+  if (Object.hasOwn(schema, "const") && !same(schema.const, value)) say(`is not ${JSON.stringify(schema.const)}`);
   if (typeof value === "number") numbers(value, schema, say);
-  if (typeof value === "string") sizes([...value].length, schema.minLength, schema.maxLength, "characters", say);
+  if (typeof value === "string") string(value, schema, say);
   if (Array.isArray(value)) list(value, schema, path, deeper, say);
   else if (isOf(value, "object")) object(value, schema, path, deeper, say);
   choices(value, schema, path, deeper, say);
@@ -51,6 +55,23 @@ function check(value, schema, path, at) {
 function numbers(value, schema, say) {
   if (value < schema.minimum || value <= schema.exclusiveMinimum) say("is too small");
   if (value > schema.maximum || value >= schema.exclusiveMaximum) say("is too large");
+  const step = schema.multipleOf;
+  if (step > 0 && Math.abs(value / step - Math.round(value / step)) > 1e-9) say(`is no multiple of ${step}`);
+}
+
+function string(value, schema, say) {
+  sizes([...value].length, schema.minLength, schema.maxLength, "characters", say);
+  if (typeof schema.pattern === "string" && !matches(value, schema.pattern)) say(`does not match ${schema.pattern}`);
+  if (typeof schema.format === "string" && !hasFormat(value, schema.format)) say(`is no ${schema.format}`);
+}
+
+// A pattern that is none asks for nothing.
+function matches(text, pattern) {
+  try {
+    return new RegExp(pattern, "u").test(text);
+  } catch {
+    return true;
+  }
 }
 
 function sizes(size, least, most, what, say) {
@@ -61,30 +82,51 @@ function sizes(size, least, most, what, say) {
 function list(value, schema, path, at, say) {
   sizes(value.length, schema.minItems, schema.maxItems, "entries", say);
   const first = Array.isArray(schema.prefixItems) ? schema.prefixItems : [];
-  value.forEach((one, index) => check(one, first[index] ?? schema.items, `${path}[${index}]`, at));
+  value.forEach((one, index) => check(one, index < first.length ? first[index] : schema.items, `${path}[${index}]`, at));
+  if (schema.uniqueItems === true && new Set(value.map(canonical)).size < value.length) say("has an entry twice");
+  if (schema.contains === undefined) return;
+  const fitting = value.filter((one) => fits(one, schema.contains, path, at)).length;
+  if (fitting < (schema.minContains ?? 1) || fitting > schema.maxContains) say("does not hold the entries it must");
 }
 
 function object(value, schema, path, at, say) {
-  const properties = schema.properties ?? {};
   const within = (name) => (path ? `${path}.${name}` : name);
-  for (const name of schema.required ?? []) if (!Object.hasOwn(value, name)) say(`has no ${name}`);
-  for (const [name, one] of Object.entries(value)) {
-    if (Object.hasOwn(properties, name)) check(one, properties[name], within(name), at);
-    else if (schema.additionalProperties === false) say(`may have no ${name}`);
-    else check(one, schema.additionalProperties, within(name), at);
+  const names = Object.keys(value);
+  sizes(names.length, schema.minProperties, schema.maxProperties, "keys", say);
+  const dependent = Object.entries(schema.dependentRequired ?? {}).filter(([name]) => Object.hasOwn(value, name));
+  const required = [...(schema.required ?? []), ...dependent.flatMap(([, others]) => others)];
+  for (const name of required) if (!Object.hasOwn(value, name)) say(`has no ${name}`);
+  for (const name of names) {
+    if (schema.propertyNames !== undefined) check(name, schema.propertyNames, `the key ${name}`, at);
+    const wanted = propertySchemas(name, schema);
+    for (const one of wanted) check(value[name], one, within(name), at);
+    if (wanted.length === 0 && schema.additionalProperties === false) say(`may have no ${name}`);
+    else if (wanted.length === 0) check(value[name], schema.additionalProperties, within(name), at);
+  }
+  for (const [name, one] of Object.entries(schema.dependentSchemas ?? {})) {
+    if (Object.hasOwn(value, name)) check(value, one, path, at);
   }
 }
 
+function propertySchemas(name, schema) {
+  const patterns = Object.entries(schema.patternProperties ?? {}).filter(([pattern]) => matches(name, pattern));
+  const own = Object.hasOwn(schema.properties ?? {}, name) ? [schema.properties[name]] : [];
+  return [...own, ...patterns.map(([, one]) => one)];
+}
+
+function fits(value, schema, path, at) {
+  const found = [];
+  check(value, schema, path, { ...at, found });
+  return found.length === 0;
+}
+
 function choices(value, schema, path, at, say) {
-  const fits = (one) => {
-    const found = [];
-    check(value, one, path, { ...at, found });
-    return found.length === 0;
-  };
+  const fitting = (one) => fits(value, one, path, at);
   for (const one of schema.allOf ?? []) check(value, one, path, at);
-  if (Array.isArray(schema.anyOf) && !schema.anyOf.some(fits)) say("fits none of its alternatives");
-  if (Array.isArray(schema.oneOf) && schema.oneOf.filter(fits).length !== 1) say("fits not exactly one alternative");
-  if (schema.not !== undefined && fits(schema.not)) say("is what it must not be");
+  if (Array.isArray(schema.anyOf) && !schema.anyOf.some(fitting)) say("fits none of its alternatives");
+  if (Array.isArray(schema.oneOf) && schema.oneOf.filter(fitting).length !== 1) say("fits not exactly one alternative");
+  if (schema.not !== undefined && fitting(schema.not)) say("is what it must not be");
+  if (schema.if !== undefined) check(value, fitting(schema.if) ? schema.then : schema.else, path, at);
 }
 
 function resolve(reference, root) {
@@ -106,5 +148,10 @@ function nameOf(value) {
 }
 
 function same(one, other) {
-  return JSON.stringify(one) === JSON.stringify(other);
+  return canonical(one) === canonical(other);
+}
+
+// The order of an object's keys means nothing.
+function canonical(value) {
+  return JSON.stringify(value, (_, one) => (isOf(one, "object") ? Object.fromEntries(Object.entries(one).sort()) : one));
 }

@@ -90,10 +90,16 @@ export function conversation(item) {
   return [made];
 }
 
-export function tinted(tokens) {
+// Each token by its probability; those in a flagged span keep its line.
+export function tinted(tokens, spans) {
+  let from = 0;
   return tokens.map(([text, logprob]) => {
     const tint = logprob < -2.3 ? "tok-3" : logprob < -1.2 ? "tok-2" : logprob < -0.5 ? "tok-1" : "";
-    const made = element("span", `tok ${tint}`, text);
+    const to = from + text.length;
+    const flagged = spans.some((span) => span.start < to && span.end > from) ? "flagged" : "";
+    from = to;
+    const made = element("span", `tok ${tint} ${flagged}`);
+    made.append(...readable(text));
     made.title = `${(100 * Math.exp(logprob)).toFixed(1)} %`;
     return made;
   });
