@@ -19,8 +19,8 @@ import typer
 from benchmarks import machine, review_cells
 from benchmarks import publish as pages
 from benchmarks.review_cells import Cell
-from benchmarks.review_platform import Served, served
-from benchmarks.review_world import GOLDEN, bars, fill_golden, home_database
+from benchmarks.review_platform import Served, home_database, served
+from benchmarks.review_world import GOLDEN, bars, fill_golden
 from services.store.base import Sessions
 
 BEGIN, END = "<!-- review:begin -->", "<!-- review:end -->"
@@ -45,7 +45,12 @@ GOALS: dict[str, Goal] = {
     "search_meaning": Goal("interactions, first page by meaning", 300),
     "search_both": Goal("interactions, first page by both", 300),
     "search_filtered": Goal("interactions, first page by both and disliked", 300),
+    "filters": Goal("interactions, by one filter and no words", 300),
+    "newest": Goal("interactions, newest first", 300),
+    "one_page": Goal("one interaction's page", 300),
     "queue_page": Goal("queue page", 500),
+    "overview": Goal("overview", 500),
+    "datasets": Goal("datasets page", 500),
     "build": Goal("revision of 50,000 examples", 60, "seconds", "s"),
 }
 
@@ -65,7 +70,12 @@ def measure(name: str, platform: Served, sessions: Sessions, scale: float) -> di
         "search_meaning": lambda: review_cells.search(platform, sessions, "meaning", times(300)),
         "search_both": lambda: review_cells.search(platform, sessions, "both", times(300)),
         "search_filtered": lambda: review_cells.search(platform, sessions, "both", times(300), feedback="negative"),
-        "queue_page": lambda: review_cells.queue_page(platform, times(60)),
+        "filters": lambda: review_cells.filtered(platform, times(170)),
+        "one_page": lambda: review_cells.one_page(platform, sessions, times(100)),
+        "newest": lambda: review_cells.page(platform, "/interactions", times(100)),
+        "queue_page": lambda: review_cells.page(platform, "/queue", times(60)),
+        "overview": lambda: review_cells.page(platform, "", times(60)),
+        "datasets": lambda: review_cells.page(platform, "/datasets", times(60)),
     }
     return {name: cells[name]()}
 
@@ -92,10 +102,11 @@ def render(setting: dict[str, Any], cells: dict[str, Cell]) -> str:
 
 def _found(goal: Goal, cell: Cell) -> tuple[str, str]:
     value = cell[goal.figure]
-    reached = "✓" if value <= goal.most else "missed"
+    reached = "✓" if max(value, cell.get("first", 0)) <= goal.most else "missed"
     if goal.figure == "seconds":
         return f"**{value:g} s**, {cell['examples']:,} examples kept", reached
-    return f"p95 **{value:g} ms**, median {cell['p50']:g} ms, {cell['n']:,} times", reached
+    first = f"; the first, with no figure kept, {cell['first']:g} ms" if "first" in cell else ""
+    return f"p95 **{value:g} ms**, median {cell['p50']:g} ms, {cell['n']:,} times{first}", reached
 
 
 def publish(setting: dict[str, Any], cells: dict[str, Cell]) -> None:
