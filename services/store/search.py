@@ -10,15 +10,15 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Executable, Select, Text, and_, cast, func, select, text, true
+from sqlalchemy import ColumnElement, Executable, Select, Subquery, Text, and_, cast, func, select, text, true
 from sqlalchemy.dialects.postgresql import REGCONFIG, TSQUERY
 from sqlalchemy.exc import OperationalError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from services.store.base import uuid7_time
 from services.store.models import Interaction, InteractionBody, InteractionEmbedding
 from services.store.pages import first_id
-from services.store.search_filters import CHOICES, WINDOWS, Search, conditions, parsed, start_of
+from services.store.search_filters import CHOICES, WINDOWS, Search, between, conditions, parsed, start_of
 
 __all__ = [
     "CHOICES", "RANKED", "WINDOWS", "Found", "Meaning", "Search", "best_words", "conditions", "embedded_since", "fused",
@@ -31,8 +31,8 @@ FIRST_SPAN = timedelta(days=1)
 SAMPLED = 400
 # Answers that are read one by one at most. What takes more is looked up: words that are rarer by their index.
 WALKED = 4000
-# Words in more answers than this narrow less than the filters beside them.
-FREQUENT = 0.2
+# Words in fewer answers than this are looked up before the filters are.
+FREQUENT = 0.05
 # A typed beginning shorter than this begins too many words.
 SHORTEST_PREFIX = 3
 RANKED = 200
@@ -92,9 +92,14 @@ def newest(
     start = start_of(search)
     floor = max(oldest, first_id(start) if start else oldest, since or oldest)
     top = before or first_id(datetime.now(UTC) + timedelta(days=1))
-    narrowed = conditions(project_id, search)
-    walk = _Walk(session, project_id, wanted, narrowed, floor, top, limit, time.monotonic() + seconds)
-    return walk.found()
+    return _Walk(session, project_id, search, wanted, floor, top, limit, time.monotonic() + seconds).found()
+
+
+class _Shares(NamedTuple):
+    """Of the answers, those that held the words; of these, those that the filters let through."""
+
+    held: float
+    fit: float
 
 
 class _Walk:
@@ -109,63 +114,66 @@ class _Walk:
         self,
         session: Session,
         project_id: UUID,
+        search: Search,
         words: Terms | None,
-        narrowed: Sequence[ColumnElement[bool]],
         floor: UUID,
         top: UUID,
         limit: int,
         deadline: float,
     ) -> None:
-        self._session, self._project_id, self._words, self._narrowed = session, project_id, words, narrowed
+        self._session, self._project_id, self._search, self._words = session, project_id, search, words
         self._floor, self._top, self._limit, self._deadline = floor, top, limit, deadline
         self._ids: list[UUID] = []
 
     def found(self) -> Found:
         """The whole way."""
+        seen = self._one_by_one()
         if self._words is None:
             return self._windows(self._fitting)
-        share = self._one_by_one(self._words)
-        by_words = share < FREQUENT or not self._narrowed
-        return self._windows(self._words_first if by_words else self._filters_first)
+        narrower = seen.held >= FREQUENT and seen.fit < seen.held
+        return self._windows(self._filters_first if narrower and self._search.filtered else self._words_first)
 
     def _wants_more(self) -> bool:
         return self._top > self._floor and len(self._ids) < self._limit
 
-    def _one_by_one(self, words: Terms) -> float:
-        """Reads the newest answers, more while that fills the page; the share of the last ones that held the words."""
-        rows, walked, share = SAMPLED, 0, 0.0
+    def _one_by_one(self) -> _Shares:
+        """Reads the newest answers, more while that fills the page; the shares are of the last ones it read."""
+        rows, walked, shares = SAMPLED, 0, _Shares(0.0, 0.0)
         while self._wants_more() and walked + rows <= WALKED:
             low = self._below(rows)
-            got = self._timed(self._reading(words, low, rows))
+            got = self._timed(self._reading(low, rows))
             if got is None:
-                return share
+                return shares
             fit = [one for one, fits in got if fits]
             self._ids += fit[: self._limit - len(self._ids)]
-            self._top, walked, share = low, walked + rows, len(got) / rows
+            shares = _Shares(len(got) / rows, len(fit) / max(1, len(got)))
+            self._top, walked = low, walked + rows
             rows = max(SAMPLED, round(1.2 * (self._limit - len(self._ids)) * rows / max(len(fit), 0.5)))
-        return share
+        return shares
 
     def _below(self, rows: int) -> UUID:
         """The id that has `rows` of the project's answers from it up to the top."""
-        newest_ones = self._own().order_by(Interaction.id.desc()).offset(rows - 1).limit(1)
+        newest_ones = self._own(self._floor).order_by(Interaction.id.desc()).offset(rows - 1).limit(1)
         return self._session.scalar(newest_ones) or self._floor
 
-    def _reading(self, words: Terms, low: UUID, rows: int) -> Select[UUID, bool]:
+    def _reading(self, low: UUID, rows: int) -> Select[UUID, bool]:
         """Newest first what holds the words, and whether the filters let it through. LIMIT keeps it one by one."""
         chunk = self._own(low).order_by(Interaction.id.desc()).limit(rows).subquery()
-        fits = and_(true(), *self._narrowed)
-        query = select(InteractionBody.id, fits).join(chunk, chunk.c.id == InteractionBody.id)
-        if self._narrowed:
-            query = query.join(Interaction, Interaction.id == InteractionBody.id)
-        holding = _holding(self._project_id, words)
-        return query.where(*holding, *_between(InteractionBody.id, low, self._top)).order_by(InteractionBody.id.desc())
+        fits = and_(true(), *conditions(self._project_id, self._search, low, self._top))
+        query = select(chunk.c.id, fits)
+        if self._search.filtered:
+            query = query.join(Interaction, Interaction.id == chunk.c.id).where(*self._between(Interaction.id, low))
+        if self._words is not None:
+            query = query.join(InteractionBody, InteractionBody.id == chunk.c.id).where(*self._holding(low))
+        return query.order_by(chunk.c.id.desc())
 
     def _windows(self, query: Callable[[UUID], Select[UUID]]) -> Found:
-        """`query` gives what fits from an id up to the top, unordered."""
+        """`query` gives what fits from an id up to the top, unordered. OFFSET 0 keeps the order and the limit out."""
         span = FIRST_SPAN
         while self._wants_more():
             low = max(self._floor, first_id(_time(self._top) - span))
-            key = (fitting := query(low).offset(0).subquery()).c[0]
+            fitting = query(low).offset(0).subquery()
+            key = fitting.c[0]
             got = self._timed(select(key).select_from(fitting).order_by(key.desc()).limit(self._limit - len(self._ids)))
             if got is None:
                 return Found(self._ids, _time(self._top))
@@ -173,40 +181,38 @@ class _Walk:
             self._top, span = low, span * 2
         return Found(self._ids, None)
 
-    def _own(self, low: UUID | None = None) -> Select[UUID]:
-        within = _between(Interaction.id, low or self._floor, self._top)
-        return select(Interaction.id).where(Interaction.project_id == self._project_id, *within)
-
     def _fitting(self, low: UUID) -> Select[UUID]:
-        return self._own(low).where(*self._narrowed)
+        return self._own(low).where(*conditions(self._project_id, self._search, low, self._top))
 
     def _words_first(self, low: UUID) -> Select[UUID]:
-        assert self._words is not None
-        holding = select(InteractionBody.id).where(
-            *_holding(self._project_id, self._words), *_between(InteractionBody.id, low, self._top)
-        )
-        if not self._narrowed:
+        holding = select(InteractionBody.id).where(*self._holding(low))
+        if not self._search.filtered:
             return holding
         held = holding.offset(0).subquery()
         return self._fitting(low).join(held, held.c.id == Interaction.id)
 
     def _filters_first(self, low: UUID) -> Select[UUID]:
-        assert self._words is not None
         fitting = self._fitting(low).offset(0).subquery()
-        return (
-            select(InteractionBody.id)
-            .join(fitting, fitting.c.id == InteractionBody.id)
-            .where(*_holding(self._project_id, self._words), *_between(InteractionBody.id, low, self._top))
-        )
+        joined = select(InteractionBody.id).join(fitting, fitting.c.id == InteractionBody.id)
+        return joined.where(*self._holding(low))
+
+    def _own(self, low: UUID) -> Select[UUID]:
+        own = Interaction.project_id == self._project_id
+        return select(Interaction.id).where(own, *self._between(Interaction.id, low))
+
+    def _holding(self, low: UUID) -> list[ColumnElement[bool]]:
+        """The words, and one that only answers of the project have."""
+        assert self._words is not None
+        marked = cast(f"'project{self._project_id.hex}'", TSQUERY)
+        held = InteractionBody.document.op("@@")(self._words.query.op("&&")(marked))
+        return [InteractionBody.project_id == self._project_id, held, *self._between(InteractionBody.id, low)]
+
+    def _between(self, key: InstrumentedAttribute[UUID], low: UUID) -> list[ColumnElement[bool]]:
+        return between(key, low, self._top)
 
     def _timed(self, query: Executable) -> Sequence[Any] | None:
         left = self._deadline - time.monotonic()
         return _timed(self._session, query, left) if left > 0 else None
-
-
-def _between(key: Any, low: UUID, top: UUID) -> tuple[ColumnElement[bool], ColumnElement[bool]]:  # noqa: ANN401
-    """Bounds of each table's own ids, so that each is pruned to its partitions."""
-    return key >= low, key < top
 
 
 def _time(identity: UUID) -> datetime:
@@ -227,11 +233,6 @@ def _timed(session: Session, query: Executable, seconds: float) -> Sequence[Any]
         return None
 
 
-def _holding(project_id: UUID, wanted: Terms) -> tuple[ColumnElement[bool], ...]:
-    own = cast(f"'project{project_id.hex}'", TSQUERY)
-    return InteractionBody.project_id == project_id, InteractionBody.document.op("@@")(wanted.query.op("&&")(own))
-
-
 # --- by meaning, and both ---------------------------------------------------------------------------------
 
 
@@ -249,9 +250,9 @@ def nearest(session: Session, project_id: UUID, search: Search, meaning: Meaning
     query = select(InteractionEmbedding.id).where(
         InteractionEmbedding.project_id == project_id, InteractionEmbedding.model == meaning.model
     )
-    narrowed = conditions(project_id, search)
-    if narrowed:
-        query = query.join(Interaction, Interaction.id == InteractionEmbedding.id).where(*narrowed)
+    if search.filtered:
+        fitting = _of_the_embedded(project_id, search, _oldest_embedded(session, project_id, meaning.model))
+        query = query.join(fitting, fitting.c.id == InteractionEmbedding.id)
     return list(session.scalars(query.order_by(near, InteractionEmbedding.id.desc()).limit(limit)))
 
 
@@ -274,13 +275,19 @@ def fused(*lists: Sequence[UUID]) -> list[UUID]:
     return sorted(scores, key=lambda one: (-scores[one], -one.int))
 
 
+def _of_the_embedded(project_id: UUID, search: Search, oldest: UUID | None) -> Subquery:
+    """What fits the filters as far back as there are vectors: mostly few, whose vectors alone are then compared."""
+    narrowed = conditions(project_id, search, low=oldest)
+    own = select(Interaction.id).where(Interaction.project_id == project_id, *between(Interaction.id, oldest, None))
+    return own.where(*narrowed).offset(0).subquery()
+
+
 def embedded_since(session: Session, project_id: UUID, model: str) -> datetime | None:
     """When the oldest answer whose vector is kept was given; None when there are none."""
-    oldest = (
-        select(InteractionEmbedding.id)
-        .where(InteractionEmbedding.project_id == project_id, InteractionEmbedding.model == model)
-        .order_by(InteractionEmbedding.id)
-        .limit(1)
-    )
-    found = session.scalar(oldest)
+    found = _oldest_embedded(session, project_id, model)
     return uuid7_time(found) if found else None
+
+
+def _oldest_embedded(session: Session, project_id: UUID, model: str) -> UUID | None:
+    own = InteractionEmbedding.project_id == project_id, InteractionEmbedding.model == model
+    return session.scalar(select(InteractionEmbedding.id).where(*own).order_by(InteractionEmbedding.id).limit(1))

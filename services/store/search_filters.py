@@ -8,6 +8,7 @@ from urllib.parse import urlencode
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, Select, or_, select
+from sqlalchemy.orm import InstrumentedAttribute
 
 from services.store.models import ORIGINS, VERDICTS, Annotation, Feedback, Interaction, ReviewItem
 from services.store.pages import first_id
@@ -90,8 +91,14 @@ def parsed(given: Mapping[str, str]) -> Search:
     return Search(**known)
 
 
-def conditions(project_id: UUID, search: Search) -> list[ColumnElement[bool]]:
-    """Everything but the words, on `Interaction`."""
+def conditions(
+    project_id: UUID, search: Search, low: UUID | None = None, top: UUID | None = None
+) -> list[ColumnElement[bool]]:
+    """Everything but the words, on `Interaction`.
+
+    Whoever looks at ids in [low, top) only says so: what was said of others is then not read. The bounds themselves
+    are the caller's to add.
+    """
     found: list[ColumnElement[bool]] = []
     since = start_of(search)
     if since is not None:
@@ -114,16 +121,24 @@ def conditions(project_id: UUID, search: Search) -> list[ColumnElement[bool]]:
     if search.drafted:
         found.append(Interaction.drafted_tokens > 0 if search.drafted == "yes" else Interaction.drafted_tokens == 0)
     if search.feedback:
-        found.append(_opinion(search.feedback, project_id))
+        found.append(_opinion(search.feedback, project_id, low, top))
     if search.verdict:
-        found.append(_verdict(search.verdict))
+        found.append(_verdict(search.verdict, low, top))
     if search.split:
-        found.append(_item().where(ReviewItem.split == search.split).exists())
+        found.append(_item(low, top).where(ReviewItem.split == search.split).exists())
     return found
 
 
-def _opinion(kind: str, project_id: UUID) -> ColumnElement[bool]:
-    said = select(Feedback.id).where(Feedback.interaction_id == Interaction.id, Feedback.project_id == project_id)
+def between(key: InstrumentedAttribute[UUID], low: UUID | None, top: UUID | None) -> list[ColumnElement[bool]]:
+    """Bounds of a table's own ids: Postgres does not carry them from one table of a join to another."""
+    return [*([] if low is None else [key >= low]), *([] if top is None else [key < top])]
+
+
+def _opinion(kind: str, project_id: UUID, low: UUID | None, top: UUID | None) -> ColumnElement[bool]:
+    said = select(Feedback.id).where(
+        Feedback.interaction_id == Interaction.id, Feedback.project_id == project_id,
+        *between(Feedback.interaction_id, low, top),
+    )  # fmt: skip
     if kind == "negative":
         said = said.where(or_(Feedback.rating < 0, Feedback.correction.is_not(None)))
     elif kind == "positive":
@@ -132,17 +147,18 @@ def _opinion(kind: str, project_id: UUID) -> ColumnElement[bool]:
     return ~present if kind == "none" else present
 
 
-def _item() -> Select[UUID]:
-    return select(ReviewItem.id).where(ReviewItem.interaction_id == Interaction.id).correlate(Interaction)
+def _item(low: UUID | None, top: UUID | None) -> Select[UUID]:
+    chosen = select(ReviewItem.id).where(ReviewItem.interaction_id == Interaction.id)
+    return chosen.where(*between(ReviewItem.interaction_id, low, top)).correlate(Interaction)
 
 
-def _verdict(verdict: str) -> ColumnElement[bool]:
+def _verdict(verdict: str, low: UUID | None, top: UUID | None) -> ColumnElement[bool]:
     """A judgement that stands; "waiting" is in the queue, "none" was never chosen for it."""
     if verdict == "none":
-        return ~_item().exists()
+        return ~_item(low, top).exists()
     if verdict == "waiting":
-        return _item().where(ReviewItem.state.in_(("open", "escalated", "disputed"))).exists()
-    judged = _item().join(Annotation, Annotation.review_item_id == ReviewItem.id)
+        return _item(low, top).where(ReviewItem.state.in_(("open", "escalated", "disputed"))).exists()
+    judged = _item(low, top).join(Annotation, Annotation.review_item_id == ReviewItem.id)
     return judged.where(Annotation.verdict == verdict, standing()).exists()
 
 
