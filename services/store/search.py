@@ -186,15 +186,11 @@ class _Walk:
 
     def _words_first(self, low: UUID) -> Select[UUID]:
         holding = select(InteractionBody.id).where(*self._holding(low))
-        if not self._search.filtered:
-            return holding
-        held = holding.offset(0).subquery()
-        return self._fitting(low).join(held, held.c.id == Interaction.id)
+        return _each(holding, self._fitting(low), Interaction.id) if self._search.filtered else holding
 
     def _filters_first(self, low: UUID) -> Select[UUID]:
-        fitting = self._fitting(low).offset(0).subquery()
-        joined = select(InteractionBody.id).join(fitting, fitting.c.id == InteractionBody.id)
-        return joined.where(*self._holding(low))
+        holding = select(InteractionBody.id).where(*self._holding(low))
+        return _each(self._fitting(low), holding, InteractionBody.id)
 
     def _own(self, low: UUID) -> Select[UUID]:
         own = Interaction.project_id == self._project_id
@@ -213,6 +209,14 @@ class _Walk:
     def _timed(self, query: Executable) -> Sequence[Any] | None:
         left = self._deadline - time.monotonic()
         return _timed(self._session, query, left) if left > 0 else None
+
+
+def _each(some: Select[UUID], others: Select[UUID], key: InstrumentedAttribute[UUID]) -> Select[UUID]:
+    """Ids of both, looked up one by one among the others: where Postgres takes many to be few and may choose, it
+    compares each with each."""
+    first = some.offset(0).subquery()
+    also = others.where(key == first.c.id).offset(0).lateral()
+    return select(first.c.id).join(also, true())
 
 
 def _time(identity: UUID) -> datetime:
