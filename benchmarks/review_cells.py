@@ -12,14 +12,22 @@ import httpx
 import numpy as np
 from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 from sqlalchemy import func, select
+from sqlalchemy.orm import Session
 
 from benchmarks.review_platform import Served, ids_on
 from benchmarks.review_world import REVIEWERS, reviewer_email
 from services.store.base import Base, Sessions
-from services.store.models import InteractionBody, Project
+from services.store.models import Interaction, InteractionBody, Project
 from worker.curation.build import build_revision
 
 SLUG = "chat"
+# Warms the process, and nothing that is kept for SLUG.
+OTHER = "match"
+FILTERS = (
+    "feedback=negative", "feedback=none", "verdict=correct", "verdict=waiting", "verdict=skip", "split=held_out",
+    "finish=error", "digest=base", "user=user-77", "session=session-1234", "tag=app", "tag=nothing", "confidence=low",
+    "drafted=no", "origin=cached", "window=day", "window=week&feedback=positive",
+)  # fmt: skip
 # How long a simulated reviewer looks at an item: shorter than any person.
 LOOK_SECONDS = 0.25
 # The page takes no verdict of an item that was shown for less.
@@ -85,13 +93,44 @@ def search(served: Served, sessions: Sessions, mode: str, count: int, **filters:
 # --- pages ------------------------------------------------------------------------------------------------
 
 
-def queue_page(served: Served, count: int) -> Cell:
-    """The queue's page; the overview, which shows the queue, where there is none."""
+def page(served: Served, path: str, count: int) -> Cell:
+    """One page of SLUG, again and again; `first` is with no figure kept by the console, though not its first page."""
     with served.client(reviewer_email(0)) as client:
-        path = f"/p/{SLUG}/queue"
-        if client.get(path).status_code != 200:
-            path = f"/p/{SLUG}"
-        return summary([timed(lambda: client.get(path).raise_for_status()) for _ in range(count)], path=path)
+        client.get(f"/p/{OTHER}{path}").raise_for_status()
+        times = [timed(lambda: client.get(f"/p/{SLUG}{path}").raise_for_status()) for _ in range(count)]
+    return summary(times, first=round(times[0], 1))
+
+
+def filtered(served: Served, count: int) -> Cell:
+    """The list narrowed without words, by each of FILTERS in turn; `slowest` says which took longest."""
+    taken: dict[str, list[float]] = {}
+    with served.client(reviewer_email(0)) as client:
+        for number in range(count):
+            chosen = FILTERS[number % len(FILTERS)]
+            spent = timed(lambda chosen=chosen: client.get(f"/p/{SLUG}/interactions?{chosen}").raise_for_status())
+            taken.setdefault(chosen, []).append(spent)
+    slowest = max(taken, key=lambda name: max(taken[name]))
+    return summary([one for times in taken.values() for one in times], slowest=slowest)
+
+
+def one_page(served: Served, sessions: Sessions, count: int) -> Cell:
+    """Pages of single interactions, drawn from the whole log."""
+    dice = random.Random(1)
+    with sessions() as session:
+        project = session.scalars(select(Project).where(Project.slug == SLUG)).one()
+        oldest, newest = session.execute(
+            select(func.min(Interaction.id), func.max(Interaction.id)).where(Interaction.project_id == project.id)
+        ).one()
+        ids = [_near(session, project.id, uuid.UUID(int=dice.randrange(oldest.int, newest.int))) for _ in range(count)]
+    with served.client(reviewer_email(0)) as client:
+        client.get(f"/p/{SLUG}/interactions/{newest}").raise_for_status()
+        return summary([timed(lambda one=one: client.get(f"/p/{SLUG}/interactions/{one}").raise_for_status())
+                        for one in ids])  # fmt: skip
+
+
+def _near(session: Session, project_id: uuid.UUID, point: uuid.UUID) -> uuid.UUID:
+    found = select(Interaction.id).where(Interaction.project_id == project_id, Interaction.id <= point)
+    return session.scalars(found.order_by(Interaction.id.desc()).limit(1)).one()
 
 
 # --- review -----------------------------------------------------------------------------------------------

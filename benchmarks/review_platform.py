@@ -1,4 +1,4 @@
-"""The engine and the console of a home, as processes of their own, and people signed in to it."""
+"""The database, the engine and the console of a home, as processes of their own, and people signed in to it."""
 
 import re
 import socket
@@ -9,11 +9,15 @@ from pathlib import Path
 
 import httpx
 
+from migrations.run import upgrade
 from services.platform import parts
+from services.platform.accounts import server_account
+from services.platform.paths import prepare_home
+from services.platform.postgres import PostgresServer
 from services.platform.process import Guarded
 from services.settings import Settings
 from services.store import people
-from services.store.base import Sessions
+from services.store.base import Sessions, make_sessions
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,24 @@ def served(home: Path, sessions: Sessions, names: Sequence[str] = ("engine", "co
     finally:
         for one in reversed(running):
             one.stop()
+
+
+@contextmanager
+def home_database(home: Path) -> Iterator[Sessions]:
+    """The Postgres of a home, running and migrated; it stops again when the block ends."""
+    home.mkdir(parents=True, exist_ok=True)
+    prepare_home(home, home / "run", server_account())
+    server = PostgresServer(home / "postgres", home / "run", server_account())
+    running = Guarded(server.part(), home / "logs" / "postgres.log")
+    try:
+        running.wait_ready()
+        url = server.create_database()
+        upgrade(url)
+        sessions = make_sessions(url)
+        yield sessions
+        sessions.kw["bind"].dispose()
+    finally:
+        running.stop()
 
 
 def _free_port() -> int:

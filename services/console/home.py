@@ -57,17 +57,22 @@ def overview_live(request: Request, here: Viewer) -> Response:
 
 def _overview(request: Request, here: Here) -> dict[str, Any]:
     project_id = here.project.id
-    queues: Memo[list[pages.Strategy]] = request.app.state.queues
+    reviewed: Memo[tuple[int, list[pages.Strategy]]] = request.app.state.queues
+    judgements, queue = reviewed.get(project_id, lambda: _reviewed(here))
     return {
-        "loop": pages.loop(here.session, project_id),
+        "loop": pages.loop(here.session, project_id, judgements),
         "traffic": _traffic(request, here, project_id),
-        "queue": queues.get(project_id, lambda: pages.queue(here.session, project_id)),
+        "queue": queue,
         "latest": _latest(here),
         "changes": deployments.events(here.session, project_id, limit=2),
         "run_lines": pages.run_lines(here.session, project_id, limit=3),
         **speed_context(request, here),
         **quality_context(request, here),
     }
+
+
+def _reviewed(here: Here) -> tuple[int, list[pages.Strategy]]:
+    return pages.judgements(here.session, here.project.id), pages.queue(here.session, here.project.id)
 
 
 def _latest(here: Here) -> list[browse.Line]:

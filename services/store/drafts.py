@@ -16,7 +16,7 @@ from services.store.models import Interaction
 from services.store.speed import SPANS, Window, answers_in, spans_of
 
 # Documents that are read of a span, and rows that are counted towards the first heads.
-MOST_ROWS, COUNTED_ROWS = 100, 50_000
+MOST_ROWS, COUNTED_ROWS, FEW_ROWS = 100, 50_000, 2000
 
 
 class Drafter(NamedTuple):
@@ -89,15 +89,20 @@ def of_answer(logged: Interaction) -> list[Drafter]:
 
 
 def response_tokens(session: Session, project_id: UUID, most: int) -> int:
-    """Tokens of the project's newest live answers, counted until `most`."""
+    """Tokens of the project's newest live answers, counted until `most`: of a few, and of many only if need be."""
+    few = _newest_tokens(session, project_id, FEW_ROWS)
+    return min(most, few if few >= most else _newest_tokens(session, project_id, COUNTED_ROWS))
+
+
+def _newest_tokens(session: Session, project_id: UUID, rows: int) -> int:
     newest = (
         select(Interaction.completion_tokens.label("tokens"))
         .where(Interaction.project_id == project_id, Interaction.origin == "live")
         .order_by(Interaction.id.desc())
-        .limit(COUNTED_ROWS)
+        .limit(rows)
         .subquery()
     )
-    return min(most, int(session.scalar(select(func.coalesce(func.sum(newest.c.tokens), 0))) or 0))
+    return int(session.scalar(select(func.coalesce(func.sum(newest.c.tokens), 0))) or 0)
 
 
 @dataclass

@@ -303,6 +303,7 @@ class ReviewItem(Base):
         CheckConstraint("judged BETWEEN 0 AND overlap_target", name="judged"),
         UniqueConstraint("interaction_id"),
         Index("ix_review_item_queue", "project_id", "state", "priority", "order_hash"),
+        Index("ix_review_item_counts", "project_id", "state", "strategy"),
         Index("ix_review_item_held", "lease_user_id", postgresql_where=text("lease_user_id IS NOT NULL")),
         Index("ix_review_item_gold", "project_id", postgresql_where=text("gold IS NOT NULL")),
         Index(None, "project_id", "window"),

@@ -142,8 +142,8 @@ def traffic(session: Session, project_id: UUID) -> Traffic:
 # --- one project ------------------------------------------------------------------------------------------
 
 
-def loop(session: Session, project_id: UUID) -> Loop:
-    """The figures under the loop strip."""
+def loop(session: Session, project_id: UUID, reviewed: int) -> Loop:
+    """The figures under the loop strip; `reviewed` is what `judgements` counts."""
     escalated = select(func.count()).where(ReviewItem.project_id == project_id, ReviewItem.state == "escalated")
     revision = session.scalar(
         select(Revision)
@@ -157,7 +157,7 @@ def loop(session: Session, project_id: UUID) -> Loop:
         served_hour=_served_hour(session, project_id),
         waiting=waiting(session, project_id),
         escalated=session.scalar(escalated) or 0,
-        reviewed=judgements(session, project_id),
+        reviewed=reviewed,
         learned=revision.train_count + revision.held_out_count if revision else 0,
         revision_digest=revision.digest if revision else None,
         digest=deployment.active_digest if deployment else None,
@@ -166,7 +166,7 @@ def loop(session: Session, project_id: UUID) -> Loop:
 
 
 def judgements(session: Session, project_id: UUID) -> int:
-    """How many counted judgements stand."""
+    """How many counted judgements stand, from every one of them: callers keep the answer for a while."""
     standing_ones = select(func.count()).where(
         Annotation.project_id == project_id, Annotation.verdict.in_(COUNTED), standing()
     )

@@ -1,121 +1,43 @@
-"""Search in the log: filters that live in the URL, words, meaning, or both.
+"""Search in the log: words, meaning, or both, narrowed by the filters of `search_filters`.
 
-Words are looked for in windows of time, newest first, each pruned to its partitions, until a page is full or the time
-is spent; what was not searched is said. Meaning is an exact scan of the vectors that are kept, a project's newest.
+Words are looked for newest first until a page is full or the time is spent; what was not searched is said. Meaning is
+an exact scan of the vectors that are kept, a project's newest.
 """
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
-from math import log
 from typing import Any, NamedTuple
-from urllib.parse import urlencode
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, Text, cast, func, or_, select, text
+from sqlalchemy import ColumnElement, Executable, Select, Subquery, Text, and_, cast, func, select, text, true
 from sqlalchemy.dialects.postgresql import REGCONFIG, TSQUERY
 from sqlalchemy.exc import OperationalError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from services.store.base import uuid7_time
-from services.store.models import (
-    ORIGINS,
-    VERDICTS,
-    Annotation,
-    Feedback,
-    Interaction,
-    InteractionBody,
-    InteractionEmbedding,
-    ReviewItem,
-)
+from services.store.models import Interaction, InteractionBody, InteractionEmbedding
 from services.store.pages import first_id
-from services.store.reviews import standing
+from services.store.search_filters import CHOICES, WINDOWS, Search, between, conditions, parsed, start_of
 
-WINDOWS = {
-    "hour": timedelta(hours=1), "day": timedelta(days=1), "week": timedelta(days=7), "month": timedelta(days=30),
-    "all": None,
-}  # fmt: skip
-FINISHES = ("stop", "length", "cancelled", "error")
-JUDGED = (*(verdict for verdict in VERDICTS if verdict != "undo"), "waiting", "none")
-CHOICES: Mapping[str, Sequence[str]] = {
-    "mode": ("both", "words", "meaning"), "window": tuple(WINDOWS), "finish": FINISHES, "origin": ORIGINS,
-    "feedback": ("negative", "positive", "any", "none"), "verdict": JUDGED, "split": ("train", "held_out"),
-    "confidence": ("low",), "drafted": ("yes", "no"),
-}  # fmt: skip
-DEFAULTS = {"mode": "both", "window": "all"}
-# Shorter in an address, as people know it.
-ADDRESSED = {"words": "q"}
-LONGEST_WORDS = 2000
-LONGEST_VALUE = 200
-# Tokens that were on average less likely than not.
-LOW_LOGPROB = log(0.5)
+__all__ = [
+    "CHOICES", "RANKED", "WINDOWS", "Found", "Meaning", "Search", "best_words", "conditions", "embedded_since", "fused",
+    "nearest", "newest", "parsed", "terms",
+]  # fmt: skip
+
 SECONDS = 1.5
-# What a search may take by the plan that is best when its words are frequent.
-GUESS_SECONDS = 0.1
 FIRST_SPAN = timedelta(days=1)
+# The newest answers that tell how frequent the words are.
+SAMPLED = 400
+# Answers that are read one by one at most. What takes more is looked up: words that are rarer by their index.
+WALKED = 4000
+# Words in fewer answers than this are looked up before the filters are.
+FREQUENT = 0.05
 # A typed beginning shorter than this begins too many words.
 SHORTEST_PREFIX = 3
 RANKED = 200
 # Reciprocal rank fusion: Cormack, Clarke and Büttcher, SIGIR 2009.
 FUSION = 60
-
-
-@dataclass(frozen=True, kw_only=True)
-class Search:
-    """What the list is narrowed to; empty strings leave a field alone. `digest` "base" is the base model; `tag` is
-    a tag's name, or name=value."""
-
-    words: str = ""
-    mode: str = "both"
-    window: str = "all"
-    digest: str = ""
-    finish: str = ""
-    origin: str = ""
-    feedback: str = ""
-    tag: str = ""
-    verdict: str = ""
-    split: str = ""
-    user: str = ""
-    session: str = ""
-    confidence: str = ""
-    drafted: str = ""
-
-    @property
-    def query(self) -> str:
-        """This search as the end of an address; searches that are the same have the same."""
-        return urlencode(self.stored)
-
-    @property
-    def stored(self) -> list[tuple[str, str]]:
-        """The fields of an address that somebody chose."""
-        chosen = [(name, value) for name, value in vars(self).items() if value and value != DEFAULTS.get(name)]
-        return [(ADDRESSED.get(name, name), value) for name, value in chosen]
-
-    @property
-    def start(self) -> UUID | None:
-        """The smallest id of its window of time, as the clock stands."""
-        since = _start(self)
-        return first_id(since) if since else None
-
-    @property
-    def filtered(self) -> bool:
-        """Whether anything but the words narrows it."""
-        return any(
-            value for name, value in vars(self).items() if name not in ("words", "mode") and value != DEFAULTS.get(name)
-        )
-
-
-def parsed(given: Mapping[str, str]) -> Search:
-    """A search from an address or a stored one: what is no choice of a field is left out, NUL is no text."""
-    known: dict[str, str] = {}
-    for field in fields(Search):
-        value = given.get(field.name) or given.get(ADDRESSED.get(field.name, ""), "")
-        value = value.replace("\x00", "").strip()
-        value = value[: LONGEST_WORDS if field.name == "words" else LONGEST_VALUE]
-        if value and (field.name not in CHOICES or value in CHOICES[field.name]):
-            known[field.name] = value
-    return Search(**known)
 
 
 class Found(NamedTuple):
@@ -158,161 +80,161 @@ def newest(
     seconds: float = SECONDS,
 ) -> Found:
     """What fits, newest first, older than `before` and no older than `since`, within about `seconds`."""
-    query = _matching(session, project_id, search)
-    if query is None:
-        return Found([], None)
-    key = query.selected_columns[0]
-    start = _start(search)
+    key = Interaction.id
+    own = Interaction.project_id == project_id
     if not (search.words or search.filtered or since):
-        bounded = query if before is None else query.where(key < before)
+        bounded = select(key).where(own) if before is None else select(key).where(own, key < before)
         return Found(list(session.scalars(bounded.order_by(key.desc()).limit(limit))), None)
-    oldest = session.scalar(
-        select(Interaction.id).where(Interaction.project_id == project_id).order_by(Interaction.id).limit(1)
-    )
-    if oldest is None:
+    wanted = terms(session, search.words) if search.words else None
+    oldest = session.scalar(select(key).where(own).order_by(key).limit(1))
+    if oldest is None or (wanted is not None and not wanted.text):
         return Found([], None)
+    start = start_of(search)
     floor = max(oldest, first_id(start) if start else oldest, since or oldest)
     top = before or first_id(datetime.now(UTC) + timedelta(days=1))
-    return _walk(session, query, floor, top, limit, seconds, indexed=bool(search.words))
+    return _Walk(session, project_id, search, wanted, floor, top, limit, time.monotonic() + seconds).found()
 
 
-def _walk(
-    session: Session, query: Select[UUID], floor: UUID, top: UUID, limit: int, seconds: float, *, indexed: bool
-) -> Found:
-    """Windows of a day, then twice as long each: the newest partitions are often all it takes.
+class _Shares(NamedTuple):
+    """Of the answers, those that held the words; of these, those that the filters let through."""
 
-    Words that seem frequent each and are rare together mislead Postgres into reading the newest rows one by one. Where
-    that takes long, `indexed` searches go on by the index alone, which costs as much as there are matches.
+    held: float
+    fit: float
+
+
+class _Walk:
+    """From `top` down to `floor`, until `limit` ids are found or the time is spent.
+
+    Answer by answer while the newest ones show that this is soon done; else by what narrows most, in windows of a day
+    and then twice as long each. Postgres cannot be left to choose: words that are frequent each are frequent together
+    to it, and a page of the newest costs it the same wherever the matches lie.
     """
-    key = query.selected_columns[0]
-    ids: list[UUID] = []
-    span, deadline = FIRST_SPAN, time.monotonic() + seconds
-    by_index = False
-    while top > floor and len(ids) < limit:
-        low = max(floor, first_id(_time(top) - span))
-        window = query.where(key >= low, key < top)
-        first = window.order_by(key.desc()).limit(limit - len(ids))
-        left = deadline - time.monotonic()
-        rows = None
-        if not by_index and left > 0:
-            rows = _timed(session, first, min(left, GUESS_SECONDS) if indexed else left)
-            by_index = rows is None and indexed
-        left = deadline - time.monotonic()
-        if by_index and left > 0:
-            rows = _timed(session, _by_index(window, limit - len(ids)), left)
-        if rows is None:
-            return Found(ids, _time(top))
-        ids += rows
-        top, span = low, span * 2
-    return Found(ids, None)
+
+    def __init__(
+        self,
+        session: Session,
+        project_id: UUID,
+        search: Search,
+        words: Terms | None,
+        floor: UUID,
+        top: UUID,
+        limit: int,
+        deadline: float,
+    ) -> None:
+        self._session, self._project_id, self._search, self._words = session, project_id, search, words
+        self._floor, self._top, self._limit, self._deadline = floor, top, limit, deadline
+        self._ids: list[UUID] = []
+
+    def found(self) -> Found:
+        """The whole way."""
+        seen = self._one_by_one()
+        if self._words is None:
+            return self._windows(self._fitting)
+        narrower = seen.held >= FREQUENT and seen.fit < seen.held
+        return self._windows(self._filters_first if narrower and self._search.filtered else self._words_first)
+
+    def _wants_more(self) -> bool:
+        return self._top > self._floor and len(self._ids) < self._limit
+
+    def _one_by_one(self) -> _Shares:
+        """Reads the newest answers, more while that fills the page; the shares are of the last ones it read."""
+        rows, walked, shares = SAMPLED, 0, _Shares(0.0, 0.0)
+        while self._wants_more() and walked + rows <= WALKED:
+            low = self._below(rows)
+            got = self._timed(self._reading(low, rows))
+            if got is None:
+                return shares
+            fit = [one for one, fits in got if fits]
+            self._ids += fit[: self._limit - len(self._ids)]
+            shares = _Shares(len(got) / rows, len(fit) / max(1, len(got)))
+            self._top, walked = low, walked + rows
+            rows = max(SAMPLED, round(1.2 * (self._limit - len(self._ids)) * rows / max(len(fit), 0.5)))
+        return shares
+
+    def _below(self, rows: int) -> UUID:
+        """The id that has `rows` of the project's answers from it up to the top."""
+        newest_ones = self._own(self._floor).order_by(Interaction.id.desc()).offset(rows - 1).limit(1)
+        return self._session.scalar(newest_ones) or self._floor
+
+    def _reading(self, low: UUID, rows: int) -> Select[UUID, bool]:
+        """Newest first what holds the words, and whether the filters let it through. LIMIT keeps it one by one."""
+        chunk = self._own(low).order_by(Interaction.id.desc()).limit(rows).subquery()
+        fits = and_(true(), *conditions(self._project_id, self._search, low, self._top))
+        query = select(chunk.c.id, fits)
+        if self._search.filtered:
+            query = query.join(Interaction, Interaction.id == chunk.c.id).where(*self._between(Interaction.id, low))
+        if self._words is not None:
+            query = query.join(InteractionBody, InteractionBody.id == chunk.c.id).where(*self._holding(low))
+        return query.order_by(chunk.c.id.desc())
+
+    def _windows(self, query: Callable[[UUID], Select[UUID]]) -> Found:
+        """`query` gives what fits from an id up to the top, unordered. OFFSET 0 keeps the order and the limit out."""
+        span = FIRST_SPAN
+        while self._wants_more():
+            low = max(self._floor, first_id(_time(self._top) - span))
+            fitting = query(low).offset(0).subquery()
+            key = fitting.c[0]
+            got = self._timed(select(key).select_from(fitting).order_by(key.desc()).limit(self._limit - len(self._ids)))
+            if got is None:
+                return Found(self._ids, _time(self._top))
+            self._ids += [row[0] for row in got]
+            self._top, span = low, span * 2
+        return Found(self._ids, None)
+
+    def _fitting(self, low: UUID) -> Select[UUID]:
+        return self._own(low).where(*conditions(self._project_id, self._search, low, self._top))
+
+    def _words_first(self, low: UUID) -> Select[UUID]:
+        holding = select(InteractionBody.id).where(*self._holding(low))
+        return _each(holding, self._fitting(low), Interaction.id) if self._search.filtered else holding
+
+    def _filters_first(self, low: UUID) -> Select[UUID]:
+        holding = select(InteractionBody.id).where(*self._holding(low))
+        return _each(self._fitting(low), holding, InteractionBody.id)
+
+    def _own(self, low: UUID) -> Select[UUID]:
+        own = Interaction.project_id == self._project_id
+        return select(Interaction.id).where(own, *self._between(Interaction.id, low))
+
+    def _holding(self, low: UUID) -> list[ColumnElement[bool]]:
+        """The words, and one that only answers of the project have."""
+        assert self._words is not None
+        marked = cast(f"'project{self._project_id.hex}'", TSQUERY)
+        held = InteractionBody.document.op("@@")(self._words.query.op("&&")(marked))
+        return [InteractionBody.project_id == self._project_id, held, *self._between(InteractionBody.id, low)]
+
+    def _between(self, key: InstrumentedAttribute[UUID], low: UUID) -> list[ColumnElement[bool]]:
+        return between(key, low, self._top)
+
+    def _timed(self, query: Executable) -> Sequence[Any] | None:
+        left = self._deadline - time.monotonic()
+        return _timed(self._session, query, left) if left > 0 else None
 
 
-def _by_index(window: Select[UUID], limit: int) -> Select[UUID]:
-    """OFFSET 0 keeps the order and the limit out of the inner query, and with them the walk along the ids."""
-    inner = window.offset(0).subquery()
-    return select(inner.c[0]).order_by(inner.c[0].desc()).limit(limit)
+def _each(some: Select[UUID], others: Select[UUID], key: InstrumentedAttribute[UUID]) -> Select[UUID]:
+    """Ids of both, looked up one by one among the others: where Postgres takes many to be few and may choose, it
+    compares each with each."""
+    first = some.offset(0).subquery()
+    also = others.where(key == first.c.id).offset(0).lateral()
+    return select(first.c.id).join(also, true())
 
 
 def _time(identity: UUID) -> datetime:
     return datetime.fromtimestamp((identity.int >> 80) / 1000, UTC)
 
 
-def _timed(session: Session, query: Select[UUID], seconds: float) -> list[UUID] | None:
+def _timed(session: Session, query: Executable, seconds: float) -> Sequence[Any] | None:
     """The rows, or None when they take too long; the transaction goes on either way."""
     try:
         with session.begin_nested():
             session.execute(text(f"SET LOCAL statement_timeout = {max(1, int(seconds * 1000))}"))
-            rows = list(session.scalars(query))
+            rows = session.execute(query).all()
             session.execute(text("SET LOCAL statement_timeout = DEFAULT"))
             return rows
     except OperationalError as error:
         if getattr(error.orig, "sqlstate", "") != "57014":
             raise
         return None
-
-
-def _matching(session: Session, project_id: UUID, search: Search) -> Select[UUID] | None:
-    """The ids that fit, unordered; None when the words hold nothing to look for. Words alone need no other table."""
-    narrowed = conditions(project_id, search)
-    if not search.words:
-        return select(Interaction.id).where(Interaction.project_id == project_id, *narrowed)
-    wanted = terms(session, search.words)
-    if not wanted.text:
-        return None
-    query = select(InteractionBody.id).where(*_holding(project_id, wanted))
-    if narrowed:
-        query = query.join(Interaction, Interaction.id == InteractionBody.id).where(*narrowed)
-    return query
-
-
-def _holding(project_id: UUID, wanted: Terms) -> tuple[ColumnElement[bool], ...]:
-    own = cast(f"'project{project_id.hex}'", TSQUERY)
-    return InteractionBody.project_id == project_id, InteractionBody.document.op("@@")(wanted.query.op("&&")(own))
-
-
-def _start(search: Search) -> datetime | None:
-    """When the search's window of time begins."""
-    span = WINDOWS[search.window]
-    return datetime.now(UTC) - span if span else None
-
-
-# --- filters ----------------------------------------------------------------------------------------------
-
-
-def conditions(project_id: UUID, search: Search) -> list[ColumnElement[bool]]:
-    """Everything but the words, on `Interaction`."""
-    found: list[ColumnElement[bool]] = []
-    since = _start(search)
-    if since is not None:
-        found.append(Interaction.id >= first_id(since))
-    if search.digest:
-        served = Interaction.adapter_digest
-        found.append(served.is_(None) if search.digest == "base" else served.startswith(search.digest, autoescape=True))
-    for value, column in (
-        (search.finish, Interaction.finish_reason), (search.origin, Interaction.origin),
-        (search.user, Interaction.end_user), (search.session, Interaction.session_key),
-    ):  # fmt: skip
-        if value:
-            found.append(column == value)
-    if search.tag:
-        name, equals, value = search.tag.partition("=")
-        tagged = Interaction.tags
-        found.append(tagged[name.strip()].astext == value.strip() if equals else tagged.has_key(name))
-    if search.confidence:
-        found.append(Interaction.mean_logprob < LOW_LOGPROB)
-    if search.drafted:
-        found.append(Interaction.drafted_tokens > 0 if search.drafted == "yes" else Interaction.drafted_tokens == 0)
-    if search.feedback:
-        found.append(_opinion(search.feedback, project_id))
-    if search.verdict:
-        found.append(_verdict(search.verdict))
-    if search.split:
-        found.append(_item().where(ReviewItem.split == search.split).exists())
-    return found
-
-
-def _opinion(kind: str, project_id: UUID) -> ColumnElement[bool]:
-    said = select(Feedback.id).where(Feedback.interaction_id == Interaction.id, Feedback.project_id == project_id)
-    if kind == "negative":
-        said = said.where(or_(Feedback.rating < 0, Feedback.correction.is_not(None)))
-    elif kind == "positive":
-        said = said.where(Feedback.rating > 0)
-    present = said.correlate(Interaction).exists()
-    return ~present if kind == "none" else present
-
-
-def _item() -> Select[UUID]:
-    return select(ReviewItem.id).where(ReviewItem.interaction_id == Interaction.id).correlate(Interaction)
-
-
-def _verdict(verdict: str) -> ColumnElement[bool]:
-    """A judgement that stands; "waiting" is in the queue, "none" was never chosen for it."""
-    if verdict == "none":
-        return ~_item().exists()
-    if verdict == "waiting":
-        return _item().where(ReviewItem.state.in_(("open", "escalated", "disputed"))).exists()
-    judged = _item().join(Annotation, Annotation.review_item_id == ReviewItem.id)
-    return judged.where(Annotation.verdict == verdict, standing()).exists()
 
 
 # --- by meaning, and both ---------------------------------------------------------------------------------
@@ -332,9 +254,9 @@ def nearest(session: Session, project_id: UUID, search: Search, meaning: Meaning
     query = select(InteractionEmbedding.id).where(
         InteractionEmbedding.project_id == project_id, InteractionEmbedding.model == meaning.model
     )
-    narrowed = conditions(project_id, search)
-    if narrowed:
-        query = query.join(Interaction, Interaction.id == InteractionEmbedding.id).where(*narrowed)
+    if search.filtered:
+        fitting = _of_the_embedded(project_id, search, _oldest_embedded(session, project_id, meaning.model))
+        query = query.join(fitting, fitting.c.id == InteractionEmbedding.id)
     return list(session.scalars(query.order_by(near, InteractionEmbedding.id.desc()).limit(limit)))
 
 
@@ -357,13 +279,19 @@ def fused(*lists: Sequence[UUID]) -> list[UUID]:
     return sorted(scores, key=lambda one: (-scores[one], -one.int))
 
 
+def _of_the_embedded(project_id: UUID, search: Search, oldest: UUID | None) -> Subquery:
+    """What fits the filters as far back as there are vectors: mostly few, whose vectors alone are then compared."""
+    narrowed = conditions(project_id, search, low=oldest)
+    own = select(Interaction.id).where(Interaction.project_id == project_id, *between(Interaction.id, oldest, None))
+    return own.where(*narrowed).offset(0).subquery()
+
+
 def embedded_since(session: Session, project_id: UUID, model: str) -> datetime | None:
     """When the oldest answer whose vector is kept was given; None when there are none."""
-    oldest = (
-        select(InteractionEmbedding.id)
-        .where(InteractionEmbedding.project_id == project_id, InteractionEmbedding.model == model)
-        .order_by(InteractionEmbedding.id)
-        .limit(1)
-    )
-    found = session.scalar(oldest)
+    found = _oldest_embedded(session, project_id, model)
     return uuid7_time(found) if found else None
+
+
+def _oldest_embedded(session: Session, project_id: UUID, model: str) -> UUID | None:
+    own = InteractionEmbedding.project_id == project_id, InteractionEmbedding.model == model
+    return session.scalar(select(InteractionEmbedding.id).where(*own).order_by(InteractionEmbedding.id).limit(1))

@@ -1,7 +1,9 @@
 """Words find what was said, in one's own project only, whatever is typed and however long the text was."""
 
+import random
 import time
 import uuid
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import parse_qsl
@@ -10,7 +12,7 @@ import pytest
 from sqlalchemy import Select, select, text
 from sqlalchemy.orm import Session
 
-from services.store import interactions, partitions, search
+from services.store import feedback, interactions, partitions, search
 from services.store.base import Sessions, uuid7
 from services.store.models import Interaction, InteractionBody, Project
 from services.store.pages import first_id
@@ -168,11 +170,12 @@ def test_a_search_whose_time_is_spent_says_how_far_it_came(
     spent: list[Any] = []
     timed = search._timed
 
-    def second_is_slow(session: Session, query: Select[uuid.UUID], seconds: float) -> list[uuid.UUID] | None:
+    def second_is_slow(session: Session, query: Select[uuid.UUID], seconds: float) -> Sequence[Any] | None:
         spent.append(seconds)
         return None if len(spent) > 2 else timed(session, query, seconds)
 
     monkeypatch.setattr(search, "_timed", second_is_slow)
+    monkeypatch.setattr(search, "WALKED", 0)
     with sessions() as session:
         got = newest(session, project.id, Search(words="needle"))
     assert got.back_to is not None
@@ -190,6 +193,68 @@ def test_a_statement_that_takes_too_long_is_ended_and_the_transaction_goes_on(
         assert search._timed(session, slow, 0.1) is None
         assert time.monotonic() - began < 2
         assert session.scalar(text("SHOW statement_timeout")) == "0"
+
+
+WAYS: dict[str, dict[str, float]] = {
+    "as it is": {}, "read a few, then by the index": {"SAMPLED": 3, "WALKED": 7}, "by the index": {"WALKED": 0},
+    "by the filters": {"SAMPLED": 3, "WALKED": 3, "FREQUENT": 0.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_find_finds_what_reading_everything_finds(
+    sessions: Sessions, project: Project, other: Project, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """Words of all frequencies, alone and narrowed, whole and in pages, against one plain query."""
+    dice = random.Random(7)
+    with sessions.begin() as session:
+        partitions.ensure(session, since=datetime.now(UTC) - timedelta(days=12))
+        for number in range(120):
+            said = " ".join(word for word, share in FREQUENCIES.items() if dice.random() < share)
+            owner = other if dice.random() < 0.1 else project
+            made = seed.interaction(
+                session, owner.id, output=f"{said} n{number}", ago=timedelta(hours=dice.uniform(0, 240)),
+                mean_logprob=-2.0 if dice.random() < 0.2 else -0.1,
+            )  # fmt: skip
+            if dice.random() < 0.2:
+                opinion = feedback.Opinion(rating=dice.choice((-1, 1)))
+                feedback.add(session, owner.id, made.id, f"opinion {number}", opinion)
+    for name, value in WAYS[way].items():
+        monkeypatch.setattr(search, name, value)
+    with sessions() as session:
+        for words in ("always", "often", "seldom", "often seldom", '"always often"', "always -seldom", "nowhere", "of"):
+            narrowed: tuple[dict[str, str], ...] = (
+                {},
+                {"confidence": "low"},
+                {"feedback": "negative"},
+                {"window": "week"},
+            )
+            for filters in narrowed:
+                wanted = Search(words=words, **filters)
+                expected = plainly(session, project.id, wanted)
+                assert newest(session, project.id, wanted, limit=200).ids == expected, (words, filters)
+                seen: list[uuid.UUID] = []
+                while page := newest(session, project.id, wanted, before=seen[-1] if seen else None, limit=9).ids:
+                    seen += page
+                assert seen == expected, (words, filters)
+
+
+FREQUENCIES = {"always": 1.0, "often": 0.5, "seldom": 0.05}
+
+
+def plainly(session: Session, project_id: uuid.UUID, wanted: Search) -> list[uuid.UUID]:
+    """All of it in one query that knows no windows."""
+    asked = search.terms(session, wanted.words)
+    if not asked.text:
+        return []
+    matching = (
+        select(Interaction.id)
+        .join(InteractionBody, InteractionBody.id == Interaction.id)
+        .where(Interaction.project_id == project_id, *search.conditions(project_id, wanted))
+        .where(InteractionBody.document.op("@@")(asked.query))
+        .order_by(Interaction.id.desc())
+    )
+    return list(session.scalars(matching))
 
 
 # --- filters ----------------------------------------------------------------------------------------------
