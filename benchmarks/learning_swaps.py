@@ -262,7 +262,8 @@ def _judge(blocks: Sequence[Block], right: Mapping[tuple[str, int], str], wanted
     took = sorted(1000 * (end - begin) for begin, end in swapped)
     raw = {
         "swaps": len(swapped), "requests": len(heard), "failed": len(failed),
-        "failures": [one.failure for one in failed[:5]], "wrong": wrong, "not_logged": lost, "overlapping_streams": len(near), "control_streams": len(control),
+        "failures": [one.failure for one in failed[:5]], "wrong": wrong,
+        "not_logged": lost, "overlapping_streams": len(near), "control_streams": len(control),
         "p99_gap_ms": p99, "p99_gap_control_ms": p99_control,
         "swap_ms": {"p50": statistics.median(took), "most": took[-1]},
         "engine_mb": {"first": memory[0], "last": memory[-1], "most": max(memory)},

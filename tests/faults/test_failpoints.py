@@ -9,7 +9,12 @@ import pytest
 from services.store import failpoints
 from tests.gateway.parts import eventually
 
-WALK = "from services.store import failpoints\nfor name in ('a', 'b', 'c'):\n    failpoints.reach(name)\n    print(name, flush=True)"
+WALK = """
+from services.store import failpoints
+for name in ("a", "b", "c"):
+    failpoints.reach(name)
+    print(name, flush=True)
+"""
 
 
 def walk(armed: str) -> "subprocess.Popen[str]":
