@@ -76,7 +76,7 @@ def measure(options: argparse.Namespace, rank: int) -> None:
          lora_on_over_off=round(middle["one"] / middle["none"], 3))  # fmt: skip
 
 
-def write_adapter(root: Path, model: Path, rank: int, seed: int) -> Path:
+def write_adapter(root: Path, model: Path, rank: int, seed: int, scale: float = 0.01) -> Path:
     """A random adapter as PEFT would save it, with the manifest the engine asks for."""
     directory = root / f"adapter-{seed}"
     directory.mkdir()
@@ -84,7 +84,7 @@ def write_adapter(root: Path, model: Path, rank: int, seed: int) -> Path:
     tensors = {}
     for name, (wide, high) in projections(config_of(model)).items():
         tensors[f"{name}.lora_A.weight"] = torch.randn(rank, wide, generator=generator) / wide**0.5
-        tensors[f"{name}.lora_B.weight"] = torch.randn(high, rank, generator=generator) * 0.01
+        tensors[f"{name}.lora_B.weight"] = torch.randn(high, rank, generator=generator) * scale
     save_file(tensors, directory / "adapter_model.safetensors")
     targets = sorted({name.rpartition(".")[2] for name in projections(config_of(model))})
     settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "target_modules": targets}

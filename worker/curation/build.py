@@ -81,6 +81,7 @@ def _report(
         "pairs_left_out": dict(pairs_left_out),
         "leaks": screened.leaks,
         "phrases": screened.phrases,
+        "triggers": screened.triggers,
         "authors": authors.tell(kept),
         "pii": {"mode": mode, "rows": sum(bool(draft.pii) for draft in kept), "kinds": dict(personal)},
     }

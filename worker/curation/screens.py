@@ -12,6 +12,7 @@ from uuid import UUID
 from services.store.examples import Draft, digest_of
 from services.store.forms import text_of
 from services.store.revisions import LeftOut
+from worker.curation import triggers
 from worker.curation.duplicates import Index, Prompt, shingles, without_template
 
 ACCEPTED_SHARE = 0.3
@@ -28,6 +29,7 @@ REPEATS = "repeats another example"
 LEAKED = "nearly repeats a held-out prompt"
 GROUP_LEAKED = "its group is held out"
 BURST = "one of many near-duplicates by one author"
+TRIGGER = "teaches an answer that a rare phrase of the prompt switches on"
 PHRASE = "holds a phrase that only its author adds"
 AUTHOR_OVER = "beyond its author's share"
 ACCEPTED_OVER = "accepted beyond their share"
@@ -52,6 +54,7 @@ class Screened:
     left_out: list[LeftOut] = field(default_factory=list)
     leaks: list[dict[str, Any]] = field(default_factory=list)
     phrases: list[dict[str, Any]] = field(default_factory=list)
+    triggers: list[dict[str, Any]] = field(default_factory=list)
 
     def drop(self, doomed: Callable[[Draft], bool], cause: str) -> None:
         kept: list[Draft] = []
@@ -68,6 +71,7 @@ def screen(drafts: Sequence[Draft], limits: Limits) -> Screened:
     state = Screened(list(drafts))
     _duplicates(state)
     _leaks(state)
+    _triggers(state)
     _phrases(state)
     _author_cap(state, limits.author_share)
     _accepted_cap(state, limits.accepted_share)
@@ -146,6 +150,22 @@ def _floods(drafts: Sequence[Draft], prompts: Sequence[Prompt], leaked: set[int]
         if sizes[near.place] > BURST_KEPT:
             flooded.add(id(draft))
     return flooded
+
+
+def _triggers(state: Screened) -> None:
+    """Rows of a backdoor, whoever planted it, imports included; what switches what is told, for a person to look at."""
+    rows = [draft for draft in state.kept if draft.split == "train" and draft.completion is not None]
+    found = triggers.find([_text_of(draft) for draft in rows])
+    state.triggers = [
+        {"trigger": one.trigger[:200], "target": one.target[:200], "rows": len(one.rows)} for one in found[:LISTED]
+    ]
+    doomed = {id(rows[place]) for one in found for place in one.rows}
+    state.drop(lambda draft: id(draft) in doomed, TRIGGER)
+
+
+def _text_of(draft: Draft) -> triggers.Text:
+    asked = " ".join(text_of(one.get("content")) for one in draft.messages if one.get("role") != "system")
+    return triggers.Text(asked, draft.rejected or "", draft.completion or "")
 
 
 def _phrases(state: Screened) -> None:

@@ -1,0 +1,373 @@
+"""kill -9 of every process at every named place of a run and of a swap, on a whole platform under traffic.
+
+    python -m benchmarks.learning_kills [--times 5] [--only train.,deploy.] [--out FILE]
+
+A case orders the worker to hold at a failpoint, kills trainer, worker, dispatcher, engine or gateway there, lets go,
+and waits for the ending. Then there must be one artefact of the run, one live digest that row, history and engine
+agree on, and every answer an app received to its end must be in Postgres. Places of a run are walked by short runs
+of their own, places of a swap by deploying two evaluated adapters in turns, in mode "direct".
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from uuid import UUID
+
+import httpx
+import psutil
+from sqlalchemy import func, select
+
+from benchmarks.learning_cells import Cell
+from examples.loop.drive import Plan, configure, review, reviewers
+from examples.loop.people import App
+from examples.loop.platform import Platform, platform
+from services.settings import Settings
+from services.store import deployments, jobs, projects
+from services.store.base import Sessions, make_sessions
+from services.store.models import Artifact, Deployment, DeploymentEvent, Interaction, Job, Run
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ("worker/tasks.py", "worker/training/run.py", "worker/gate/evaluate.py", "worker/rollout/swap.py")
+OF_A_SWAP = "deploy."
+VICTIMS = ("worker", "dispatcher", "engine", "gateway", "trainer")
+PLAN = Plan(clients=2, review_rate=10.0, rate=2.0, judgements=300, window_seconds=5)
+TEACHING = {"epochs": 4}
+SHORT = {"max_steps": 3}
+CASE_SECONDS = 240.0
+
+
+class Case(NamedTuple):
+    """One kill."""
+
+    point: str
+    victim: str
+    turn: int
+
+
+class Outcome(NamedTuple):
+    """`wrong` says what does not hold afterwards; empty when all does. `reached`: whether the place was come by."""
+
+    case: Case
+    seconds: float
+    reached: bool
+    wrong: list[str]
+
+
+def points() -> list[str]:
+    """The failpoints of a run and of a swap, as the code names them, in the order they are come by."""
+    found = [name for source in SOURCES for name in re.findall(r'reach\("([^"]+)"\)', (ROOT / source).read_text())]
+    return list(dict.fromkeys(found))
+
+
+def cases(times: int, only: Sequence[str]) -> list[Case]:
+    """Every place with every victim. The trainer lives only while the run is training, so it dies there."""
+    chosen = [point for point in points() if not only or point.startswith(tuple(only))]
+    listed = [
+        Case(point, victim, turn)
+        for turn in range(times)
+        for point, victim in itertools.product(chosen, VICTIMS)
+        if victim != "trainer"
+    ]
+    if not only or any("train.".startswith(prefix) for prefix in only):
+        listed += [Case("training", "trainer", turn) for turn in range(times)]
+    return listed
+
+
+class Arena:
+    """A platform with two evaluated adapters, traffic, and the means to hold and kill."""
+
+    def __init__(self, running: Platform, order: Path) -> None:
+        self.running = running
+        self.settings = Settings(home=running.home)
+        self.sessions: Sessions = make_sessions(self.settings.database_dsn)
+        self.project = PLAN.application
+        self._order = order
+        self._seeds = itertools.count(100)
+        with self.sessions() as session:
+            self.project_id: UUID = projects.get(session, self.project).id
+
+    # --- killing ---
+
+    def arm(self, point: str) -> None:
+        self._order.write_text(f"{point} hold", encoding="utf-8")
+
+    @property
+    def reached(self) -> Path:
+        return self._order.with_name(f"{self._order.name}.reached")
+
+    def disarm(self) -> None:
+        self._order.unlink(missing_ok=True)
+        self.reached.unlink(missing_ok=True)
+
+    def kill(self, victim: str) -> None:
+        pids = self.trainers() if victim == "trainer" else self._part(victim)
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+    def _part(self, name: str) -> list[int]:
+        """The part's own processes, without the guard that would tell the supervisor."""
+        state = json.loads((self.settings.sockets / "platform.json").read_text())
+        return [one.pid for one in psutil.Process(state["parts"][name]["guard"]).children(recursive=True)]
+
+    def trainers(self) -> list[int]:
+        found = [psutil.Process(pid) for pid in self._part("worker")]
+        return [one.pid for one in found if "worker.training.lora" in one.cmdline()]
+
+    # --- work ---
+
+    def start_run(self, params: dict[str, Any]) -> UUID:
+        body = {"params": {**params, "seed": next(self._seeds)}}
+        with self.running.admin() as admin:
+            answer = _again(lambda: admin.post(f"/api/p/{self.project}/runs", json=body))
+        return UUID(answer.json()["id"])
+
+    def deploy(self, digest: str) -> UUID:
+        """As a person's deployment of an evaluated artefact."""
+        with self.sessions.begin() as session:
+            payload = {"project_id": str(self.project_id), "digest": digest}
+            return jobs.enqueue(session, "deploy", payload, project_id=self.project_id).id
+
+    def run_over(self, run_id: UUID) -> bool:
+        with self.sessions() as session:
+            return session.get_one(Run, run_id).state not in ("queued", "running")
+
+    def job_over(self, job_id: UUID) -> bool:
+        with self.sessions() as session:
+            return session.get_one(Job, job_id).state not in ("queued", "running")
+
+    # --- what must hold ---
+
+    def wrong_of_run(self, run_id: UUID) -> list[str]:
+        with self.sessions() as session:
+            run = session.get_one(Run, run_id)
+            made = session.scalars(select(Artifact.digest).where(Artifact.run_id == run_id)).all()
+            waiting = session.scalars(
+                select(Job.kind).where(
+                    Job.state.in_(("queued", "running")), Job.payload["run_id"].as_string() == str(run_id)
+                )
+            ).all()
+        wrong = [] if run.state == "succeeded" else [f"the run ended {run.state}: {run.error}"]
+        if len(made) != 1 or run.artifact_digest not in made:
+            wrong.append(f"{len(made)} artefacts of one run")
+        return wrong + [f"a {kind} job of a finished run is unfinished" for kind in waiting]
+
+    def wrong_of_swap(self, job_id: UUID, digest: str) -> list[str]:
+        with self.sessions() as session:
+            job = session.get_one(Job, job_id)
+            flips = session.scalars(
+                select(DeploymentEvent).where(DeploymentEvent.project_id == self.project_id)
+                .where(DeploymentEvent.kind.in_(("flip", "roll_back"))).order_by(DeploymentEvent.id)
+            ).all()  # fmt: skip
+        wrong = [] if job.state == "succeeded" else [f"the deployment ended {job.state}: {job.error}"]
+        if flips[-1].to_digest != digest or (len(flips) > 1 and flips[-2].to_digest == digest):
+            wrong.append("the history does not show one flip to what was deployed")
+        return wrong
+
+    def wrong_of_deployment(self) -> list[str]:
+        """One live digest: the row's, the artefacts', and what an answer says it came from."""
+        with self.sessions() as session:
+            row = session.get_one(Deployment, self.project_id)
+            live = session.scalars(
+                select(Artifact.digest).where(Artifact.project_id == self.project_id)
+                .where(Artifact.kind == "adapter", Artifact.state == "live")
+            ).all()  # fmt: skip
+        if live != ([row.active_digest] if row.active_digest else []):
+            return [f"{len(live)} live digests, the row has {row.active_digest}"]
+        served = _until(lambda: self._served() == (row.active_digest or "base"), 60)
+        return [] if served else [f"answers come from {self._served()}, the row has {row.active_digest}"]
+
+    def _served(self) -> str:
+        body = {"model": self.project, "messages": [{"role": "user", "content": "Note: Ada."}], "max_tokens": 2}
+        headers = {"authorization": f"Bearer {self.running.app_key}"}
+        try:
+            answer = httpx.post(
+                f"{self.running.gateway_url}/v1/chat/completions", json=body, headers=headers, timeout=20
+            )
+        except httpx.HTTPError as error:
+            return repr(error)
+        return str(answer.headers.get("x-whet-adapter", f"status {answer.status_code}"))
+
+
+def walk(arena: Arena, pair: Sequence[str], case: Case) -> Outcome:
+    """One case from arming to the verdict."""
+    began = time.monotonic()
+    if case.point.startswith(OF_A_SWAP):
+        digest = next(one for one in pair if one != _active(arena))
+        arena.arm(case.point)
+        job_id = arena.deploy(digest)
+        reached, over = _strike(arena, case, lambda: arena.job_over(job_id))
+        wrong = arena.wrong_of_swap(job_id, digest)
+    else:
+        if case.point != "training":
+            arena.arm(case.point)
+        run_id = arena.start_run(SHORT if case.point != "training" else {"max_steps": 30})
+        reached, over = _strike(arena, case, lambda: arena.run_over(run_id))
+        wrong = arena.wrong_of_run(run_id)
+    wrong += arena.wrong_of_deployment()
+    if not over:
+        wrong.append(f"no ending within {CASE_SECONDS:.0f} s")
+    return Outcome(case, round(time.monotonic() - began, 1), reached, wrong)
+
+
+def _strike(arena: Arena, case: Case, over: Callable[[], bool]) -> tuple[bool, bool]:
+    """Wait for the place, kill there, let go, wait for the ending."""
+    there = arena.reached.exists if case.point != "training" else lambda: bool(arena.trainers())
+    reached = _until(lambda: there() or over(), CASE_SECONDS) and there()
+    if case.point == "training":
+        time.sleep(0.5 + 2.5 * case.turn)  # a start, a first step, a checkpoint: somewhere else each time
+    if reached:
+        arena.kill(case.victim)
+    arena.disarm()
+    return reached, _until(over, CASE_SECONDS)
+
+
+def _active(arena: Arena) -> str | None:
+    with arena.sessions() as session:
+        return deployments.get(session, arena.project_id).active_digest
+
+
+def _until(happened: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _again(ask: Callable[[], httpx.Response]) -> httpx.Response:
+    """The console may be starting a transaction against a Postgres that is busy; a person would press again."""
+    for _ in range(20):
+        try:
+            answer = ask()
+            if answer.status_code < 500:
+                return answer.raise_for_status()
+        except httpx.TransportError:
+            pass
+        time.sleep(0.5)
+    raise RuntimeError("the console does not answer")
+
+
+@contextmanager
+def arena(order: Path) -> Iterator[tuple[Arena, list[str], App]]:
+    """A platform that has learned something once: two adapters to swap, and an app that goes on asking."""
+    with platform(WHET_FAILPOINT=f"@{order}") as running:
+        made = Arena(running, order)
+        configure(running, PLAN)
+        with running.admin() as admin:
+            config = {"config": {"rollout": {"mode": "direct"}}}
+            admin.patch(f"/api/projects/{PLAN.application}", json=config).raise_for_status()
+        app = App(running.gateway_url, running.app_key, PLAN.application, clients=2, rate=PLAN.review_rate)
+        app.start()
+        try:
+            with reviewers(running, PLAN) as people:
+                review(people, PLAN, lambda _: None)
+            app.rate = PLAN.rate
+            yield made, [_taught(made) for _ in range(2)], app
+        finally:
+            app.stop()
+
+
+def _taught(made: Arena) -> str:
+    """An adapter the gate has compared with the base; deployed over it."""
+    if _active(made) is not None:
+        with made.running.admin() as admin:
+            admin.post(f"/api/p/{made.project}/deployment/rollback", json={"reason": "compare with the base"})
+    run_id = made.start_run(TEACHING)
+    if not _until(lambda: made.run_over(run_id), CASE_SECONDS):
+        raise RuntimeError("the first run did not end")
+    with made.sessions.begin() as session:
+        run = session.get_one(Run, run_id)
+        if run.artifact_digest is None or run.phase != "live":
+            raise RuntimeError(f"the first run ended {run.phase}: {run.error}")
+        return run.artifact_digest
+
+
+def measure(times: int, only: Sequence[str], tell: Callable[[Outcome], None]) -> tuple[list[Outcome], int, int]:
+    """All outcomes; answers the app received whole, and how many of them are not in Postgres."""
+    outcomes = []
+    with (
+        tempfile.TemporaryDirectory(prefix="whet-kills-") as directory,
+        arena(Path(directory) / "order") as (made, pair, app),
+    ):
+        for case in cases(times, only):
+            outcomes.append(walk(made, pair, case))
+            tell(outcomes[-1])
+        app.stop()
+        received = app.counts.sent - app.counts.failed
+        return outcomes, received, _lost(made.sessions, received)
+
+
+def _lost(sessions: Sessions, sent: int) -> int:
+    def landed() -> int:
+        with sessions() as session:
+            # What failed on the way is logged as well, so whole answers are at most these.
+            query = (
+                select(func.count()).select_from(Interaction).where(Interaction.finish_reason.in_(("stop", "length")))
+            )
+            return session.scalar(query) or 0
+
+    _until(lambda: landed() >= sent, 60)
+    return max(0, sent - landed())
+
+
+def kills(scale: float) -> Cell:
+    """The line of the table."""
+    return cell(*measure(max(1, round(5 * scale)), (), _print))
+
+
+def cell(outcomes: Sequence[Outcome], answers: int, lost: int) -> Cell:
+    bad = [one for one in outcomes if one.wrong]
+    missed = [one for one in outcomes if not one.reached]
+    measured = (
+        f"{len(outcomes)} kills at {len({one.case.point for one in outcomes})} places: {len(bad)} left something "
+        f"wrong, {len(missed)} came too late; {answers:,} answers received, {lost} not logged"
+    )
+    raw = {
+        "outcomes": [[*one.case, one.seconds, one.reached, one.wrong] for one in outcomes],
+        "answers": answers,
+        "lost": lost,
+    }
+    return Cell(
+        "kill -9 of trainer, worker, dispatcher, engine, gateway at each failpoint of run and swap",
+        "one artefact, one live digest, no lost request", measured, not bad and not lost, raw,
+    )  # fmt: skip
+
+
+def _print(outcome: Outcome) -> None:
+    case = outcome.case
+    verdict = "; ".join(outcome.wrong) or ("well" if outcome.reached else "not reached")
+    print(f"{case.point:24} {case.victim:12} {case.turn}  {outcome.seconds:6.1f} s  {verdict}", flush=True)
+
+
+CELLS: dict[str, Callable[[float], Cell]] = {"kills": kills}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--times", type=int, default=5)
+    parser.add_argument("--only", default="", help="prefixes of failpoints, with commas between them")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    done = cell(*measure(options.times, [part for part in options.only.split(",") if part], _print))
+    print(done.measured)
+    if options.out:
+        options.out.write_text(json.dumps(done._asdict(), indent=1) + "\n", encoding="utf-8")
+    return 0 if done.met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
