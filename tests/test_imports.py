@@ -12,7 +12,9 @@ PACKAGES = ("engine", "services", "worker", "migrations", "examples", "benchmark
 FLOOR = ("services.settings", "services.errors", "services.store")
 ENGINE_DOOR = ("engine.messages", "engine.client", "engine.text")
 HTTP = (*FLOOR, "services.app", *ENGINE_DOOR)
-WORKER_PACKAGES = ("worker.curation", "worker.training", "worker.gate", "worker.indexing", "worker.rollout")
+WORKER_PACKAGES = (
+    "worker.curation", "worker.training", "worker.gate", "worker.hooks", "worker.indexing", "worker.rollout",
+)  # fmt: skip
 TOP = ("worker.tasks", "worker.dispatcher", "worker.main", "worker.schedule", "worker.watchdog", "worker.logs")
 
 # The longest prefix that fits a module decides. Each may also import itself.
