@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "services.cli_instant": ("services",),
     "services.cli_learning": ("services",),
     "services.cli_people": ("services",),
+    "services.cli_webhooks": ("services",),
     "whet_client": (),
     "services.bootstrap": ("services",),
     "services.exports": ("services.errors",),

@@ -266,6 +266,18 @@ def test_a_job_that_rings_late_sends_nothing(sessions: Sessions, project: Projec
         assert set(session.scalars(select(Job.state))) == {"succeeded"}
 
 
+def test_what_an_overtaken_try_says_is_ignored(sessions: Sessions, project: Project) -> None:
+    """It was sent again by hand while a worker had the old try in hand."""
+    with sessions.begin() as session:
+        webhook = hooked(session, project)
+        [delivery] = webhooks.emit(session, project.id, "run.finished", {})
+        delivery.attempts, old = 1, delivery.job_id
+        session.flush()
+        webhooks.resend(session, project.id, webhook.id, delivery.id)
+        webhook_deliveries.record(session, delivery.id, old, Outcome(500, "answered 500", 1.0))
+        assert (delivery.attempts, delivery.state, delivery.error) == (0, "pending", None)
+
+
 def test_a_resent_event_keeps_its_id_and_has_all_its_tries(
     sessions: Sessions, project: Project, hook_settings: Settings
 ) -> None:
