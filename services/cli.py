@@ -12,7 +12,16 @@ from pydantic_core import ErrorDetails
 from rich.console import Console
 from typer.core import TyperGroup
 
-from services import cli_access, cli_artifacts, cli_datasets, cli_erase, cli_instant, cli_learning, cli_people
+from services import (
+    cli_access,
+    cli_artifacts,
+    cli_datasets,
+    cli_erase,
+    cli_instant,
+    cli_learning,
+    cli_people,
+    cli_webhooks,
+)
 from services.errors import WhetError
 from services.platform import doctor as doctor_module
 from services.platform import models, parts, up
@@ -55,6 +64,7 @@ cli_datasets.add_commands()
 cli_artifacts.add_commands(app)
 cli_instant.add_commands(app)
 cli_erase.add_commands(app)
+cli_webhooks.add_commands(app)
 cli_access.add_commands(app)
 cli_people.add_commands(app, cli_access.user_app)
 

@@ -63,6 +63,9 @@ class Settings(BaseSettings):
     oidc_role: Literal["", "viewer", "reviewer"] = Field(
         "", description="Role on every project for people of those domains; empty: none until somebody gives one."
     )
+    webhook_private_targets: bool = Field(
+        False, description="Whether webhooks may reach private addresses, and this machine by plain http."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much the processes say.")
 
     @field_validator("secret")

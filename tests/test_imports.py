@@ -13,7 +13,8 @@ FLOOR = ("services.settings", "services.errors", "services.store")
 ENGINE_DOOR = ("engine.messages", "engine.client", "engine.text")
 HTTP = (*FLOOR, "services.app", *ENGINE_DOOR)
 WORKER_PACKAGES = (
-    "worker.curation", "worker.erasure", "worker.gate", "worker.indexing", "worker.rollout", "worker.training",
+    "worker.curation", "worker.erasure", "worker.gate", "worker.hooks", "worker.indexing", "worker.rollout",
+    "worker.training",
 )  # fmt: skip
 TOP = ("worker.tasks", "worker.dispatcher", "worker.main", "worker.schedule", "worker.watchdog", "worker.logs")
 
@@ -38,6 +39,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "services.cli_instant": ("services",),
     "services.cli_learning": ("services",),
     "services.cli_people": ("services",),
+    "services.cli_webhooks": ("services",),
     "whet_client": (),
     "services.bootstrap": ("services",),
     "services.exports": ("services.errors",),

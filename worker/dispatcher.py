@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from engine.client import EngineGone
 from engine.sync_client import SyncEngineClient
 from services.settings import Settings
-from services.store import erasure, jobs, partitions, runs, worked
+from services.store import erasure, jobs, partitions, runs, webhook_deliveries, worked
 from services.store.base import Sessions, make_sessions
 from worker import logs, schedule
 from worker.rollout.collect import collect_orphans
@@ -154,6 +154,7 @@ class Dispatcher:
                 self._sampler.step(session, datetime.now(UTC))
                 self._indexer.step(session, datetime.now(UTC))
                 worked.ring_where_due(session, datetime.now(UTC))
+            self._transact(webhook_deliveries.settle)
         if self._settings.speculation and self._heads.due():
             self._watch.step(self._sessions, datetime.now(UTC))
             with self._sessions.begin() as session:
@@ -161,6 +162,7 @@ class Dispatcher:
         if self._housekeeping.due():
             self._transact(partitions.ensure)
             self._transact(schedule.prune)
+            self._transact(webhook_deliveries.prune)
             with self._sessions() as session:
                 collect_orphans(session, self._settings.artifacts, warned=self._foreign_artifacts)
         self._publish()

@@ -28,6 +28,7 @@ from worker.curation.sample import sample_job
 from worker.erasure.job import erase_job
 from worker.gate.evaluate import evaluate_job
 from worker.gate.speculator_job import evaluate_speculator_job
+from worker.hooks.deliver import deliver_job as deliver_webhook_job
 from worker.indexing.embed import embed_job
 from worker.rollout.pins import check_pins_job
 from worker.rollout.speculator import deploy_speculator_job
@@ -70,6 +71,7 @@ HANDLERS: Mapping[str, Handler] = {
     "pins.check": check_pins_job,
     "examples.embed": embed_examples_job,
     "erase": erase_job,
+    "webhook.deliver": deliver_webhook_job,
 }
 
 

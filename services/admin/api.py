@@ -5,7 +5,16 @@ from uuid import UUID
 
 from fastapi import APIRouter, FastAPI, Path, Query, Request
 
-from services.admin import dataset_api, erasure_api, instant_api, people_api, review_api, shapes, speculator_api
+from services.admin import (
+    dataset_api,
+    erasure_api,
+    instant_api,
+    people_api,
+    review_api,
+    shapes,
+    speculator_api,
+    webhook_api,
+)
 from services.admin.access import Admin, Caller, Trainer, undeclared
 from services.errors import Conflict, NotFound
 from services.settings import Settings
@@ -27,8 +36,7 @@ from services.store.models import ApiKey, Job, Run, UserAccount
 router = APIRouter(prefix="/api")
 PARTS = (
     dataset_api.router, speculator_api.router, instant_api.router, people_api.router, review_api.router,
-    erasure_api.router,
-    erasure_api.spool_router,
+    erasure_api.router, erasure_api.spool_router, webhook_api.router,
 )  # fmt: skip
 Name = Annotated[str, Path(max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 

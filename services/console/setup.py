@@ -35,6 +35,7 @@ from services.console import (
     runs,
     sign_in,
     speculator,
+    webhooks,
 )
 from services.console.access import undeclared
 from services.console.embedder import Embedder
@@ -57,6 +58,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     home.router, sign_in.router, review.router, queue.router, bulk.router, exporting.router, browsing.router,
     dataset_imports.router, datasets.router, runs.router, deployment.router, speculator.router, pins.router,
     joining.router, account.router, people.router, keys.router, audit.router, erasure.router, review_guide.router,
+    webhooks.router,
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from services.errors import Conflict, NotFound
-from services.store import audit, jobs, pins
+from services.store import audit, jobs, pins, webhooks
 from services.store.models import Artifact, Deployment, DeploymentEvent
 
 # Marks the event of heads that went because their adapter did, and may come back with it.
@@ -183,6 +183,10 @@ def record_change(
         )
     )  # fmt: skip
     session.flush()
+    if kind in webhooks.ROLL_BACKS:
+        webhooks.rolled_back(
+            session, deployment.project_id, kind=kind, generation=deployment.generation, old=old, to=to, reason=reason
+        )
     audit.record(
         session,
         actor,

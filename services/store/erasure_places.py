@@ -122,6 +122,8 @@ PLACES: Mapping[str, Place] = {
     "artifact": Kept("digests and parameters"),
     "deployment": Kept("digests"),
     "deployment_event": Kept("digests, and reasons that operators wrote"),
+    "webhook": Kept("addresses that operators wrote, and names of events"),
+    "webhook_delivery": Kept("ids, decisions in our words, and reasons that operators wrote"),
     "audit_event": Kept("who did what; a chain of hashes that must not change, in which nobody's text is put"),
     "erasure_request": Kept("the subject's name until it is done, then a hash; counts"),
     "log_spool": Kept("machines of ours"),

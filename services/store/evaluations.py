@@ -9,7 +9,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from services.errors import NotFound
-from services.store import revisions
+from services.store import revisions, webhooks
 from services.store.models import Evaluation, EvaluationRow, Example, Run
 
 
@@ -53,6 +53,7 @@ def decide(
     evaluation.finished_at = datetime.now(UTC)
     revisions.count_look(session, evaluation.revision_id)
     session.flush()
+    webhooks.gate_decided(session, evaluation)
 
 
 def get(session: Session, evaluation_id: UUID) -> Evaluation:

@@ -37,6 +37,7 @@ JOB_STATES = ("queued", "running", "succeeded", "failed", "cancelled", "dead")
 RUN_STATES = ("queued", "running", "succeeded", "failed", "cancelled")
 PIN_STATES = ("live", "learned", "withdrawn")
 ERASURE_KINDS = ("end_user", "session")
+DELIVERY_STATES = ("pending", "delivered", "given_up", "cancelled")
 ARTIFACT_STATES = (
     "built", "verified", "staged", "canary", "live", "retired", "rejected", "quarantined", "rolled_back",
 )  # fmt: skip
@@ -762,6 +763,56 @@ class DeploymentEvent(Base):
     actor: Mapped[str]
     reason: Mapped[str]
     evidence: Mapped[dict[str, Any]] = mapped_column(default=dict, server_default=text("'{}'"))
+
+
+# --- telling others ---------------------------------------------------------------------------------------
+
+
+class Webhook(Base):
+    """An address that is told of a project's events. Its secret is derived from the pepper, `id` and `rotation`, so
+    nothing here lets anybody sign; since `rotated_at` the one before is on its way out.
+
+    `given_up` counts deliveries given up in a row. `disabled_reason` says why nothing is sent any more.
+    """
+
+    __tablename__ = "webhook"
+    __table_args__ = (Index(None, "project_id"),)
+    id: Mapped[Key]
+    project_id: Mapped[UUID] = mapped_column(ForeignKey("project.id", ondelete="CASCADE"))
+    url: Mapped[str]
+    events: Mapped[list[str]]
+    rotation: Mapped[int] = mapped_column(default=1, server_default="1")
+    rotated_at: Mapped[datetime | None]
+    given_up: Mapped[int] = mapped_column(default=0, server_default="0")
+    disabled_at: Mapped[datetime | None]
+    disabled_reason: Mapped[str | None]
+    created_by: Mapped[str]
+    created_at: Mapped[Now]
+
+
+class WebhookDelivery(Base):
+    """One event on its way to one webhook, written in the transaction of what happened. `id` is what receivers tell
+    repeats by; `payload` is what was true then, ids and decisions only."""
+
+    __tablename__ = "webhook_delivery"
+    __table_args__ = (
+        one_of("state", *DELIVERY_STATES),
+        Index(None, "webhook_id", "created_at"),
+        Index("ix_webhook_delivery_pending", "created_at", postgresql_where=text("state = 'pending'")),
+    )
+    id: Mapped[Key]
+    webhook_id: Mapped[UUID] = mapped_column(ForeignKey("webhook.id", ondelete="CASCADE"))
+    event: Mapped[str]
+    payload: Mapped[dict[str, Any]]
+    state: Mapped[str] = mapped_column(default="pending", server_default="pending")
+    attempts: Mapped[int] = mapped_column(default=0, server_default="0")
+    status: Mapped[int | None]
+    error: Mapped[str | None]
+    took_ms: Mapped[float | None]
+    job_id: Mapped[UUID | None]
+    next_at: Mapped[datetime | None]
+    created_at: Mapped[Now]
+    delivered_at: Mapped[datetime | None]
 
 
 # --- the ledger -------------------------------------------------------------------------------------------

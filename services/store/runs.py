@@ -14,7 +14,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from services.errors import Conflict, InvalidRequest, NotFound
-from services.store import datasets, jobs
+from services.store import datasets, jobs, webhooks
 from services.store.models import Job, Project, Revision, Run, RunEvent
 
 UNFINISHED = ("queued", "running")
@@ -193,6 +193,7 @@ def finish(
     run.error = error
     run.finished_at = datetime.now(UTC)
     add_event(session, run.id, "phase", {"phase": phase, "error": error} if error else {"phase": phase})
+    webhooks.run_finished(session, run)
 
 
 def request_cancel(session: Session, run_id: UUID) -> Run:
