@@ -28,7 +28,7 @@ class Support(NamedTuple):
     sums: Floats
     sizes: Floats
     shares: Floats
-    count: int
+    clusters: int
 
 
 def bounds(clusters: Clusters, alpha: float) -> Interval:
@@ -39,10 +39,10 @@ def bounds(clusters: Clusters, alpha: float) -> Interval:
     as Student's t does ("expanded percentiles", Hesterberg, The American Statistician 2015).
     """
     support = summarise(clusters)
-    z = float(student.isf(alpha, support.count - 1)) * math.sqrt(support.count / (support.count - 1))
+    z = float(student.isf(alpha, support.clusters - 1)) * math.sqrt(support.clusters / (support.clusters - 1))
     mean = float(support.shares @ support.sums / (support.shares @ support.sizes))
     residuals = support.sums - mean * support.sizes
-    error = math.sqrt(float(support.shares @ residuals**2) / support.count) / float(support.shares @ support.sizes)
+    error = math.sqrt(float(support.shares @ residuals**2) / support.clusters) / float(support.shares @ support.sizes)
     return Interval(_solve(support, -z, mean - z * error, mean), _solve(support, z, mean + z * error, mean))
 
 
@@ -67,10 +67,10 @@ def quantile_of(support: Support, x: float) -> float:
         return math.inf
     tilt = _tilt(support.shares, residuals)
     cumulant, _, variance, skew = _cumulants(support.shares, residuals, tilt)
-    root = math.copysign(math.sqrt(max(0.0, -2 * support.count * cumulant)), tilt)
+    root = math.copysign(math.sqrt(max(0.0, -2 * support.clusters * cumulant)), tilt)
     if abs(root) < FLAT:
-        return root + skew / (6 * math.sqrt(support.count))
-    return root + math.log(tilt * math.sqrt(support.count * variance) / root) / root
+        return root + skew / (6 * math.sqrt(support.clusters))
+    return root + math.log(tilt * math.sqrt(support.clusters * variance) / root) / root
 
 
 def _solve(support: Support, wanted: float, start: float, mean: float) -> float:
