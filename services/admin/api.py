@@ -5,7 +5,16 @@ from uuid import UUID
 
 from fastapi import APIRouter, FastAPI, Path, Query, Request
 
-from services.admin import dataset_api, erasure_api, instant_api, people_api, review_api, shapes, speculator_api
+from services.admin import (
+    dataset_api,
+    erasure_api,
+    evaluation_api,
+    instant_api,
+    people_api,
+    review_api,
+    shapes,
+    speculator_api,
+)
 from services.admin.access import Admin, Caller, Trainer, undeclared
 from services.errors import Conflict, Forbidden, NotFound
 from services.settings import Settings
@@ -16,7 +25,7 @@ from services.store.roles import Authority
 router = APIRouter(prefix="/api")
 PARTS = (
     dataset_api.router, speculator_api.router, instant_api.router, people_api.router, review_api.router,
-    erasure_api.router,
+    erasure_api.router, evaluation_api.router,
 )  # fmt: skip
 Name = Annotated[str, Path(max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 

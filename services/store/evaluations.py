@@ -10,8 +10,10 @@ from sqlalchemy.orm import Session
 
 from services.errors import Conflict, InvalidRequest, NotFound
 from services.store import datasets, deployments, runs
-from services.store.models import Evaluation, EvaluationRow, Example, Run
+from services.store.models import Evaluation, EvaluationRow, Example, Revision, Run
 
+# What gates may spend on one held-out part, as in `worker.gate.decide`; a test compares the two.
+ALPHA = 0.05
 LEAST_REASON = 10
 LONGEST_REASON = 1000
 
@@ -76,6 +78,31 @@ def list_(session: Session, project_id: UUID, *, limit: int = 50, offset: int = 
     """Decided ones, newest first."""
     decided = select(Evaluation).where(Evaluation.project_id == project_id, Evaluation.decision != "undecided")
     return list(session.scalars(decided.order_by(Evaluation.id.desc()).limit(limit).offset(offset)))
+
+
+def looks_at(session: Session, evaluation: Evaluation) -> list[Evaluation]:
+    """Every decided comparison on the same held-out part, in the dataset's revisions that have it, oldest first."""
+    revision = datasets.get_revision(session, evaluation.revision_id)
+    same = Revision.id == revision.id
+    if revision.held_out_digest is not None:
+        same |= (Revision.dataset_id == revision.dataset_id) & (Revision.held_out_digest == revision.held_out_digest)
+    decided = (
+        select(Evaluation)
+        .where(Evaluation.revision_id.in_(select(Revision.id).where(same)), Evaluation.decision != "undecided")
+        .order_by(Evaluation.id)
+    )
+    return list(session.scalars(decided))
+
+
+def of_interaction(session: Session, interaction_id: UUID, *, limit: int = 10) -> list[Evaluation]:
+    """Decided evaluations that tested with a copy of an interaction, newest first."""
+    tested = (
+        select(EvaluationRow.evaluation_id)
+        .join(Example, Example.id == EvaluationRow.example_id)
+        .where(Example.interaction_id == interaction_id)
+    )
+    decided = select(Evaluation).where(Evaluation.id.in_(tested), Evaluation.decision != "undecided")
+    return list(session.scalars(decided.order_by(Evaluation.id.desc()).limit(limit)))
 
 
 def override(session: Session, evaluation: Evaluation, *, actor: str, reason: str) -> Run:
