@@ -9,7 +9,7 @@ import uuid
 from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
@@ -73,11 +73,13 @@ class PoolFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Completion:
-    """Everything one request produced. `logprobs[i]` belongs to `token_ids[i]`."""
+    """Everything one request produced. `logprobs[i]` belongs to `token_ids[i]`, and `prompt_logprobs[i]`, where asked
+    for, to the prompt's token i + 1."""
 
     token_ids: list[int]
     logprobs: list[float]
     finished: Finished
+    prompt_logprobs: list[float] = field(default_factory=list)
 
 
 Inbox = asyncio.Queue[FromEngine | EngineGone]
@@ -165,9 +167,12 @@ class EngineClient:
         """Run one request to its end."""
         token_ids: list[int] = []
         logprobs: list[float] = []
+        prompt_logprobs: list[float] = []
         async for reply in self.generate(message):
             if isinstance(reply, Finished):
-                return Completion(token_ids, logprobs, reply)
+                return Completion(token_ids, logprobs, reply, prompt_logprobs)
+            if isinstance(reply, PromptLogprobs):
+                prompt_logprobs = reply.logprobs
             if isinstance(reply, Tokens):
                 token_ids += reply.token_ids
                 logprobs += reply.logprobs

@@ -26,7 +26,7 @@ dataset_app = typer.Typer(no_args_is_help=True, help="Golden datasets: build a r
 
 def add_commands(app: typer.Typer) -> None:
     """Put the commands on the `whet` application."""
-    for function in (train, runs, deployments, rollback, speculator, sample):
+    for function in (train, runs, override, deployments, rollback, speculator, sample):
         app.command(rich_help_panel=LEARNING)(function)
     app.add_typer(dataset_app, name="dataset", rich_help_panel=LEARNING)
 
@@ -85,6 +85,19 @@ def deployments(project: Project) -> None:
             short(event["to_digest"]), event["actor"], event["reason"],
         )  # fmt: skip
     print_text(table)
+
+
+def override(
+    run_id: Annotated[UUID, typer.Argument(help="The run whose adapter the gate refused.")],
+    reason: Annotated[str, typer.Option(help="Why you know better; kept with your name, everywhere.")],
+    follow: Annotated[bool, typer.Option(help="Stay until the run ends.")] = True,
+) -> None:
+    """Let an adapter through that the gate refused. Exit code 1 unless the run then succeeds."""
+    client = AdminClient(Settings())
+    run = client.post(f"/api/runs/{run_id}/override", {"reason": reason})
+    print_text(f"overridden: run {run['id']} goes on with {run['phase']}")
+    if follow and follow_run(client, run["id"])["state"] != "succeeded":
+        raise typer.Exit(1)
 
 
 def rollback(
@@ -189,8 +202,11 @@ def follow_run(client: AdminClient, run_id: str) -> dict[str, Any]:
     print_text(f"[bold]{run['state']}[/bold]: {run['phase']}  {made} {short(run['artifact_digest'])}")
     if run["error"]:
         print_text(run["error"], markup=False)
-    for reason in (run["evaluation"] or {}).get("reasons", []):
+    decided = run["evaluation"] or {}
+    for reason in decided.get("reasons", []):
         print_text(f"  {reason if isinstance(reason, str) else json.dumps(reason)}", markup=False)
+    if decided.get("overridden_by"):
+        print_text(f"  overridden by {decided['overridden_by']}: {decided['override_reason']}", markup=False)
     return run
 
 

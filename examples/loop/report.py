@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 
 from examples.grammars.simulate import APPLICATIONS
 from examples.loop.turbo import FINISHED_WELL, Turbo, measure
+from services.store import base_ability
 from services.store.models import (
     Annotation,
     DeploymentEvent,
@@ -169,12 +170,12 @@ def _served(session: Session, project_id: UUID, application: str) -> list[Served
 
 
 def _held_out(session: Session, evaluation: Evaluation, application: str) -> tuple[Share, Share]:
-    """The house-rule score of baseline and candidate on the rows the gate decided from."""
+    """The house-rule score of baseline and candidate on the rows the gate decided from, those of other tasks aside."""
     house_ok = APPLICATIONS[application].house_ok
     rows = session.execute(
         select(EvaluationRow, Example.messages)
         .join(Example, Example.id == EvaluationRow.example_id)
-        .where(EvaluationRow.evaluation_id == evaluation.id)
+        .where(EvaluationRow.evaluation_id == evaluation.id, EvaluationRow.slice != base_ability.NAME)
     ).all()
     before = sum(house_ok(messages, row.baseline_output) for row, messages in rows)
     after = sum(house_ok(messages, row.candidate_output) for row, messages in rows)

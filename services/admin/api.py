@@ -8,6 +8,7 @@ from fastapi import APIRouter, FastAPI, Path, Query, Request
 from services.admin import (
     dataset_api,
     erasure_api,
+    evaluation_api,
     instant_api,
     people_api,
     review_api,
@@ -36,7 +37,7 @@ from services.store.models import ApiKey, Job, Run, UserAccount
 router = APIRouter(prefix="/api")
 PARTS = (
     dataset_api.router, speculator_api.router, instant_api.router, people_api.router, review_api.router,
-    erasure_api.router, erasure_api.spool_router, webhook_api.router,
+    erasure_api.router, erasure_api.spool_router, webhook_api.router, evaluation_api.router,
 )  # fmt: skip
 Name = Annotated[str, Path(max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 

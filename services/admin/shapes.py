@@ -59,6 +59,12 @@ class RollBack(Body):
     generation: int | None = None
 
 
+class Override(Body):
+    """Why somebody knows better than the gate."""
+
+    reason: str = Field(max_length=2000)
+
+
 def moment(value: datetime | None) -> str | None:
     return value.isoformat() if value else None
 
@@ -97,7 +103,8 @@ def evaluation(row: Evaluation | None) -> dict[str, Any] | None:
     return {
         "id": str(row.id), "decision": row.decision, "reasons": row.reasons, "summary": row.summary,
         "candidate_digest": row.candidate_digest, "baseline_digest": row.baseline_digest,
-        "finished_at": moment(row.finished_at),
+        "finished_at": moment(row.finished_at), "overridden_by": row.overridden_by,
+        "override_reason": row.override_reason,
     }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from services.console.embedder import Embedder
 from services.console.tokens import token_pieces
 from services.console.views import page
 from services.errors import InvalidRequest, Unavailable
-from services.store import browse, drafts, feedback, interactions, pages, saved_views, search, speed
+from services.store import browse, drafts, evaluations, feedback, interactions, pages, saved_views, search, speed
 from services.store.models import ReviewItem, Run
 from services.store.search import Found, Search, parsed
 
@@ -111,6 +111,7 @@ def interaction(request: Request, here: Viewer, interaction_id: UUID) -> Respons
         "judgements": browse.judgements(here.session, interaction_id),
         "taught": taught,
         "adapters": _adapters(taught),
+        "evaluated": evaluations.of_interaction(here.session, interaction_id),
         "back": parsed(request.query_params).query,
     }
     return page(request, here, "interaction.html", context)

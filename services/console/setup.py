@@ -23,6 +23,7 @@ from services.console import (
     datasets,
     deployment,
     erasure,
+    evaluations,
     exporting,
     home,
     joining,
@@ -56,9 +57,9 @@ QUALITY_SECONDS = 20.0
 log = structlog.get_logger()
 ROUTERS: tuple[APIRouter, ...] = (
     home.router, sign_in.router, review.router, queue.router, bulk.router, exporting.router, browsing.router,
-    dataset_imports.router, datasets.router, runs.router, deployment.router, speculator.router, pins.router,
-    joining.router, account.router, people.router, keys.router, audit.router, erasure.router, review_guide.router,
-    webhooks.router,
+    dataset_imports.router, datasets.router, runs.router, evaluations.router, deployment.router, speculator.router,
+    pins.router, joining.router, account.router, people.router, keys.router, audit.router, erasure.router,
+    review_guide.router, webhooks.router,
 )  # fmt: skip
 
 

@@ -66,6 +66,23 @@ def advance(session: Session, digest: str, state: str) -> Artifact:
     return artifact
 
 
+def override(session: Session, digest: str, *, actor: str, reason: str) -> Artifact:
+    """Let an artefact through that the gate rejected: the one way out of `rejected`, by a person, on record.
+
+    Raises NotFound, and Conflict for one that is not rejected or was trained on data erased since.
+    """
+    artifact = session.get(Artifact, digest, with_for_update=True, populate_existing=True)
+    if artifact is None:
+        raise NotFound(f"no artefact {digest}")
+    deployment = locked(session, artifact.project_id)
+    require_own(session, artifact.project_id, digest, "adapter")
+    if artifact.state != "rejected":
+        raise Conflict(f"artefact {short(digest)} is {artifact.state}: there is no refusal to override")
+    artifact.state = "verified"
+    record_change(session, deployment, "override", old=deployment.active_digest, to=digest, actor=actor, reason=reason)
+    return artifact
+
+
 def flip(
     session: Session,
     project_id: UUID,

@@ -44,11 +44,12 @@ SCORES = "numbers"
 # In this order: what is found through an example or an interaction goes before it.
 PLACES: Mapping[str, Place] = {
     "example_embedding": Gone("example", ("example_id",)),
+    "evaluation_answer": Gone("example", ("example_id",)),
     "evaluation_row": Emptied(
         "example",
         ("example_id",),
         {"baseline_output": "''", "candidate_output": "''", "group_key": "'erased'"},
-        {"slice": OURS, "baseline_scores": SCORES, "candidate_scores": SCORES},
+        {"slice": OURS, "baseline_scores": SCORES, "candidate_scores": SCORES, "details": OURS},
     ),
     # The hash stays readable behind its mark: an old revision's manifest, and so its digest, can still be made.
     "example": Emptied(
@@ -115,7 +116,7 @@ PLACES: Mapping[str, Place] = {
     "revision_left_out": Kept("causes in our words"),
     "run": Kept("parameters and counts; errors of finished runs are emptied"),
     "run_event": Kept("losses, phases and reasons in our words; what a trainer printed is emptied"),
-    "evaluation": Kept("figures and reasons in our words"),
+    "evaluation": Kept("figures and reasons in our words, and why an operator overrode them"),
     "dataset": Kept("a name that a lead chose"),
     "revision": Kept("digests and counts; `erasure_traces.forget_typed` drops phrases that a screen quoted"),
     "revision_example": Kept("hashes"),

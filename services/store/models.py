@@ -480,7 +480,8 @@ class Dataset(Base):
 
 class Revision(Base):
     """An immutable state of a dataset. `digest` is the SHA-256 of its canonical manifest, `held_out_digest` that of the
-    held-out entries alone (NULL on revisions of older releases); `looks` counts gate looks."""
+    held-out entries alone (NULL on revisions of older releases); `looks` counts gate looks, `look_carry` is the level
+    that a promotion handed on to the next one."""
 
     __tablename__ = "revision"
     __table_args__ = (UniqueConstraint("dataset_id", "digest"),)
@@ -493,6 +494,7 @@ class Revision(Base):
     held_out_digest: Mapped[str | None]
     report: Mapped[dict[str, Any]] = mapped_column(default=dict)
     looks: Mapped[int] = mapped_column(default=0, server_default="0")
+    look_carry: Mapped[float] = mapped_column(default=0.0, server_default="0")
     created_at: Mapped[Now]
 
 
@@ -696,7 +698,10 @@ class RunEvent(Base):
 
 
 class Evaluation(Base):
-    """A candidate against a baseline on a revision's held-out rows, and what the gate said."""
+    """A candidate against a baseline on a revision's held-out rows, and what the gate said.
+
+    A refusal that a person overrode stays a refusal; `overridden_by` says who let the candidate through, and why.
+    """
 
     __tablename__ = "evaluation"
     __table_args__ = (one_of("decision", "promote", "refuse", "undecided"), Index(None, "project_id", "created_at"))
@@ -711,10 +716,16 @@ class Evaluation(Base):
     summary: Mapped[dict[str, Any]] = mapped_column(default=dict)
     created_at: Mapped[Now]
     finished_at: Mapped[datetime | None]
+    overridden_at: Mapped[datetime | None]
+    overridden_by: Mapped[str | None]
+    override_reason: Mapped[str | None]
 
 
 class EvaluationRow(Base):
-    """One held-out example under both: the rows a decision was made from."""
+    """One held-out example under both: the rows a decision was made from.
+
+    `details` holds, for baseline and candidate, where the deciding score came from and what the answer was like.
+    """
 
     __tablename__ = "evaluation_row"
     evaluation_id: Mapped[UUID] = mapped_column(ForeignKey("evaluation.id", ondelete="CASCADE"), primary_key=True)
@@ -725,6 +736,27 @@ class EvaluationRow(Base):
     candidate_output: Mapped[str]
     baseline_scores: Mapped[dict[str, Any]]
     candidate_scores: Mapped[dict[str, Any]]
+    details: Mapped[dict[str, Any]] = mapped_column(JSONB, default=dict, server_default=text("'{}'"))
+
+
+class EvaluationAnswer(Base):
+    """What named weights answered to one request about an example: kept so that nobody asks the same twice.
+
+    `weights` names base, adapter and how they are computed; `request_hash` covers the prompt's tokens and the sampling.
+    `likelihood` is of a given text instead, where that was asked.
+    """
+
+    __tablename__ = "evaluation_answer"
+    __table_args__ = (Index(None, "project_id"),)
+    example_id: Mapped[UUID] = mapped_column(ForeignKey("example.id", ondelete="CASCADE"), primary_key=True)
+    weights: Mapped[str] = mapped_column(primary_key=True)
+    request_hash: Mapped[str] = mapped_column(primary_key=True)
+    project_id: Mapped[UUID] = mapped_column(ForeignKey("project.id", ondelete="CASCADE"))
+    output: Mapped[str]
+    finish_reason: Mapped[str]
+    tokens: Mapped[int]
+    likelihood: Mapped[float | None]
+    created_at: Mapped[Now]
 
 
 class Deployment(Base):

@@ -1,17 +1,15 @@
 """What a project may be configured with: every key, its type and its range. Kept as JSON in `project.config`."""
 
-from typing import Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from services.errors import InvalidRequest
+from services.store.evaluation_config import CheckConfig, JudgeConfig, Metric
 from services.store.instant_config import PinConfig, WorkedConfig
 from services.store.pii import Mode
 from services.store.sampling import check_mix
 from services.store.speculation import SpeculationConfig
-
-# The names in `worker.gate.metrics`, which the store may not import; a test compares them.
-Metric = Literal["exact_match", "json_valid", "field_f1", "similarity"]
 
 
 class ProjectConfig(BaseModel):
@@ -38,7 +36,14 @@ class ProjectConfig(BaseModel):
     pii_names: bool | None = Field(None, description="Names and places too, by Presidio (the extra `pii`).")
     margin_points: float | None = Field(None, ge=0, le=100, description="How much worse a guarded slice may get.")
     min_held_out: int | None = Field(None, ge=2, description="Fewer held-out groups than this decide nothing.")
-    metrics: list[Metric] | None = Field(None, min_length=1, description="What the gate scores by.")
+    metrics: list[Metric] | None = Field(None, min_length=1, description="What the gate scores by; the first decides.")
+    margins: dict[str, Annotated[float, Field(ge=0, le=100)]] | None = Field(
+        None, description="Margins, in points, of slices that have their own."
+    )
+    checks: list[CheckConfig] | None = Field(
+        None, max_length=20, description="What every answer has to keep to: patterns and JSON schemas, by name."
+    )
+    judge: JudgeConfig | None = Field(None, description="A served model that compares candidate and incumbent.")
     train: dict[str, Any] | None = Field(None, description="Training parameters that differ from the defaults.")
     max_tokens_default: int | None = Field(None, ge=1, description="Completion length when a request names none.")
     embeddings_kept: int | None = Field(
@@ -47,6 +52,14 @@ class ProjectConfig(BaseModel):
     speculation: SpeculationConfig | None = Field(None, description="Drafting, and when its heads are trained.")
     pinned_answers: PinConfig | None = Field(None, description="Approved answers served to identical requests.")
     worked_examples: WorkedConfig | None = Field(None, description="Nearest corrections placed in the prompt.")
+
+    @field_validator("checks")
+    @classmethod
+    def _checks_are_told_apart(cls, checks: list[CheckConfig] | None) -> list[CheckConfig] | None:
+        names = [check.name for check in checks or []]
+        if len(set(names)) < len(names):
+            raise ValueError("two checks have the same name")
+        return checks
 
     @field_validator("strategy_mix")
     @classmethod
@@ -58,7 +71,8 @@ class ProjectConfig(BaseModel):
 
 # Keys that hold keys of their own.
 NESTED: dict[str, type[BaseModel]] = {
-    "speculation": SpeculationConfig, "pinned_answers": PinConfig, "worked_examples": WorkedConfig,
+    "speculation": SpeculationConfig, "checks": CheckConfig, "judge": JudgeConfig,
+    "pinned_answers": PinConfig, "worked_examples": WorkedConfig,
 }  # fmt: skip
 
 

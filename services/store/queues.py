@@ -189,7 +189,7 @@ def reviewers(session: Session, project_id: UUID, now: datetime) -> list[Reviewe
 def next_decision(session: Session, project: Project) -> Decision:
     """How many held-out pairs the gate will have and how many it needs, from what the last comparison showed."""
     newest = session.execute(
-        select(Revision.held_out_count, Revision.looks, Revision.created_at)
+        select(Revision.held_out_count, Revision.looks, Revision.look_carry, Revision.created_at)
         .join(Dataset, Dataset.id == Revision.dataset_id)
         .where(Dataset.project_id == project.id)
         .order_by(Revision.id.desc())
@@ -204,13 +204,15 @@ def next_decision(session: Session, project: Project) -> Decision:
     spread = _measured_spread(session, project.id)
     look = (newest.looks if newest else 0) + 1
     margin = float(project.config.get("margin_points", DEFAULT_MARGIN)) or DEFAULT_MARGIN
-    drops = [_drop(points, spread, look, have) for points in (margin, *(one for one in DROPS if one != margin))]
+    carried = newest.look_carry if newest else 0.0
+    considered = (margin, *(one for one in DROPS if one != margin))
+    drops = [_drop(points, spread, look, carried, have) for points in considered]
     return Decision(have, drops[0], sorted(drops), look, spread is not None)
 
 
-def _drop(points: float, spread: float | None, look: int, have: int) -> Drop:
+def _drop(points: float, spread: float | None, look: int, carried: float, have: int) -> Drop:
     assumed = power.spread_of(power.ASSUMED_DISCORDANT, points / 100) if spread is None else spread
-    pairs = power.pairs_needed(points / 100, assumed, look=look)
+    pairs = power.pairs_needed(points / 100, assumed, look=look, carried=carried)
     return Drop(points, pairs, max(0, pairs - have))
 
 

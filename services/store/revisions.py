@@ -33,6 +33,13 @@ class LeftOut(NamedTuple):
     cause: str
 
 
+class Looks(NamedTuple):
+    """How often gates have looked at a held-out part, and the level a promotion handed on to the next look."""
+
+    taken: int
+    carry: float
+
+
 class Located(NamedTuple):
     """A revision with what it belongs to."""
 
@@ -77,6 +84,7 @@ def create(
         return existing
     parent = latest(session, dataset.id)
     held_out = [entry for entry in ordered if entry.split == "held_out"]
+    inherited = _inherited_looks(session, parent, [entry.content_hash for entry in held_out])
     revision = Revision(
         dataset_id=dataset.id,
         digest=digest,
@@ -85,7 +93,8 @@ def create(
         held_out_count=len(held_out),
         held_out_digest=digest_of(_manifest(held_out)),
         report=report,
-        looks=_inherited_looks(session, parent, [entry.content_hash for entry in held_out]),
+        looks=inherited.taken,
+        look_carry=inherited.carry,
     )
     session.add(revision)
     session.flush()
@@ -112,10 +121,10 @@ def _store_members(session: Session, revision_id: UUID, ordered: Sequence[Entry]
     )
 
 
-def _inherited_looks(session: Session, parent: Revision | None, held_out: list[str]) -> int:
+def _inherited_looks(session: Session, parent: Revision | None, held_out: list[str]) -> Looks:
     """Adding one row must not buy a fresh look budget on a thousand rows already looked at."""
     if parent is None or not held_out:
-        return 0
+        return Looks(0, 0.0)
     shared = session.scalar(
         select(func.count()).where(
             RevisionExample.revision_id == parent.id,
@@ -123,7 +132,7 @@ def _inherited_looks(session: Session, parent: Revision | None, held_out: list[s
             among(RevisionExample.content_hash, held_out),
         )
     )
-    return parent.looks if 2 * (shared or 0) >= len(held_out) else 0
+    return Looks(parent.looks, parent.look_carry) if 2 * (shared or 0) >= len(held_out) else Looks(0, 0.0)
 
 
 # --- finding them ----------------------------------------------------------------------------------------
@@ -183,22 +192,22 @@ def get(session: Session, revision_id: UUID) -> Revision:
 # --- the held-out part ------------------------------------------------------------------------------------
 
 
-def lock_looks(session: Session, revision_id: UUID) -> int:
+def lock_looks(session: Session, revision_id: UUID) -> Looks:
     """How often gates have looked at the held-out part; nobody else counts until the transaction ends."""
-    counted = select(Revision.looks).where(Revision.id == revision_id).with_for_update()
-    return session.scalars(counted).one()
+    counted = select(Revision.looks, Revision.look_carry).where(Revision.id == revision_id).with_for_update()
+    return Looks(*session.execute(counted).one())
 
 
-def count_look(session: Session, revision_id: UUID) -> None:
-    """A gate has looked, at the same held-out part in every revision of the dataset that has it."""
+def count_look(session: Session, revision_id: UUID, carry: float = 0.0) -> None:
+    """A gate has looked, at the same held-out part in every revision of the dataset that has it; the next look gets
+    `carry` on top."""
     revision = session.get_one(Revision, revision_id)
     same = Revision.id == revision_id
     if revision.held_out_digest is not None:
         twins = (Revision.dataset_id == revision.dataset_id) & (Revision.held_out_digest == revision.held_out_digest)
         same = same | twins
-    session.execute(
-        update(Revision).where(same).values(looks=Revision.looks + 1).execution_options(synchronize_session=False)
-    )
+    counted = update(Revision).where(same).values(looks=Revision.looks + 1, look_carry=carry)
+    session.execute(counted.execution_options(synchronize_session=False))
 
 
 # --- what is inside ---------------------------------------------------------------------------------------

@@ -196,6 +196,21 @@ def finish(
     webhooks.run_finished(session, run)
 
 
+def resume(session: Session, run: Run, phase: str, why: str) -> None:
+    """A finished run goes on after all. Raises Conflict while another run of the project is unfinished."""
+    try:
+        with session.begin_nested():
+            run.finished_at = None
+            run.state, run.phase = "running", phase
+            session.flush()
+    except IntegrityError as error:
+        if "uq_run_unfinished" not in str(error):
+            raise
+        raise Conflict("another run of this project is unfinished: wait for it, or cancel it") from error
+    add_event(session, run.id, "log", {"line": why})
+    add_event(session, run.id, "phase", {"phase": phase})
+
+
 def request_cancel(session: Session, run_id: UUID) -> Run:
     """Ask the run's job to stop; a run whose job no worker holds ends at once. Raises NotFound, Conflict when over."""
     run = get(session, run_id)

@@ -13,7 +13,7 @@ from services.store import gold, reviews
 from services.store.models import Interaction, Project, ReviewItem, Revision, Run
 from tests.browser import world_data, world_people
 from tests.browser.scene import HERE, Scene
-from tests.console import seed, seed_speed
+from tests.console import seed, seed_evaluation, seed_speed
 
 ANSWER = '{"people": ["Anna Reed", "Ivy Stone"], "places": ["Oslo"], "organisations": ["Northwind"], "dates": []}'
 BETTER = '{"people": ["Anna Reed", "Ivy Stone"], "places": ["Oslo"], "organisations": [], "dates": ["2021-03-04"]}'
@@ -28,7 +28,9 @@ def build(session: Session) -> list[Scene]:
     young = seed.project(session, "young", "Young")
     session.add(seed_speed.answer(young, datetime.now(UTC), random.Random(1), speculation=None, rate=90.0))
     _queue(session)
-    runs = list(session.scalars(select(Run.id)))
+    gated = seed.project(session, "gated", "Gated entities")
+    *_, promoted, refused = seed_evaluation.compared(session, gated)
+    runs = list(session.scalars(select(Run.id).where(Run.project_id == project.id)))
     digest = session.scalars(select(Revision.digest).limit(1)).one()
     logged = session.scalars(select(ReviewItem.interaction_id).where(ReviewItem.project_id == project.id)).first()
     baseline = session.scalars(select(Interaction.id).where(~Interaction.speculated).limit(1)).one()
@@ -44,6 +46,11 @@ def build(session: Session) -> list[Scene]:
         Scene("revision", f"{HERE}/datasets/golden/{digest}"),
         Scene("runs", f"{HERE}/runs"),
         *(Scene(f"run-{place}", f"{HERE}/runs/{run}") for place, run in enumerate(runs)),
+        Scene("evaluations", "/p/gated/evaluations"),
+        Scene("evaluations-none", "/p/young/evaluations"),
+        Scene("evaluation", f"/p/gated/evaluations/{promoted.id}"),
+        Scene("evaluation-refused", f"/p/gated/evaluations/{refused.id}?outcome=loss"),
+        Scene("evaluation-override", f"/p/gated/evaluations/{refused.id}", _overriding),
         Scene("deployment", f"{HERE}/deployment"),
         Scene("deployment-young", "/p/young/deployment"),
         *world_data.build(session, project),
@@ -129,6 +136,11 @@ def _pair(page: Page) -> None:
     _keys("a", "Enter")(page)
     _keys("]")(page)
     page.locator("[data-reveal] a").wait_for()
+
+
+def _overriding(page: Page) -> None:
+    page.get_by_role("button", name="Override the gate").click()
+    page.get_by_label("Why you know better").fill("The metric punishes the new date format that support asked for.")
 
 
 REVIEW = [

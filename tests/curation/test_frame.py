@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from services.store import embeddings
+from services.store import embeddings, schemas
 from services.store.models import ReviewItem
 from tests.curation.world import World
 from worker.curation import frame as frames
-from worker.curation import novelty, schemas
+from worker.curation import novelty
 from worker.curation.frame import Window, frame, usual_confidence
 from worker.curation.sample import sample
 

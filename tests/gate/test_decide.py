@@ -2,11 +2,13 @@
 
 from random import Random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker.gate.decide import Decision, Policy, ScoredRow, decide, spend
+from worker.gate.decide import Decision, Policy, ScoredRow, decide, tabulate
+from worker.gate.looks import Budget
 
 ROWS = st.lists(
     st.builds(
@@ -61,10 +63,35 @@ def test_four_wins_among_ties_are_luck_and_ten_are_not() -> None:
 
 
 def test_harm_to_what_was_right_refuses_however_good_the_target_is() -> None:
-    decision = decide(drawn(1, 200, 0.0, 1.0) + kept(200, lost=20), look=1)
+    decision = decide(drawn(1, 200, 0.0, 1.0) + kept(1200, lost=120), look=1)
 
     assert not decision.promote
     assert decision.reasons[0].startswith("may be worse on accepted by more than 3 points: -10.0 points")
+
+
+def test_a_guarded_slice_with_rows_enough_must_show_that_nothing_is_lost_and_is_told_how_many_would() -> None:
+    target = drawn(1, 80, 0.1, 0.9)
+
+    unharmed, unsure = (decide(target + kept(1200, lost=lost), look=1) for lost in (3, 30))
+
+    assert unharmed.promote
+    assert not unharmed.slices["accepted"].weak
+    assert not unsure.promote
+    assert unsure.reasons[0].startswith("may be worse on accepted by more than 3 points: -2.5 points")
+    assert 0 < unsure.wanted["accepted"] == unsure.needed
+
+
+def test_many_rows_of_few_groups_are_a_weak_slice() -> None:
+    rows = [ScoredRow("accepted", f"g{index % 40}", 1.0, float(index % 40 > 0)) for index in range(2000)]
+
+    assert decide(rows, look=1).slices["accepted"].weak
+
+
+def test_a_slice_may_have_a_margin_of_its_own() -> None:
+    rows = drawn(1, 80, 0.1, 0.9) + kept(1200, lost=120)
+
+    assert decide(rows, look=1, policy=Policy(margins={"accepted": 0.15})).promote
+    assert not decide(rows, look=1, policy=Policy(margins={"other": 0.15})).promote
 
 
 def test_a_guarded_slice_too_small_to_prove_anything_refuses_on_evidence_of_harm_only() -> None:
@@ -103,12 +130,46 @@ def test_a_refused_candidate_is_told_how_many_labels_would_show_it() -> None:
 
 
 def test_every_look_spends_less_and_together_they_spend_alpha() -> None:
-    levels = [spend(0.05, look) for look in range(1, 2000)]
+    levels = [Budget(0.05).level(look) for look in range(1, 2000)]
 
     assert levels == sorted(levels, reverse=True)
     assert 0.0499 < sum(levels) <= 0.05
     with pytest.raises(ValueError, match="from 1"):
-        spend(0.05, 0)
+        Budget(0.05).level(0)
+
+
+def test_a_promotion_hands_its_level_on_and_a_refusal_does_not() -> None:
+    good, bad = drawn(1, 80, 0.1, 0.9), drawn(1, 80, 0.5, 0.5)
+
+    first = decide(good, look=1)
+    second = decide(good, look=2, carried=first.carry)
+    refused = decide(bad, look=3, carried=second.carry)
+
+    assert (first.alpha, first.carry) == (0.025, 0.025)
+    assert second.alpha == pytest.approx(0.05 / 6 + 0.025)
+    assert refused.alpha == pytest.approx(0.05 / 12 + second.alpha)
+    assert refused.carry == 0
+    with pytest.raises(ValueError, match="nothing is handed on"):
+        decide(good, look=2, carried=-0.01)
+
+
+def test_what_was_handed_on_is_spent_at_most_once_whatever_is_promoted() -> None:
+    """Online fallback: whichever looks were true promotions, the levels of the others sum to at most alpha."""
+    random = Random(7)
+    for _ in range(200):
+        carried, false_levels = 0.0, 0.0
+        for look in range(1, 60):
+            level = Budget(0.05).level(look, carried)
+            if random.random() < 0.5:
+                carried = level
+            else:
+                carried, false_levels = 0.0, false_levels + level
+        assert false_levels <= 0.05 + 1e-12
+
+
+def test_too_few_rows_are_no_test_and_cost_no_look() -> None:
+    assert not decide(drawn(1, 12, 0.0, 1.0), look=1).tested
+    assert decide(drawn(1, 40, 0.5, 0.5), look=1).tested
 
 
 def test_a_gain_that_passes_at_the_first_look_no_longer_does_at_the_twentieth() -> None:
@@ -116,6 +177,13 @@ def test_a_gain_that_passes_at_the_first_look_no_longer_does_at_the_twentieth() 
 
     assert decide(rows, look=1).promote
     assert not decide(rows, look=20).promote
+
+
+def test_rows_and_tables_are_decided_alike() -> None:
+    rows = drawn(1, 80, 0.1, 0.9) + kept(200, lost=4)
+
+    assert decide(rows, look=3) == decide(tabulate(rows), look=3)
+    assert isinstance(tabulate(rows)["target"].groups, np.ndarray)
 
 
 @settings(max_examples=60, deadline=None)

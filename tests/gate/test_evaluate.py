@@ -17,7 +17,9 @@ from services.store.models import Artifact, Evaluation, EvaluationRow, Interacti
 from tests.curation.world import World
 from tests.gate.conftest import Trained
 from worker.gate.evaluate import evaluate_job
-from worker.gate.score import EvaluationInterrupted, answer_all, make_prompt
+from worker.gate.score import EvaluationInterrupted, Kept, ask_all, ask_answer
+
+NOTHING_KEPT = Kept(lambda _weights, _keys: {}, lambda _weights, _answers: None)
 
 
 def draft(prompt: str, completion: str, source: str = "corrected") -> Draft:
@@ -97,7 +99,8 @@ def test_a_better_adapter_is_verified_and_handed_to_deployment(
         {"project_id": str(world.project_id), "digest": trained.adapter.digest, "run_id": str(run.id)},
     )
     assert artifact_state(world, trained.adapter.digest) == "verified"
-    assert revision.looks == 1
+    assert (revision.looks, revision.look_carry) == (1, 0.025)
+    assert evaluation.summary["sources"]["candidate"] == {"exact_match": 40}
     with world.sessions() as session:
         progress = [event.payload for event in runs.events(session, run.id) if event.kind == "evaluating"]
     assert progress[-1] == {"done": 80, "total": 80}
@@ -227,18 +230,19 @@ def test_an_adapter_that_is_not_loaded_interrupts_instead_of_scoring_zero(
     trained: Trained, engine_settings: Settings
 ) -> None:
     tokenizer = Tokenizer.load(trained.model)
-    prompt = make_prompt(tokenizer, UUID(int=1), [{"role": "user", "content": "say"}], "yes", 128)
+    asked = ask_answer(tokenizer, UUID(int=1), [{"role": "user", "content": "say"}], "yes", 128)
 
     with (
         SyncEngineClient(engine_settings.engine_socket) as client,
         pytest.raises(EvaluationInterrupted, match="not loaded"),
     ):
-        answer_all(client, tokenizer, "cd" * 32, [prompt], lambda _done: None)
+        ask_all(client, tokenizer, "cd" * 32, [asked], NOTHING_KEPT)
 
 
 def test_a_prompt_beyond_the_context_is_an_empty_answer_for_both(trained: Trained, engine_settings: Settings) -> None:
     tokenizer = Tokenizer.load(Path(trained.model))
-    prompt = make_prompt(tokenizer, UUID(int=1), [{"role": "user", "content": "number " * 300}], "yes", 128)
+    asked = ask_answer(tokenizer, UUID(int=1), [{"role": "user", "content": "number " * 300}], "yes", 128)
 
     with SyncEngineClient(engine_settings.engine_socket) as client:
-        assert answer_all(client, tokenizer, None, [prompt], lambda _done: None) == {UUID(int=1): ""}
+        told = ask_all(client, tokenizer, None, [asked], NOTHING_KEPT)
+    assert (told[asked.key].output, told[asked.key].finish_reason) == ("", "error")

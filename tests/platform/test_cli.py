@@ -16,7 +16,7 @@ from services.platform import lock
 
 COMMANDS = [
     "up", "migrate", "engine", "gateway", "shipper", "console", "worker", "dispatcher", "doctor", "train", "runs",
-    "deployments", "rollback", "speculator", "sample", "dataset", "artifact", "user", "key", "project",
+    "override", "deployments", "rollback", "speculator", "sample", "dataset", "artifact", "user", "key", "project",
 ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from services.errors import InvalidRequest
 from services.settings import Settings
 from services.store import projects
 from services.store.base import Sessions
-from services.store.project_config import Metric
+from services.store.evaluation_config import Metric
 from services.store.speculation import SpeculationConfig, read_config
 from services.web import create_app
 from worker.gate.metrics import METRICS
@@ -33,6 +33,14 @@ def test_only_the_keys_given_change(sessions: Sessions) -> None:
         ({"speculation": {"growth": 1}}, "speculation.growth: Input should be greater than 1"),
         ({"speculation": {"share": 1}}, r"speculation.share: Extra inputs .* \(known: enabled, automatic, "),
         ({"metrics": ["vibes"]}, "metrics.0: Input should be 'exact_match'"),
+        ({"margins": {"accepted": 120}}, "margins.accepted: Input should be less than or equal to 100"),
+        ({"checks": [{"name": "a"}]}, "checks.0: say exactly one of must_match, must_not_match and json_schema"),
+        ({"checks": [{"name": "a", "must_match": "(?=x)"}]}, "checks.0.must_match: .*look-around"),
+        ({"checks": [{"name": "a", "must_match": "(a{20}){20}"}]}, "repetitions of a pattern may multiply to 200"),
+        ({"checks": [{"name": "a", "must_match": "a" * 301}]}, "at most 300 characters"),
+        ({"checks": 2 * [{"name": "a", "must_match": "x"}]}, "checks: two checks have the same name"),
+        ({"judge": {"model": "base"}}, "judge.rubric: Field required"),
+        ({"judge": {"rubrics": "x", "rubric": "x"}}, r"judge.rubrics: Extra inputs .* \(known: model, rubric\)"),
     ],
 )
 def test_a_bad_key_changes_nothing(sessions: Sessions, changes: dict[str, Any], sentence: str) -> None:

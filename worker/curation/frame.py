@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from sqlalchemy import ColumnElement, func, or_, select
 from sqlalchemy.orm import Session
 
-from services.store import embeddings
+from services.store import embeddings, schemas
 from services.store.models import Feedback, Interaction, InteractionBody, ReviewItem
 from services.store.sampling import STAMP
-from worker.curation import novelty, schemas
+from worker.curation import novelty
 from worker.curation.second import Second
 from worker.curation.strata import Candidate, order_hash
 

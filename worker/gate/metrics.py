@@ -1,14 +1,36 @@
 """Scores of one output against the golden answer, each in [0, 1], higher is better. A project's `metrics` names them.
 
-Outputs and golden answers are hostile text: nothing here raises on any of it.
+Outputs and golden answers are hostile text: nothing here raises on any of it, and nothing takes long.
 """
 
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-Metric = Callable[[str, str], float]
+from services.store import schemas
+from services.store.evaluation_config import CheckConfig
+
 LONGEST_COMPARED = 20_000
+
+
+class Said(NamedTuple):
+    """An answer, with what the engine and the judge made of it where they were asked."""
+
+    text: str
+    likelihood: float | None = None
+    judged: float | None = None
+
+
+class Wanted(NamedTuple):
+    """What an answer is held against: the golden text, the project's schema (a JSON text) and its checks."""
+
+    golden: str
+    schema: str | None = None
+    checks: Sequence[CheckConfig] = ()
+
+
+Metric = Callable[[Said, Wanted], float]
 
 
 def exact_match(output: str, golden: str) -> float:
@@ -16,7 +38,7 @@ def exact_match(output: str, golden: str) -> float:
     return float(output.strip() == golden.strip())
 
 
-def json_valid(output: str, golden: str) -> float:  # noqa: ARG001 - every metric sees both
+def json_valid(output: str, golden: str) -> float:  # noqa: ARG001 - every comparison sees both
     """Whether the output is JSON at all."""
     return float(_parse(output) is not None)
 
@@ -38,11 +60,42 @@ def similarity(output: str, golden: str) -> float:
     return 1.0 if longer == 0 else 1 - edit_distance(one, other) / longer
 
 
+def schema_valid(said: Said, wanted: Wanted) -> float:
+    """Whether the output keeps the project's `response_schema`; without one, or with one that cannot be judged by,
+    nothing breaks it."""
+    return float(wanted.schema is None or not schemas.fails(said.text, wanted.schema))
+
+
+def likelihood(said: Said, wanted: Wanted) -> float:  # noqa: ARG001 - every metric sees both
+    """How likely the golden answer was, as the geometric mean of its tokens' probabilities."""
+    return said.likelihood or 0.0
+
+
+def checks(said: Said, wanted: Wanted) -> float:
+    """The share of the project's checks that the output passes."""
+    passed = [check.passes(said.text) for check in wanted.checks]
+    return sum(passed) / len(passed) if passed else 1.0
+
+
+def judge(said: Said, wanted: Wanted) -> float:  # noqa: ARG001 - every metric sees both
+    """1 where the judge preferred this answer in both orders, 0 where the other one, 0.5 where it did neither."""
+    return 0.5 if said.judged is None else said.judged
+
+
+def of_texts(compare: Callable[[str, str], float]) -> Metric:
+    """A metric that looks at the two texts alone."""
+    return lambda said, wanted: compare(said.text, wanted.golden)
+
+
 METRICS: dict[str, Metric] = {
-    "exact_match": exact_match,
-    "json_valid": json_valid,
-    "field_f1": field_f1,
-    "similarity": similarity,
+    "exact_match": of_texts(exact_match),
+    "json_valid": of_texts(json_valid),
+    "schema_valid": schema_valid,
+    "field_f1": of_texts(field_f1),
+    "similarity": of_texts(similarity),
+    "likelihood": likelihood,
+    "checks": checks,
+    "judge": judge,
 }
 
 

@@ -1,81 +1,127 @@
-"""Answers of one adapter to the held-out prompts, straight from the engine: no pin, cache, example or log is near."""
+"""Answers of named weights to held-out prompts, straight from the engine: no pin, cache, example or log is near.
 
+What was answered is kept chunk by chunk, so a killed evaluation goes on where it was, and the next one finds the
+incumbent's answers there: weights, prompt and sampling being the same, so is a greedy answer.
+"""
+
+import hashlib
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 from uuid import UUID, uuid4
 
 from engine.client import Completion
-from engine.messages import Generate, Sampling
+from engine.messages import Generate, Grammar, Sampling, Status
 from engine.sync_client import SyncEngineClient
+from engine.text.supervision import supervise, turn_end
 from engine.text.tokenizer import Tokenizer
+from services.store.evaluation_answers import Answer, Key
 
 CHUNK = 32
 SPARE_TOKENS = 32
 # What another attempt may mend; the rest is the prompt's own fault and an empty answer on both sides.
 PASSING = ("adapter_not_loaded", "overloaded", "internal")
+# Changes when the same request would be asked in another way.
+FORMAT = 1
 
 
 class EvaluationInterrupted(RuntimeError):
     """The engine could not answer this time; the job is worth another attempt."""
 
 
-class Prompt(NamedTuple):
-    """A held-out example as the engine is asked: token ids, and how many tokens the answer may take."""
+class Ask(NamedTuple):
+    """One request about an example. With `scored_from`, nothing is generated: the prompt's own tokens from there on are
+    scored instead."""
 
     example_id: UUID
     token_ids: list[int]
     max_tokens: int
+    scored_from: int = 0
+    grammar: Grammar | None = None
+
+    @property
+    def key(self) -> Key:
+        grammar = "" if self.grammar is None else f"{self.grammar.kind} {self.grammar.text}"
+        said = f"{FORMAT} {self.max_tokens} {self.scored_from} {grammar}\n{self.token_ids}"
+        return Key(self.example_id, hashlib.sha256(said.encode()).hexdigest())
 
 
-def make_prompt(
+class Kept(NamedTuple):
+    """Where answers are kept: `known` finds those there are, `keep` stores a chunk and may raise to stop."""
+
+    known: Callable[[str, Sequence[Key]], dict[Key, Answer]]
+    keep: Callable[[str, Sequence[tuple[Key, Answer]]], None]
+
+
+def weights_of(status: Status, adapter: str | None) -> str:
+    """What an answer hangs on besides the request: base, adapter, and how they are multiplied."""
+    return f"{status.base}:{adapter or ''}:{status.dtype}:{status.kernels}"
+
+
+def ask_answer(
     tokenizer: Tokenizer, example_id: UUID, messages: list[dict[str, object]], golden: str, context: int
-) -> Prompt:
+) -> Ask:
     """Twice the golden answer's length and some: enough to be right, not enough to ramble at others' cost."""
     token_ids = tokenizer.encode_chat(messages)
     budget = 2 * len(tokenizer.encode_plain(golden)) + SPARE_TOKENS
-    return Prompt(example_id, token_ids, max(1, min(budget, context - len(token_ids))))
+    return Ask(example_id, token_ids, max(1, min(budget, context - len(token_ids))))
 
 
-def answer_all(
-    client: SyncEngineClient,
-    tokenizer: Tokenizer,
-    adapter: str | None,
-    prompts: Sequence[Prompt],
-    on_chunk: Callable[[int], None],
-) -> dict[UUID, str]:
-    """Greedy answers at batch priority. `on_chunk` hears how many are done and may raise to stop.
+def ask_likelihood(tokenizer: Tokenizer, example_id: UUID, messages: list[dict[str, object]], golden: str) -> Ask:
+    """How likely the golden answer and its end are, token by token, as training would see them."""
+    row = supervise(tokenizer, messages, golden, turn_end(tokenizer))
+    return Ask(example_id, [*row.prompt, *row.answer, row.end], 1, scored_from=len(row.prompt))
 
-    Raises EngineGone, EvaluationInterrupted.
-    """
-    answers: dict[UUID, str] = {}
-    for start in range(0, len(prompts), CHUNK):
-        chunk = prompts[start : start + CHUNK]
-        completions = client.generate_many([_request(tokenizer, adapter, prompt) for prompt in chunk])
-        for prompt, completion in zip(chunk, completions, strict=True):
-            answers[prompt.example_id] = _text(tokenizer, adapter, completion)
-        on_chunk(len(answers))
+
+def ask_all(
+    client: SyncEngineClient, tokenizer: Tokenizer, adapter: str | None, asked: Sequence[Ask], kept: Kept
+) -> dict[Key, Answer]:
+    """Greedy answers at batch priority, those known already taken as they are. Raises EngineGone,
+    EvaluationInterrupted, and whatever `kept.keep` raises to stop."""
+    weights = weights_of(client.status(), adapter)
+    answers = kept.known(weights, [ask.key for ask in asked])
+    missing = [ask for ask in asked if ask.key not in answers]
+    kept.keep(weights, [])
+    for start in range(0, len(missing), CHUNK):
+        chunk = missing[start : start + CHUNK]
+        completions = client.generate_many([_request(tokenizer, adapter, ask) for ask in chunk])
+        new = [
+            (ask.key, _answer(tokenizer, adapter, ask, completion))
+            for ask, completion in zip(chunk, completions, strict=True)
+        ]
+        kept.keep(weights, new)
+        answers.update(new)
     return answers
 
 
-def _request(tokenizer: Tokenizer, adapter: str | None, prompt: Prompt) -> Generate:
+def _request(tokenizer: Tokenizer, adapter: str | None, ask: Ask) -> Generate:
     return Generate(
         id=f"evaluate-{uuid4().hex}",
-        prompt=prompt.token_ids,
-        sampling=Sampling(temperature=0.0, seed=0, max_tokens=prompt.max_tokens, stop_token_ids=tokenizer.eos_ids),
+        prompt=ask.token_ids,
+        sampling=Sampling(temperature=0.0, seed=0, max_tokens=ask.max_tokens, stop_token_ids=tokenizer.eos_ids),
         adapter=adapter,
         namespace="evaluation",
         cache_salt="evaluation",
         priority="batch",
+        grammar=ask.grammar,
+        prompt_logprobs=ask.scored_from > 0,
         learn=False,
     )
 
 
-def _text(tokenizer: Tokenizer, adapter: str | None, completion: Completion) -> str:
+def _answer(tokenizer: Tokenizer, adapter: str | None, ask: Ask, completion: Completion) -> Answer:
     finished = completion.finished
     if finished.reason in ("error", "cancelled"):
         if finished.code in PASSING or finished.reason == "cancelled":
             raise EvaluationInterrupted(f"the engine could not answer: {finished.error or finished.reason}")
-        return ""
+        return Answer("", "error", 0, 0.0 if ask.scored_from else None)
     if finished.adapter != adapter:
         raise EvaluationInterrupted(f"asked {adapter or 'the base'}, but {finished.adapter or 'the base'} answered")
-    return tokenizer.decode(completion.token_ids)
+    if ask.scored_from:
+        return Answer("", finished.reason, 0, _likelihood(completion.prompt_logprobs[ask.scored_from - 1 :]))
+    return Answer(tokenizer.decode(completion.token_ids), finished.reason, len(completion.token_ids))
+
+
+def _likelihood(logprobs: Sequence[float]) -> float:
+    """The geometric mean of the tokens' probabilities: 1 / perplexity."""
+    return min(1.0, math.exp(sum(logprobs) / len(logprobs))) if logprobs else 0.0

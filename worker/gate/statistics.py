@@ -1,9 +1,10 @@
 """Paired differences with clusters: a bootstrap interval that stays honest when few rows differ."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 RESAMPLES = 10_000
 CHUNK_CELLS = 4_000_000
@@ -34,15 +35,16 @@ class Clusters(NamedTuple):
         return float(np.sqrt((residuals**2).mean()) / self.sizes.mean())
 
 
-def cluster(differences: Sequence[float], groups: Sequence[str]) -> Clusters:
+def cluster(differences: Sequence[float] | NDArray[np.float64], groups: Sequence[str] | NDArray[Any]) -> Clusters:
     """Rows of one session or user stand or fall together, so groups are what is resampled."""
     _, index = np.unique(np.asarray(groups), return_inverse=True)
     return Clusters(np.bincount(index, weights=np.asarray(differences, dtype=float)), np.bincount(index).astype(float))
 
 
 def bootstrap(clusters: Clusters, alpha: float, *, seed: int) -> Interval:
-    """One-sided percentile bounds of the mean difference at level `alpha` each.
+    """One-sided percentile bounds of the mean difference at level `alpha` each, by resampling.
 
+    The reference that `saddlepoint.bounds` is tested against; it serves where differences are not in [-1, 1].
     One full win and one full loss are added (as Agresti–Min do for paired proportions): resampling four wins and
     ninety-six ties alone would be sure of a gain that a coin gives one time in sixteen.
     """

@@ -1,0 +1,72 @@
+"""What an evaluation tells beside its decision: means, lengths, refusals, the judge's worth, where scores came from."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from services.store import verdicts
+from services.store.models import EvaluationRow
+from worker.gate.decide import BASE_ABILITY, Decision
+from worker.gate.judge import Agreement, Outcome, agreement
+from worker.gate.order import Order
+from worker.gate.rows import Compared, judged_by
+
+SIDES = ("baseline", "candidate")
+CONSISTENT: Mapping[str | None, Outcome] = {"win": "win", "tie": "tie", "loss": "loss"}
+
+
+def summarise(
+    order: Order, rows: Sequence[EvaluationRow], decision: Decision, judged: Agreement | None
+) -> dict[str, Any]:
+    """The decision's figures, and what is told beside them, over the project's own rows."""
+    own = [row for row in rows if row.slice != BASE_ABILITY]
+    return {
+        "metric": order.deciding,
+        "rows": len(rows),
+        "means": _means(own),
+        "sources": {side: dict(Counter(row.details[side]["source"] for row in own)) for side in SIDES},
+        "answers": {side: _answers([row.details[side] for row in own]) for side in SIDES} if own else {},
+        "judge": _judge(order, own, judged),
+        **decision.summary(),
+    }
+
+
+def _means(rows: Sequence[EvaluationRow]) -> dict[str, dict[str, float]]:
+    names = rows[0].baseline_scores if rows else ()
+    return {
+        name: {
+            "baseline": fmean(row.baseline_scores[name] for row in rows),
+            "candidate": fmean(row.candidate_scores[name] for row in rows),
+        }
+        for name in names
+    }
+
+
+def _answers(details: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Shares of the answers that were cut off, refused or missing, and their mean length in tokens."""
+    return {
+        "tokens": fmean(one["tokens"] for one in details),
+        "cut_off": fmean(one["finish"] == "length" for one in details),
+        "failed": fmean(one["finish"] == "error" for one in details),
+        "refused": fmean(one["refused"] for one in details),
+    }
+
+
+def _judge(order: Order, rows: Sequence[EvaluationRow], judged: Agreement | None) -> dict[str, Any] | None:
+    if order.judging is None:
+        return None
+    outcomes = Counter(row.details["judge"] for row in rows if "judge" in row.details)
+    told = None if judged is None else judged._asdict()
+    return {"model": order.judging.config.model, "outcomes": dict(outcomes), "agreement": told}
+
+
+def judge_agreement(compared: Sequence[Compared], human: Mapping[verdicts.Asked, float]) -> Agreement:
+    """On the rows where people judged both of two different outputs and the judge said something."""
+    told: list[tuple[Outcome, Outcome]] = []
+    for one in compared:
+        baseline, candidate = judged_by(human, one)
+        if one.judged in CONSISTENT and baseline is not None and candidate is not None:
+            person: Outcome = "win" if candidate > baseline else "loss" if candidate < baseline else "tie"
+            told.append((person, CONSISTENT[one.judged]))
+    return agreement(told)
