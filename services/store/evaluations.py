@@ -83,7 +83,7 @@ def list_(session: Session, project_id: UUID, *, limit: int = 50, offset: int = 
 
 def looks_at(session: Session, evaluation: Evaluation) -> list[Evaluation]:
     """Every decided comparison on the same held-out part, in the dataset's revisions that have it, oldest first."""
-    revision = datasets.get_revision(session, evaluation.revision_id)
+    revision = revisions.get(session, evaluation.revision_id)
     same = Revision.id == revision.id
     if revision.held_out_digest is not None:
         same |= (Revision.dataset_id == revision.dataset_id) & (Revision.held_out_digest == revision.held_out_digest)

@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from examples.grammars.common import Example, stream
 from examples.grammars.simulate import APPLICATIONS
-from services.store import revisions, examples, base_ability, datasets, deployments, evaluations, runs
+from services.store import base_ability, datasets, deployments, evaluations, examples, revisions, runs
 from services.store.models import Artifact, Evaluation, EvaluationRow, Project, Revision, Run
 from tests.console import seed
 from worker.gate.decide import BASE_ABILITY, ScoredRow, decide

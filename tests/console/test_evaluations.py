@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import select
 from starlette.testclient import TestClient
 
-from services.store import revisions, datasets, evaluations, keys
+from services.store import evaluations, keys, revisions
 from services.store.base import Sessions
 from services.store.models import AuditEvent, Evaluation, Job, Project, Revision, Run
 from tests.console import seed, seed_evaluation

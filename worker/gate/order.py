@@ -12,7 +12,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from services.errors import NotFound
-from services.store import revisions, base_ability, datasets, deployments
+from services.store import base_ability, deployments, revisions
 from services.store.evaluation_config import CheckConfig, JudgeConfig, read_checks, read_judge, read_margins
 from services.store.forms import is_supervised
 from services.store.models import Artifact, Example, Project, Run
