@@ -13,7 +13,7 @@ from typing import Any
 from uuid import UUID
 
 import structlog
-from sqlalchemy import func, select, update
+from sqlalchemy import Select, func, select, update
 from sqlalchemy.orm import Session
 
 from engine.sync_client import SyncEngineClient
@@ -33,6 +33,7 @@ from services.store.models import (
     Revision,
     RevisionExample,
     Run,
+    RunExample,
 )
 
 CONNECT_SECONDS = 30.0
@@ -165,11 +166,16 @@ def _revisions_with_erased(split: str | None = None):  # type: ignore[no-untyped
     return query.where(RevisionExample.split == split) if split else query
 
 
+def _runs_replaying_erased() -> Select[UUID]:
+    query = select(RunExample.run_id).join(Example, Example.id == RunExample.example_id)
+    return query.where(Example.content_hash.startswith(ERASED))
+
+
 def _stop_runs(session: Session, made: ErasureRequest, projects: list[UUID]) -> list[str]:
     """Unfinished runs on such a revision, and those that read that log: what they wrote down is erased data."""
     logged = [UUID(one) for one in made.progress.get("spans", {})]
     reading_log = (Run.kind == "speculator") & Run.project_id.in_(logged)
-    reading = Run.revision_id.in_(_revisions_with_erased()) | reading_log
+    reading = Run.revision_id.in_(_revisions_with_erased()) | Run.id.in_(_runs_replaying_erased()) | reading_log
     unfinished = select(Run.id).where(Run.project_id.in_(projects), Run.state.in_(runs.UNFINISHED), reading)
     stopped = []
     for run_id in session.scalars(unfinished).all():
@@ -208,7 +214,8 @@ def _holds_erased(session: Session, revision: Revision) -> bool:
 
 def _taint(session: Session, made: ErasureRequest, projects: list[UUID]) -> list[dict[str, Any]]:
     """Adapters trained on such a revision and heads trained on that part of the log: deployed nowhere any more."""
-    trained = select(Run.id).where(Run.revision_id.in_(_revisions_with_erased("train")))
+    reading = Run.revision_id.in_(_revisions_with_erased("train")) | Run.id.in_(_runs_replaying_erased())
+    trained = select(Run.id).where(reading)
     adapters = select(Artifact).where(
         Artifact.project_id.in_(projects), Artifact.tainted_at.is_(None), Artifact.run_id.in_(trained)
     )
