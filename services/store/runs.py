@@ -111,6 +111,14 @@ def get(session: Session, run_id: UUID) -> Run:
     return run
 
 
+def unfinished(session: Session, project_id: UUID, *, speculator: bool = False) -> Run | None:
+    """The project's run at work, of adapters or of heads; there is one at most."""
+    at_work = select(Run).where(
+        Run.project_id == project_id, Run.state.in_(UNFINISHED), (Run.kind == "speculator") == speculator
+    )
+    return session.scalars(at_work).one_or_none()
+
+
 def list_(session: Session, project_id: UUID, *, limit: int = 50) -> list[Run]:
     """Newest first."""
     newest = select(Run).where(Run.project_id == project_id).order_by(Run.created_at.desc(), Run.id.desc())

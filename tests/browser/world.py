@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from services.store import gold, reviews
 from services.store.models import Interaction, Project, ReviewItem, Revision, Run
-from tests.console import seed, seed_speed
+from tests.console import seed, seed_runs, seed_speed
 
 HERE = "/p/entities"
 ANSWER = '{"people": ["Anna Reed", "Ivy Stone"], "places": ["Oslo"], "organisations": ["Northwind"], "dates": []}'
@@ -38,6 +38,10 @@ def build(session: Session) -> list[Scene]:
     young = seed.project(session, "young", "Young")
     session.add(seed_speed.answer(young, datetime.now(UTC), random.Random(1), speculation=None, rate=90.0))
     _queue(session)
+    revision = session.scalars(select(Revision).order_by(Revision.id.desc())).first()
+    assert revision is not None
+    seed_runs.broken(session, project, revision)
+    seed_runs.at_work(session, project, revision)
     runs = list(session.scalars(select(Run.id)))
     digest = session.scalars(select(Revision.digest).limit(1)).one()
     logged = session.scalars(select(ReviewItem.interaction_id).where(ReviewItem.project_id == project.id)).first()
@@ -53,10 +57,23 @@ def build(session: Session) -> list[Scene]:
         Scene("datasets", f"{HERE}/datasets"),
         Scene("revision", f"{HERE}/datasets/golden/{digest}"),
         Scene("runs", f"{HERE}/runs"),
+        Scene("runs-none", f"{HERE}/runs?kind=kto&state=working"),
+        Scene("run-new", f"{HERE}/runs/new?kind=sft"),
+        Scene("run-new-wrong", f"{HERE}/runs/new?kind=dpo", _wrong_run),
         *(Scene(f"run-{place}", f"{HERE}/runs/{run}") for place, run in enumerate(runs)),
         Scene("deployment", f"{HERE}/deployment"),
         *REVIEW,
     ]
+
+
+def _wrong_run(page: Page) -> None:
+    """The form sent with mistakes."""
+    page.locator("#param-lr").fill("fast")
+    page.locator(".more summary").click()
+    page.locator("#param-rank").fill("9000")
+    page.evaluate("document.querySelector('form.card button').disabled = false")
+    page.locator("form.card button").click()
+    page.locator("#wrong-rank").wait_for()
 
 
 # --- review -----------------------------------------------------------------------------------------------
