@@ -15,7 +15,7 @@ from services.store.run_params import SftParams
 from tests.curation.world import World
 from tests.training.kinds import corrected, make_spec, rows_of
 from worker.curation.build import build_revision
-from worker.training import launch, loading, trainers
+from worker.training import child, launch, loading, trainers
 from worker.training.parting import draw, parted
 from worker.training.process import Refused
 from worker.training.rows import AnyRow
@@ -60,6 +60,12 @@ def test_only_the_worker_s_child_turns_into_the_launcher(four: Spec, monkeypatch
     assert not launch.is_wanted(msgspec.structs.replace(four, devices=1))
     monkeypatch.setenv("RANK", "2")
     assert not launch.is_wanted(four)
+
+
+def test_without_enough_gpus_the_worker_hears_why(tiny_model: Path, tmp_path: Path) -> None:
+    spec = make_spec("sft", tiny_model, tmp_path, devices=2)
+    with pytest.raises(child.TrainerRefused, match="devices=2 needs as many GPUs; torch sees 0 here"):
+        child.run(spec, tmp_path, on_report=lambda _: None, stop=lambda: False)
 
 
 def test_only_the_first_rank_reports(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,9 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
-from worker.training.process import Trainer, die_with
+from worker.training.process import Refused, Trainer, die_with
 from worker.training.spec import Report, Spec
 
 MODULE = "worker.training.lora"
@@ -23,20 +24,23 @@ def is_wanted(spec: Spec) -> bool:
 
 def command(spec: Spec, file: Path, port: int) -> list[str]:
     """What starts `spec.devices` trainers on this machine, whose ranks meet at a loopback port."""
-    where = ["--cpu"] if spec.device == "cpu" else ["--multi_gpu"]
     return [
-        sys.executable, "-m", "accelerate.commands.launch", *where, "--num_processes", str(spec.devices),
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(spec.devices),
         "--num_machines", "1", "--machine_rank", "0", "--main_process_ip", "127.0.0.1",
         "--main_process_port", str(port), "--mixed_precision", "no", "--dynamo_backend", "no",
         "--num_cpu_threads_per_process", "1", "--module", MODULE, "--spec", str(file),
     ]  # fmt: skip
 
 
-def become(spec: Spec, file: Path) -> int:
-    """Turn into the launcher; being ended with the worker survives the exec. Returns only if that fails."""
+def become(spec: Spec, file: Path) -> NoReturn:
+    """Turn into the launcher; being ended with the worker survives the exec. Raises Refused without enough GPUs."""
+    import torch
+
     die_with(spec.parent)
+    found = 0 if spec.device == "cpu" else torch.cuda.device_count()
+    if found < spec.devices:
+        raise Refused(f"devices={spec.devices} needs as many GPUs; torch sees {found} here")
     os.execv(sys.executable, command(spec, file, _free_port()))
-    return 1
 
 
 def parent_of(spec: Spec) -> int:

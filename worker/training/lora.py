@@ -16,7 +16,7 @@ import msgspec
 
 from worker.training import checkpoints, launch, sweep, trainers, validation
 from worker.training.loading import load, on_cuda, require_quantizer
-from worker.training.process import Refused, serve
+from worker.training.process import Refused, refusing, serve
 from worker.training.reporting import marking, reporting, validating
 from worker.training.spec import Report, Spec, Stage, decode_spec
 
@@ -30,7 +30,7 @@ def main() -> int:
     file = parser.parse_args().spec
     spec = decode_spec(file.read_bytes())
     if launch.is_wanted(spec):
-        return launch.become(spec, file)
+        return refusing(lambda: launch.become(spec, file))
     return serve(launch.parent_of(spec), launch.only_first(lambda report: train(spec, report)))
 
 

@@ -24,8 +24,13 @@ def serve(parent: int, train: Trainer) -> int:
     die_with(parent)
     os.nice(NICENESS)
     report = _take_stdout()
+    return refusing(lambda: train(report))
+
+
+def refusing(work: Callable[[], object]) -> int:
+    """The exit status of work that may refuse; the reason is the last thing on stderr."""
     try:
-        train(report)
+        work()
     except Refused as error:
         print(f"refused: {error}", file=sys.stderr)
         return REFUSED
