@@ -116,7 +116,7 @@ def going_on(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     return kept
 
 
-def timeline(events: Sequence[RunEvent], until: datetime, width: int = 680) -> Timeline | None:
+def timeline(events: Sequence[RunEvent], until: datetime, width: int = 880) -> Timeline | None:
     """How long each phase took; None before there are two moments to speak of. The last one ends at `until`."""
     told = [(str(event.payload.get("phase")), event.at) for event in events if event.kind == "phase"]
     if not told or (until - told[0][1]).total_seconds() <= 0:
@@ -143,7 +143,7 @@ def _clock(seconds: float) -> str:
     return f"{minutes}:{rest:02}" if minutes else f"{seconds:g} s"
 
 
-def histogram(buckets: Mapping[str, int], width: int = 320, height: int = 150) -> Bars | None:
+def histogram(buckets: Mapping[str, int], width: int = 450, height: int = 160) -> Bars | None:
     """Rows by how many tokens they teach, in the buckets' order; None when there is nothing to draw."""
     if not buckets:
         return None

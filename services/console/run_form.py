@@ -19,6 +19,14 @@ TOLD: Mapping[str, tuple[str, str]] = {
     "kto": ("Flag", "Single answers marked right or wrong. Flags without a correction teach here, and only here."),
     "speculator": ("Heads", "Heads draft tokens ahead, trained on the log. Answers stay the same and come faster."),
 }
+LABELS: Mapping[str, str] = {
+    "lr": "learning rate", "sft_weight": "weight of imitating", "good_weight": "weight of right answers",
+    "bad_weight": "weight of wrong answers", "sweep": "candidates in a sweep", "max_length": "longest row",
+    "targets": "layers", "max_steps": "most steps", "replay": "share replayed", "replay_from": "replay from",
+    "validation": "share that only measures", "checkpoint_steps": "steps between checkpoints",
+    "quantize": "base in few bits", "devices": "GPUs at once", "max_tokens": "tokens read at most",
+    "min_requests": "requests to begin with",
+}  # fmt: skip
 FORMS: Mapping[str, str] = {"sft": "prompt-completion", "dpo": "preference", "kto": "unpaired"}
 
 
@@ -26,6 +34,7 @@ class FormField(NamedTuple):
     """A parameter as the form shows it. `choices` makes it a list; `error` is what was wrong with what was sent."""
 
     name: str
+    label: str
     help: str
     default: str
     value: str
@@ -69,8 +78,8 @@ def make(
     wrong = errors_of(kind, {**project_says, **parse(kind, sent)}) if sent else {}
     fields = [
         FormField(
-            name, field.description or "", _shown(project_says.get(name, field.default)), sent.get(name, ""),
-            _choices(field), wrong.get(name),
+            name, LABELS.get(name, name.replace("_", " ")), field.description or "",
+            _shown(project_says.get(name, field.default)), sent.get(name, ""), _choices(field), wrong.get(name),
         )
         for name, field in PARAMS[kind].model_fields.items()
     ]  # fmt: skip
@@ -98,6 +107,13 @@ def _shown(value: object) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def ordered(kind: str, params: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(name, label, value) of a run's parameters as the form orders them; JSON keeps no order."""
+    names = [name for name in PARAMS[kind].model_fields if name in params]
+    names += [name for name in params if name not in names]
+    return [(name, LABELS.get(name, name.replace("_", " ")), _shown(params[name]) or "–") for name in names]
 
 
 def kinds() -> list[tuple[str, str, str]]:

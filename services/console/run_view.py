@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy.orm import Session
 
-from services.console import charts, run_charts
+from services.console import charts, run_charts, run_form
 from services.store import datasets, evaluations, runs
 from services.store.models import Artifact, Dataset, Evaluation, EvaluationRow, Project, Revision, Run, RunEvent
 
@@ -78,6 +78,7 @@ def describe(session: Session, run: Run, show: str = "") -> dict[str, Any]:
         "steps": _steps(run, events),
         "curves": run_charts.curves(events),
         "timeline": run_charts.timeline(events, run.finished_at or datetime.now(UTC)),
+        "params": run_form.ordered(run.kind, run.params),
         "trials": trials,
         "trial_plot": run_charts.trial_plot(trials),
         "trigger": next((event.payload for event in events if event.kind == "trigger"), {}),

@@ -29,7 +29,7 @@ class TrainParams(BaseModel):
     alpha: float = Field(32.0, gt=0, le=1024, description="The adapter's scale is alpha ÷ rank.")
     lr: float = Field(2e-3, gt=0, le=0.1, description="Highest learning rate; it rises, then falls as a cosine.")
     epochs: float = Field(4.0, gt=0, le=100, description="How often every example is seen.")
-    max_steps: int = Field(0, ge=0, le=100_000, description="Stops the run early; 0 leaves it to `epochs`.")
+    max_steps: int = Field(0, ge=0, le=100_000, description="Stops the run early; 0 leaves it to the epochs.")
     batch_size: int = Field(8, ge=1, le=256, description="Examples a step and device.")
     warmup: float = Field(0.05, ge=0, le=0.5, description="Share of the steps over which the rate rises.")
     max_length: int = Field(1024, ge=16, le=131_072, description="Longest prompt plus answer, in tokens.")

@@ -44,8 +44,8 @@ def at_work(session: Session, project: Project, revision: Revision) -> Run:
             "preferred": preferred, "kept": kept,
         }  # fmt: skip
         runs.add_event(session, run.id, "trial", told)
-    for step in (*range(1, 31), *range(26, 61)):
-        if step == 26:
+    for place, step in enumerate((*range(1, 31), *range(26, 61))):
+        if place == 30:
             detail = {"checkpoint": "checkpoint-25"}
             runs.add_event(session, run.id, "log", {"name": "resumed", "detail": detail})
         margin = 4 * (1 - math.exp(-step / 30)) + dice.uniform(-0.2, 0.2)

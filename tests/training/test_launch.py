@@ -1,5 +1,6 @@
 """Several GPUs, four-bit weights, older examples, validation groups: what decides how and on what a trainer works."""
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from services.store.run_params import SftParams
 from tests.curation.world import World
 from tests.training.kinds import corrected, make_spec, rows_of
 from worker.curation.build import build_revision
-from worker.training import child, launch, loading, trainers
+from worker.training import checkpoints, child, launch, loading, trainers
 from worker.training.parting import draw, parted
 from worker.training.process import Refused
 from worker.training.rows import AnyRow
-from worker.training.spec import Spec
+from worker.training.spec import Progress, Spec, decode_report, encode
 
 # --- several devices --------------------------------------------------------------------------------------
 
@@ -66,6 +67,25 @@ def test_without_enough_gpus_the_worker_hears_why(tiny_model: Path, tmp_path: Pa
     spec = make_spec("sft", tiny_model, tmp_path, devices=2)
     with pytest.raises(child.TrainerRefused, match="devices=2 needs as many GPUs; torch sees 0 here"):
         child.run(spec, tmp_path, on_report=lambda _: None, stop=lambda: False)
+
+
+def test_two_ranks_train_one_adapter_and_only_the_first_reports(tiny_model: Path, tmp_path: Path) -> None:
+    """The ranks as accelerate would start them, by torch's own launcher: accelerate's wants GPUs."""
+    spec = make_spec("dpo", tiny_model, tmp_path, devices=2, checkpoint_steps=5, max_steps=6)
+    (tmp_path / "spec.json").write_bytes(encode(spec))
+    ranks = ["--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(launch._free_port())]
+    made = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *ranks, "--module", launch.MODULE, "--spec", "spec.json"],
+        env=child._environment() | {"ACCELERATE_USE_CPU": "true"}, cwd=tmp_path, capture_output=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+
+    assert made.returncode == 0, made.stderr[-2000:]
+    reports = [decode_report.decode(line) for line in made.stdout.splitlines()]
+    steps = [report.step for report in reports if isinstance(report, Progress)]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    assert checkpoints.newest(tmp_path / checkpoints.TRAINER, "") is not None
 
 
 def test_only_the_first_rank_reports(monkeypatch: pytest.MonkeyPatch) -> None:
