@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from services.errors import Conflict, InvalidRequest
 from services.gateway.log_spool import LogSpool
 from services.gateway.spool_format import Admitted, Final
-from services.store import audit, datasets, deployments, erasure, jobs, projects
+from services.store import audit, datasets, deployments, erasure, jobs, projects, replay
 from services.store.base import uuid7
 from services.store.certificate import verified
 from services.store.erasure import Subject
@@ -126,6 +126,16 @@ def typed(session: Session, project_id: UUID, lead: UUID) -> None:
     revision.report = {**revision.report, "phrases": [{"phrase": MARK, "author": "a", "rows": 2}]}
 
 
+def replaying(session: Session, project_id: UUID, revision: Revision) -> None:
+    """A run on something else that replayed the revision's training rows, and its adapter."""
+    run = Run(project_id=project_id, kind="dpo", state="succeeded", params={}, created_by="me")
+    session.add(run)
+    session.flush()
+    replay.keep(session, run.id, [member.example for member in datasets.members(session, revision.id, "train")])
+    session.add(Artifact(digest="c" * 64, kind="adapter", project_id=project_id, run_id=run.id, base_digest="b",
+                         manifest={}, state="staged"))  # fmt: skip
+
+
 def learned(session: Session, project_id: UUID, revision: Revision) -> None:
     """A run on the revision, its live adapter, and an evaluation that quotes held-out answers."""
     run = Run(project_id=project_id, kind="sft", state="failed", params={}, revision_id=revision.id, created_by="me",
@@ -136,6 +146,7 @@ def learned(session: Session, project_id: UUID, revision: Revision) -> None:
         session.add(Artifact(digest=digest, kind="adapter", project_id=project_id, run_id=run.id, base_digest="b",
                              manifest={}, state="staged"))  # fmt: skip
     session.flush()
+    replaying(session, project_id, revision)
     generation = deployments.get(session, project_id).generation
     deployments.flip(session, project_id, expected_generation=generation, digest="a" * 64, actor="me", reason="test")
     evaluation = Evaluation(project_id=project_id, run_id=run.id, revision_id=revision.id, candidate_digest="a" * 64)
@@ -168,7 +179,7 @@ def spoil(session: Session, project_id: UUID) -> None:
 
 def run_of(world: World) -> UUID:
     with world.sessions() as session:
-        return session.scalars(select(Run.id)).one()
+        return session.scalars(select(Run.id).where(Run.kind == "sft")).one()
 
 
 def run_job(world: World, kind: str) -> None:
@@ -242,7 +253,7 @@ def test_the_certificate_says_what_was_done_and_proves_that_it_is_whole(world: W
     assert (found["rows"]["interaction"], found["rows"]["annotation"], found["rows"]["example"]) == (3, 4, 3)
     assert (found["rows"]["pin"], found["rows"]["example_embedding"], found["rows"]["feedback"]) == (3, 2, 3)
     assert found["spool_records"] > 0
-    assert {one["digest"][0]: one["state"] for one in found["tainted"]} == {"a": "live", "b": "staged"}
+    assert {one["digest"][0]: one["state"] for one in found["tainted"]} == {"a": "live", "b": "staged", "c": "staged"}
     assert found["subject"] == erased.subject == erasure.hashed(f"{MARK}-user")
     assert any("nothing here unlearns" in sentence for sentence in found["cannot_be_undone"])
 
