@@ -17,7 +17,7 @@ from engine.speculation.manager import vocabulary_digest
 from engine.text.tokenizer import Tokenizer
 from examples.grammars.common import Split, stream
 from examples.grammars.simulate import APPLICATIONS
-from services.store.runs import SpeculatorParams
+from services.store.run_params import SpeculatorParams
 from worker.training import artifact
 from worker.training.heads import write_requests
 from worker.training.spec import REPORT, HeadsSpec, Request

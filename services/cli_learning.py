@@ -37,12 +37,16 @@ def train(
     param: Annotated[
         list[str] | None, typer.Option("--param", "--set", help="name=value, such as epochs=2; repeatable.")
     ] = None,
-    kind: Annotated[str, typer.Option(help="`sft` trains an adapter, `speculator` heads on the log.")] = "sft",
+    kind: Annotated[
+        str, typer.Option(help="`sft` imitates, `dpo` prefers, `kto` learns from flags; `speculator` trains heads.")
+    ] = "sft",
+    sweep: Annotated[int, typer.Option(min=0, max=16, help="Candidates tried against each other first.")] = 0,
     follow: Annotated[bool, typer.Option(help="Stay until the run ends.")] = True,
 ) -> None:
     """Build a revision (or read the log), train, gate and swap. Exit code 1 unless the run succeeds."""
     client = AdminClient(Settings())
-    body = {"params": _parameters(param or []), "dataset": dataset, "kind": kind}
+    params = _parameters(param or []) | ({"sweep": sweep} if sweep else {})
+    body = {"params": params, "dataset": dataset, "kind": kind}
     run = client.post(f"/api/p/{project}/runs", body)
     print(f"run {run['id']} started")
     if follow and follow_run(client, run["id"])["state"] != "succeeded":
@@ -53,19 +57,25 @@ def runs(
     run_id: Annotated[UUID | None, typer.Argument(help="Show this run, following it while it works.")] = None,
     project: Annotated[str | None, typer.Option(help="Only this project's.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=200)] = 20,
+    cancel: Annotated[bool, typer.Option("--cancel", help="Stop this run.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Start this run again, once it failed.")] = False,
 ) -> None:
     """What ran, what was decided and why."""
     client = AdminClient(Settings())
+    if run_id is None and (cancel or retry):
+        raise InvalidRequest("name the run: `whet runs RUN --cancel`")
     if run_id is not None:
-        follow_run(client, str(run_id))
+        if cancel:
+            client.post(f"/api/runs/{run_id}/cancel")
+        follow_run(client, client.post(f"/api/runs/{run_id}/retry")["id"] if retry else str(run_id))
         return
     slugs = [project] if project else [row["slug"] for row in client.get("/api/projects")["projects"]]
     found = [(slug, row) for slug in slugs for row in client.get(f"/api/p/{slug}/runs", limit=limit)["runs"]]
     newest = sorted(found, key=lambda pair: str(pair[1]["created_at"]), reverse=True)[:limit]
-    table = print_table("run", "project", "state", "phase", "adapter", "started", "why")
+    table = print_table("run", "project", "kind", "state", "phase", "adapter", "started", "why")
     for slug, row in newest:
         print_row(
-            table, row["id"], slug, row["state"], row["phase"], short(row["artifact_digest"]),
+            table, row["id"], slug, row["kind"], row["state"], row["phase"], short(row["artifact_digest"]),
             when(row["created_at"]), row["error"] or "",
         )  # fmt: skip
     print_text(table if newest else "No runs yet: `whet train PROJECT` starts one.")
@@ -215,6 +225,11 @@ def _show_event(progress: Progress, task: TaskID, event: dict[str, Any]) -> None
     if event["kind"] == "phase":
         progress.console.print(f"{when(event['at'])}  {payload['phase']}", highlight=False)
         progress.update(task, description=payload["phase"], total=None, numbers="")
+    elif event["kind"] == "trial":
+        changed = ", ".join(f"{name} {value:.4g}" for name, value in payload["changes"].items()) or "as asked"
+        goes_on = "goes on" if payload["kept"] else "ends here"
+        told = f"  candidate {payload['candidate'] + 1} ({changed}): {payload['loss']:.4g} nats a token, {goes_on}"
+        progress.console.print(told, markup=False, highlight=False)
     elif event["kind"] == "progress":
         numbers = " ".join(f"{name} {value:.4g}" for name, value in payload.items() if isinstance(value, int | float))
         progress.update(task, completed=event["step"], total=payload.get("steps"), numbers=numbers)

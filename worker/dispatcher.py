@@ -22,7 +22,7 @@ from engine.sync_client import SyncEngineClient
 from services.settings import Settings
 from services.store import erasure, jobs, partitions, runs, webhook_deliveries, worked
 from services.store.base import Sessions, make_sessions
-from worker import logs, schedule
+from worker import cadence, logs, schedule
 from worker.rollout.collect import collect_orphans
 from worker.rollout.reconcile import Reconciler
 from worker.rollout.watch import Watch
@@ -37,6 +37,7 @@ PATIENCE_SECONDS = 20.0
 HEARTBEAT_SECONDS = 60.0
 SCHEDULE_SECONDS = 5.0
 HEADS_SECONDS = 15.0
+TRAININGS_SECONDS = 15.0
 HOUSEKEEPING_SECONDS = 3600.0
 
 log = structlog.get_logger()
@@ -79,6 +80,7 @@ class Dispatcher:
         self._indexer = schedule.Indexer()
         self._watch = Watch()
         self._cadence = schedule.SpeculatorCadence()
+        self._runs = cadence.TrainCadence()
         self._stopped = threading.Event()
         self._leading = threading.Event()
         self._failed = False
@@ -87,7 +89,11 @@ class Dispatcher:
         self._heartbeat = Every(HEARTBEAT_SECONDS)
         self._schedule = Every(SCHEDULE_SECONDS)
         self._heads = Every(HEADS_SECONDS)
+        self._trainings = Every(TRAININGS_SECONDS)
         self._housekeeping = Every(HOUSEKEEPING_SECONDS)
+        self._timers = (
+            self._expiry, self._heartbeat, self._schedule, self._heads, self._trainings, self._housekeeping,
+        )  # fmt: skip
 
     def stop(self) -> None:
         """Finish the current tick and return from `run`."""
@@ -122,7 +128,7 @@ class Dispatcher:
                 self._stopped.wait(TICK_SECONDS)
             if not self._stopped.is_set():
                 log.info("dispatcher leads")
-                for timer in (self._expiry, self._heartbeat, self._schedule, self._heads, self._housekeeping):
+                for timer in self._timers:
                     timer.restart()
                 self._leading.set()
             try:
@@ -159,6 +165,9 @@ class Dispatcher:
             self._watch.step(self._sessions, datetime.now(UTC))
             with self._sessions.begin() as session:
                 self._cadence.step(session, datetime.now(UTC), self._watch.drifted)
+        if self._trainings.due():
+            with self._sessions.begin() as session:
+                self._runs.step(session, datetime.now(UTC))
         if self._housekeeping.due():
             self._transact(partitions.ensure)
             self._transact(schedule.prune)

@@ -227,7 +227,7 @@ def _trained_on(session: Session, run: Run) -> TrainedOn | None:
     noted = select(RunEvent.payload).where(RunEvent.run_id == run.id, RunEvent.kind == "trigger").limit(1)
     payload = session.scalar(noted)
     artifact = session.get(Artifact, run.artifact_digest) if run.artifact_digest else None
-    if payload is not None:
+    if payload is not None and "tokens" in payload:
         return TrainedOn(payload["adapter"], payload["tokens"], payload.get("base", artifact and artifact.base_digest))
     if artifact is None:
         return None
@@ -238,10 +238,9 @@ def _trained_on(session: Session, run: Run) -> TrainedOn | None:
 def _start_training(session: Session, project: Project, deployment: Deployment, why: Why) -> bool:
     try:
         with session.begin_nested():
-            run = runs.start(session, project, params={}, created_by="cadence", kind="speculator")
             base = newest_base(session, project.id)
             note = {"line": why.reason, "tokens": why.tokens, "adapter": deployment.active_digest, "base": base}
-            runs.add_event(session, run.id, "trigger", note)
+            run = runs.start(session, project, params={}, created_by="cadence", kind="speculator", trigger=note)
     except WhetError as error:
         log.warning("heads are due and cannot be trained", project=project.slug, error=error.message)
         return False

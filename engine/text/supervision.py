@@ -3,11 +3,13 @@
 The trainer makes its rows with this and the console draws its mask with it, so the picture is the training.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from engine.text.detokenizer import Detokenizer
 from engine.text.tokenizer import Tokenizer
+from engine.text.tools import CLOSE, FORCED_PREFIX, OPEN, style_of
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,16 @@ class Supervised:
     prompt: list[int]
     answer: list[int]
     end: int
+
+
+class Asked(NamedTuple):
+    """What a request said beside its messages: the tools it offered, and whether one had to be called."""
+
+    tools: tuple[dict[str, Any], ...] = ()
+    forced: bool = False
+
+
+NOTHING = Asked()
 
 
 class MaskPiece(NamedTuple):
@@ -43,9 +55,31 @@ def turn_end(tokenizer: Tokenizer) -> int:
     return after[0]
 
 
-def supervise(tokenizer: Tokenizer, messages: list[dict[str, Any]], answer: str, end: int) -> Supervised:
+def supervise(
+    tokenizer: Tokenizer, messages: list[dict[str, Any]], answer: str, end: int, asked: Asked = NOTHING
+) -> Supervised:
     """`end` is `turn_end`'s. Raises ValueError when the template refuses the chat."""
-    return Supervised(tokenizer.encode_chat(messages), tokenizer.encode_plain(answer), end)
+    return Supervised(prompt_ids(tokenizer, messages, asked), answer_ids(tokenizer, answer, asked), end)
+
+
+def prompt_ids(tokenizer: Tokenizer, messages: list[dict[str, Any]], asked: Asked = NOTHING) -> list[int]:
+    """The prompt as the gateway gives it to the engine. Raises ValueError when the template refuses the chat."""
+    ids = tokenizer.encode_chat(messages, tools=asked.tools or None)
+    if asked.forced:
+        ids += tokenizer.encode(FORCED_PREFIX[style_of(tokenizer.template.source if tokenizer.template else "")])
+    return ids
+
+
+def answer_ids(tokenizer: Tokenizer, answer: str, asked: Asked = NOTHING) -> list[int]:
+    """An answer's tokens. Where tools may be called, the tags of a call are the control tokens the model has for them;
+    any other control token that somebody typed stays text."""
+    tags = {name: token for token, name in tokenizer.control_ids(OPEN, CLOSE).items()} if asked.tools else {}
+    if not tags:
+        return tokenizer.encode_plain(answer)
+    ids: list[int] = []
+    for piece in re.split(f"({'|'.join(map(re.escape, tags))})", answer):
+        ids += [tags[piece]] if piece in tags else tokenizer.encode_plain(piece) if piece else []
+    return ids
 
 
 def mask_pieces(tokenizer: Tokenizer, row: Supervised) -> list[MaskPiece]:

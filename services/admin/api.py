@@ -199,6 +199,14 @@ def cancel_run(caller: Trainer, run_id: UUID) -> dict[str, Any]:
     return shapes.run(run)
 
 
+@router.post("/runs/{run_id}/retry", status_code=201)
+def retry_run(caller: Trainer, run_id: UUID) -> dict[str, Any]:
+    """The same again; 409 unless it failed or was cancelled, while another is unfinished, and after three times."""
+    run = runs.retry(caller.session, _run(caller, run_id), caller.actor)
+    audit.record(caller.session, caller.actor, "run.retry", f"run:{run.id}", {"retry_of": str(run_id)})
+    return shapes.run(run)
+
+
 def _run(caller: Caller, run_id: UUID) -> Run:
     run = caller.session.get(Run, run_id)
     if run is None or caller.key.project_id not in (None, run.project_id):

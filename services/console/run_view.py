@@ -1,12 +1,12 @@
 """A run as its page shows it: steps taken, curves, the preflight's findings, the gate's decision and its rows."""
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from sqlalchemy.orm import Session
 
-from services.console import charts
+from services.console import charts, run_charts, run_form
 from services.store import evaluations, revisions, runs
 from services.store.models import Artifact, Dataset, Evaluation, EvaluationRow, Project, Revision, Run, RunEvent
 
@@ -70,12 +70,21 @@ def describe(session: Session, run: Run, show: str = "") -> dict[str, Any]:
     evaluation = evaluations.of_run(session, run.id)
     revision = session.get(Revision, run.revision_id) if run.revision_id else None
     scores = _scores(evaluation)
+    trials = run_charts.trial_rows(events)
     margin = float(session.get_one(Project, run.project_id).config.get("margin_points", MARGIN_POINTS)) / 100
     return {
         "run": run,
         "active": run.state in runs.UNFINISHED,
         "steps": _steps(run, events),
-        "curves": _curves(events),
+        "curves": run_charts.curves(events),
+        "timeline": run_charts.timeline(events, run.finished_at or datetime.now(UTC)),
+        "params": run_form.ordered(run.kind, run.params),
+        "trials": trials,
+        "trial_plot": run_charts.trial_plot(trials),
+        "trigger": next((event.payload for event in events if event.kind == "trigger"), {}),
+        "evaluated": next((event.payload for event in reversed(events) if event.kind == "evaluating"), None),
+        "teaches": run_charts.histogram(((run.preflight or {}).get("supervised_tokens") or {}).get("buckets") or {}),
+        "resumed": [event for event in events if event.kind == "log" and event.payload.get("name") == "resumed"],
         "latest": _latest(events),
         "gate": next((event.payload for event in reversed(events) if event.kind == "gate"), None),
         "logs": [event for event in events if event.kind == "log"][-LOG_LINES:],
@@ -119,28 +128,6 @@ def _steps(run: Run, events: Sequence[RunEvent]) -> list[Step]:
             state = "now" if run.state in runs.UNFINISHED else "failed" if run.state == "failed" else "done"
         steps.append(Step(name, state, reached.get(name)))
     return steps
-
-
-def _curves(events: Sequence[RunEvent]) -> list[tuple[str, charts.Line]]:
-    """A chart for each thing the trainer reports, in this order, when it does."""
-    curves = []
-    for title, name in (
-        ("Loss", "loss"),
-        ("Expected tokens per step (τ)", "tau"),
-        ("Learning rate", "lr"),
-        ("Tokens per second", "tokens_per_second"),
-    ):
-        points = [point for event in events if (point := _point(event, name)) is not None]
-        if points:
-            curves.append((title, charts.line_chart(points)))
-    return curves
-
-
-def _point(event: RunEvent, name: str) -> tuple[float, float] | None:
-    value = event.payload.get(name)
-    if event.kind != "progress" or event.step is None or not isinstance(value, int | float):
-        return None
-    return float(event.step), float(value)
 
 
 def _latest(events: Sequence[RunEvent]) -> dict[str, Any] | None:

@@ -684,6 +684,15 @@ class Run(Base):
     finished_at: Mapped[datetime | None]
 
 
+class RunExample(Base):
+    """An example that a run trained on besides its revision's: replayed, against forgetting."""
+
+    __tablename__ = "run_example"
+    __table_args__ = (Index(None, "example_id"),)
+    run_id: Mapped[UUID] = mapped_column(ForeignKey("run.id", ondelete="CASCADE"), primary_key=True)
+    example_id: Mapped[UUID] = mapped_column(ForeignKey("example.id", ondelete="CASCADE"), primary_key=True)
+
+
 class RunEvent(Base):
     """What a run reports while it works: `progress` rows (step, loss, lr, tokens/s …), phases, log lines."""
 

@@ -240,8 +240,12 @@ class RunLine(NamedTuple):
     held_out_count: int | None
 
 
-def run_lines(session: Session, project_id: UUID, *, limit: int = 50) -> list[RunLine]:
-    """Newest first."""
+def run_lines(
+    session: Session, project_id: UUID, *, limit: int = 50, kind: str | None = None, states: Sequence[str] | None = None
+) -> list[RunLine]:
+    """Newest first; only of a kind, or in one of these states, when given."""
+    chosen = [Run.kind == kind] if kind else []
+    chosen += [Run.state.in_(states)] if states else []
     latest = (
         select(Evaluation.run_id, Evaluation.decision, Evaluation.summary)
         .where(Evaluation.project_id == project_id, Evaluation.decision != "undecided")
@@ -253,7 +257,7 @@ def run_lines(session: Session, project_id: UUID, *, limit: int = 50) -> list[Ru
         select(Run, latest.c.decision, latest.c.summary, Revision.train_count, Revision.held_out_count)
         .outerjoin(latest, latest.c.run_id == Run.id)
         .outerjoin(Revision, Revision.id == Run.revision_id)
-        .where(Run.project_id == project_id)
+        .where(Run.project_id == project_id, *chosen)
         .order_by(Run.created_at.desc(), Run.id.desc())
         .limit(limit)
     )

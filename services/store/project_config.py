@@ -8,8 +8,10 @@ from services.errors import InvalidRequest
 from services.store.evaluation_config import CheckConfig, JudgeConfig, Metric
 from services.store.instant_config import PinConfig, WorkedConfig
 from services.store.pii import Mode
+from services.store.run_params import check_config
 from services.store.sampling import check_mix
 from services.store.speculation import SpeculationConfig
+from services.store.train_when import TrainWhen
 
 
 class ProjectConfig(BaseModel):
@@ -45,6 +47,7 @@ class ProjectConfig(BaseModel):
     )
     judge: JudgeConfig | None = Field(None, description="A served model that compares candidate and incumbent.")
     train: dict[str, Any] | None = Field(None, description="Training parameters that differ from the defaults.")
+    train_when: TrainWhen | None = Field(None, description="Runs that begin by themselves.")
     max_tokens_default: int | None = Field(None, ge=1, description="Completion length when a request names none.")
     embeddings_kept: int | None = Field(
         None, ge=0, le=1_000_000, description="Newest answers that search by meaning knows; 0 makes no vectors."
@@ -68,11 +71,18 @@ class ProjectConfig(BaseModel):
             check_mix(mix)
         return mix
 
+    @field_validator("train")
+    @classmethod
+    def _parameters_exist(cls, train: dict[str, Any] | None) -> dict[str, Any] | None:
+        if train is not None:
+            check_config(train)
+        return train
+
 
 # Keys that hold keys of their own.
 NESTED: dict[str, type[BaseModel]] = {
     "speculation": SpeculationConfig, "checks": CheckConfig, "judge": JudgeConfig,
-    "pinned_answers": PinConfig, "worked_examples": WorkedConfig,
+    "pinned_answers": PinConfig, "worked_examples": WorkedConfig, "train_when": TrainWhen,
 }  # fmt: skip
 
 

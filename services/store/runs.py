@@ -5,76 +5,20 @@ A run crosses several jobs (dataset.build, train, evaluate, deploy); `run.job_id
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from services.errors import Conflict, InvalidRequest, NotFound
-from services.store import datasets, jobs, webhooks
-from services.store.models import Job, Project, Revision, Run, RunEvent
+from services.errors import Conflict, NotFound
+from services.store import datasets, jobs, run_params, webhooks
+from services.store.models import Dataset, Job, Project, Revision, Run, RunEvent
 
 UNFINISHED = ("queued", "running")
 DEFAULT_DATASET = "golden"
-Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-Params = TypeVar("Params", bound=BaseModel)
-EVERY_LINEAR: tuple[Target, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-class TrainParams(BaseModel):
-    """How a LoRA run trains. Defaults suit a few hundred corrections; a project's `train` config overrides them."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    rank: int = Field(16, ge=1, le=256)
-    alpha: float = Field(32.0, gt=0, le=1024)
-    lr: float = Field(2e-3, gt=0, le=0.1)
-    epochs: float = Field(4.0, gt=0, le=100)
-    max_steps: int = Field(0, ge=0, le=100_000, description="Stops the run early; 0 leaves it to `epochs`.")
-    batch_size: int = Field(8, ge=1, le=256)
-    warmup: float = Field(0.05, ge=0, le=0.5, description="Share of the steps over which the rate rises.")
-    max_length: int = Field(1024, ge=16, le=131_072, description="Longest prompt plus answer, in tokens.")
-    seed: int = Field(0, ge=0, le=2**31 - 1)
-    targets: tuple[Target, ...] = Field(EVERY_LINEAR, min_length=1)
-
-
-class SpeculatorParams(BaseModel):
-    """How heads are trained. Defaults are those of benchmarks/results/heads.md."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    heads: int = Field(4, ge=1, le=16, description="Tokens drafted at most.")
-    vocabulary: int = Field(1024, ge=16, le=131_072, description="Words that can be drafted, the most frequent ones.")
-    conditioning: Literal["none", "hydra"] = Field("hydra", description="Whether heads are told the token before.")
-    lr: float = Field(1e-2, gt=0, le=0.1)
-    epochs: float = Field(3.0, gt=0, le=100)
-    max_tokens: int = Field(
-        500_000,
-        ge=1000,
-        le=100_000_000,
-        description="Tokens read, prompts included; a request counts for a 60th of them at most.",
-    )
-    min_requests: int = Field(60, ge=60, le=1_000_000, description="Logged requests it takes to begin.")
-    seed: int = Field(0, ge=0, le=2**31 - 1)
-
-
-def check_params(project: Project, params: dict[str, Any]) -> TrainParams:
-    """Defaults, then the project's `train` config, then `params`. Raises InvalidRequest naming the parameter."""
-    return _checked(TrainParams, {**project.config.get("train", {}), **params})
-
-
-def _checked(kind: type[Params], chosen: dict[str, Any]) -> Params:
-    try:
-        return kind.model_validate(chosen)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        known = ", ".join(kind.model_fields)
-        hint = f" (known: {known})" if first["type"] == "extra_forbidden" else ""
-        raise InvalidRequest(f"training parameter {name}: {first['msg']}{hint}", param=name) from error
+MOST_RETRIES = 3
 
 
 def start(
@@ -86,44 +30,57 @@ def start(
     dataset: str = DEFAULT_DATASET,
     kind: str = "sft",
     revision: Revision | None = None,
+    trigger: dict[str, Any] | None = None,
 ) -> Run:
     """A queued run and its first job: train on `revision`, or build a fresh one of `dataset` before that.
 
-    A run of kind "speculator" trains heads on the log instead. Raises InvalidRequest for bad parameters, Conflict while
-    another run of the project and of this sort is unfinished.
+    A run of kind "speculator" trains heads on the log instead. `trigger` says why it began: {"line": …}; by hand when
+    None. Raises InvalidRequest for bad parameters, Conflict while another run of the project and of this sort is
+    unfinished.
     """
-    if kind == "speculator":
-        return _start_speculator(session, project, params, created_by)
-    if kind != "sft":
-        raise InvalidRequest(f"runs of kind {kind} cannot be started here; only sft and speculator", param="kind")
-    checked = check_params(project, params)
+    checked = run_params.checked(kind, params, project.config)
     settle(session, project.id)
-    run = Run(
-        project_id=project.id,
-        kind=kind,
-        params=checked.model_dump(mode="json"),
-        dataset_id=datasets.get_or_create(session, project.id, dataset).id,
-        revision_id=revision.id if revision else None,
-        created_by=created_by,
-    )
+    run = Run(project_id=project.id, kind=kind, params=checked.model_dump(mode="json"), created_by=created_by)
+    if kind != "speculator":
+        run.dataset_id = datasets.get_or_create(session, project.id, dataset).id
+        run.revision_id = revision.id if revision else None
     _insert_alone(session, run)
-    if revision is None:
-        payload = {"project_id": str(project.id), "dataset": dataset, "run_id": str(run.id)}
-        hand_over(session, run, "dataset.build", payload)
-    else:
-        hand_over(session, run, "train", {"run_id": str(run.id)})
     add_event(session, run.id, "phase", {"phase": "queued", "by": created_by})
+    add_event(session, run.id, "trigger", trigger or {"line": "by hand"})
+    _first_job(session, run, dataset)
     return run
 
 
-def _start_speculator(session: Session, project: Project, params: dict[str, Any], created_by: str) -> Run:
-    checked = _checked(SpeculatorParams, params)
-    settle(session, project.id)
-    run = Run(project_id=project.id, kind="speculator", params=checked.model_dump(mode="json"), created_by=created_by)
-    _insert_alone(session, run)
-    hand_over(session, run, "train.speculator", {"run_id": str(run.id)})
-    add_event(session, run.id, "phase", {"phase": "queued", "by": created_by})
-    return run
+def _first_job(session: Session, run: Run, dataset: str) -> Job:
+    if run.kind == "speculator":
+        return hand_over(session, run, "train.speculator", {"run_id": str(run.id)})
+    if run.revision_id is not None:
+        return hand_over(session, run, "train", {"run_id": str(run.id)})
+    payload = {"project_id": str(run.project_id), "dataset": dataset, "run_id": str(run.id)}
+    return hand_over(session, run, "dataset.build", payload)
+
+
+def retry(session: Session, run: Run, created_by: str) -> Run:
+    """The same again as a run of its own, on the same revision. Raises Conflict unless it failed, or too often."""
+    if run.state not in ("failed", "cancelled"):
+        raise Conflict(f"only a run that failed or was cancelled can be tried again; this one is {run.state}")
+    number = _retries(session, run) + 1
+    if number > MOST_RETRIES:
+        raise Conflict(f"tried again {MOST_RETRIES} times already: change something and start a new run")
+    project = session.get_one(Project, run.project_id)
+    dataset = session.get(Dataset, run.dataset_id) if run.dataset_id else None
+    return start(
+        session, project, params=run.params, created_by=created_by, kind=run.kind,
+        dataset=dataset.name if dataset else DEFAULT_DATASET,
+        revision=session.get(Revision, run.revision_id) if run.revision_id else None,
+        trigger={"line": f"retry {number} of {MOST_RETRIES}", "retry_of": str(run.id), "retries": number},
+    )  # fmt: skip
+
+
+def _retries(session: Session, run: Run) -> int:
+    """How many retries came before a run in its own line."""
+    told = select(RunEvent.payload).where(RunEvent.run_id == run.id, RunEvent.kind == "trigger").limit(1)
+    return int((session.scalar(told) or {}).get("retries", 0))
 
 
 def _insert_alone(session: Session, run: Run) -> None:
@@ -152,6 +109,14 @@ def get(session: Session, run_id: UUID) -> Run:
     if run is None:
         raise NotFound(f"no run {run_id}")
     return run
+
+
+def unfinished(session: Session, project_id: UUID, *, speculator: bool = False) -> Run | None:
+    """The project's run at work, of adapters or of heads; there is one at most."""
+    at_work = select(Run).where(
+        Run.project_id == project_id, Run.state.in_(UNFINISHED), (Run.kind == "speculator") == speculator
+    )
+    return session.scalars(at_work).one_or_none()
 
 
 def list_(session: Session, project_id: UUID, *, limit: int = 50) -> list[Run]:

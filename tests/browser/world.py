@@ -13,7 +13,7 @@ from services.store import gold, reviews
 from services.store.models import Interaction, Project, ReviewItem, Revision, Run
 from tests.browser import world_data, world_people
 from tests.browser.scene import HERE, Scene
-from tests.console import seed, seed_evaluation, seed_speed
+from tests.console import seed, seed_evaluation, seed_runs, seed_speed
 
 ANSWER = '{"people": ["Anna Reed", "Ivy Stone"], "places": ["Oslo"], "organisations": ["Northwind"], "dates": []}'
 BETTER = '{"people": ["Anna Reed", "Ivy Stone"], "places": ["Oslo"], "organisations": [], "dates": ["2021-03-04"]}'
@@ -28,6 +28,10 @@ def build(session: Session) -> list[Scene]:
     young = seed.project(session, "young", "Young")
     session.add(seed_speed.answer(young, datetime.now(UTC), random.Random(1), speculation=None, rate=90.0))
     _queue(session)
+    revision = session.scalars(select(Revision).order_by(Revision.id.desc())).first()
+    assert revision is not None
+    seed_runs.broken(session, project, revision)
+    seed_runs.at_work(session, project, revision)
     gated = seed.project(session, "gated", "Gated entities")
     *_, promoted, refused = seed_evaluation.compared(session, gated)
     runs = list(session.scalars(select(Run.id).where(Run.project_id == project.id)))
@@ -45,6 +49,9 @@ def build(session: Session) -> list[Scene]:
         Scene("datasets", f"{HERE}/datasets"),
         Scene("revision", f"{HERE}/datasets/golden/{digest}"),
         Scene("runs", f"{HERE}/runs"),
+        Scene("runs-none", f"{HERE}/runs?kind=kto&state=working"),
+        Scene("run-new", f"{HERE}/runs/new?kind=sft"),
+        Scene("run-new-wrong", f"{HERE}/runs/new?kind=dpo", _wrong_run),
         *(Scene(f"run-{place}", f"{HERE}/runs/{run}") for place, run in enumerate(runs)),
         Scene("evaluations", "/p/gated/evaluations"),
         Scene("evaluations-none", "/p/young/evaluations"),
@@ -57,6 +64,16 @@ def build(session: Session) -> list[Scene]:
         *REVIEW,
         *world_people.build(session, project),
     ]
+
+
+def _wrong_run(page: Page) -> None:
+    """The form sent with mistakes."""
+    page.locator("#param-lr").fill("fast")
+    page.locator(".more summary").click()
+    page.locator("#param-rank").fill("9000")
+    page.evaluate("document.querySelector('form.card button').disabled = false")
+    page.locator("form.card button").click()
+    page.locator("#wrong-rank").wait_for()
 
 
 # --- review -----------------------------------------------------------------------------------------------

@@ -51,12 +51,30 @@ def test_a_run_is_started_followed_and_cancelled(api_of: MakeApi, project: Proje
     assert (run["state"], run["params"]["epochs"]) == ("queued", 1)
     assert trainer.post("/api/p/entities/runs", json={}).status_code == 409
     shown = trainer.get(f"/api/runs/{run['id']}").json()
-    assert [event["kind"] for event in shown["events"]] == ["phase"]
+    assert [event["kind"] for event in shown["events"]] == ["phase", "trigger"]
     newest = shown["events"][-1]["id"]
     assert trainer.get(f"/api/runs/{run['id']}?after={newest}").json()["events"] == []
     assert trainer.post(f"/api/runs/{run['id']}/cancel").json()["state"] == "cancelled"
     assert trainer.post(f"/api/runs/{run['id']}/cancel").status_code == 409
     assert [row["id"] for row in trainer.get("/api/p/entities/runs").json()["runs"]] == [run["id"]]
+
+
+def test_every_kind_is_started_with_its_parameters_and_tried_again(api_of: MakeApi, project: Project) -> None:
+    trainer = api_of(["train"])
+    sent = {"kind": "dpo", "params": {"beta": 0.3, "sweep": 4}}
+    run = trainer.post("/api/p/entities/runs", json=sent).json()
+    assert (run["kind"], run["params"]["beta"], run["params"]["sweep"]) == ("dpo", 0.3, 4)
+    assert trainer.post(f"/api/runs/{run['id']}/retry").status_code == 409
+    trainer.post(f"/api/runs/{run['id']}/cancel")
+
+    again = trainer.post(f"/api/runs/{run['id']}/retry")
+
+    assert again.status_code == 201
+    assert again.json()["params"] == run["params"]
+    [trigger] = [
+        event for event in trainer.get(f"/api/runs/{again.json()['id']}").json()["events"] if event["kind"] == "trigger"
+    ]
+    assert trigger["payload"] == {"line": "retry 1 of 3", "retry_of": run["id"], "retries": 1}
 
 
 def test_datasets_and_sampling_are_queued_once(api_of: MakeApi, sessions: Sessions, project: Project) -> None:
@@ -244,6 +262,7 @@ def test_a_key_of_one_project_reaches_nothing_beyond_it(api_of: MakeApi, session
     hidden = [
         local.get(f"/api/runs/{run.id}"),
         local.post(f"/api/runs/{run.id}/cancel"),
+        local.post(f"/api/runs/{run.id}/retry"),
         local.get(f"/api/jobs/{job.id}"),
         local.delete(f"/api/keys/{foreign}"),
         local.get("/api/p/other/runs"),
@@ -270,7 +289,10 @@ def test_bad_requests_get_the_right_status_and_a_sentence(admin: TestClient, pro
         admin.get("/api/p/entities/runs?limit=0"): 422,
         admin.post("/api/p/entities/runs", json={"params": {"rank": 0}}): 400,
         admin.post("/api/p/entities/runs", json={"params": {"command": "rm"}}): 400,
-        admin.post("/api/p/entities/runs", json={"kind": "dpo"}): 400,
+        admin.post("/api/p/entities/runs", json={"kind": "grpo"}): 400,
+        admin.post("/api/p/entities/runs", json={"kind": "kto", "params": {"batch_size": 1}}): 400,
+        admin.post("/api/p/entities/runs", json={"kind": "sft", "params": {"beta": 0.1}}): 400,
+        admin.post(f"/api/runs/{uuid4()}/retry"): 404,
         admin.post("/api/p/entities/runs", json={"surprise": 1}): 422,
         admin.post("/api/p/entities/runs", content=b"{", headers={"content-type": "application/json"}): 400,
         admin.post("/api/users", json={"email": "not an address"}): 400,

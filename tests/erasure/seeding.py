@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from services.cli_datasets import to_parquet
 from services.gateway.spool_format import Admitted
-from services.store import audit, dataset_export, datasets, deployments, erasure, jobs, projects, revisions
+from services.store import replay, audit, dataset_export, datasets, deployments, erasure, jobs, projects, revisions
 from services.store import export as log_export
 from services.store.erasure_cover import Subject
 from services.store.models import (
@@ -134,6 +134,16 @@ def typed(session: Session, project_id: UUID, lead: UUID) -> None:
     revision.report = {**revision.report, "phrases": [{"phrase": MARK, "author": "a", "rows": 2}]}
 
 
+def replaying(session: Session, project_id: UUID, revision: Revision) -> None:
+    """A run on something else that replayed the revision's training rows, and its adapter."""
+    run = Run(project_id=project_id, kind="dpo", state="succeeded", params={}, created_by="me")
+    session.add(run)
+    session.flush()
+    replay.keep(session, run.id, [member.example for member in revisions.members(session, revision.id, "train")])
+    session.add(Artifact(digest="c" * 64, kind="adapter", project_id=project_id, run_id=run.id, base_digest="b",
+                         manifest={}, state="staged"))  # fmt: skip
+
+
 def learned(session: Session, project_id: UUID, revision: Revision) -> None:
     """A run on the revision, its live adapter, and an evaluation that quotes held-out answers."""
     run = Run(project_id=project_id, kind="sft", state="failed", params={}, revision_id=revision.id, created_by="me",
@@ -144,6 +154,7 @@ def learned(session: Session, project_id: UUID, revision: Revision) -> None:
         session.add(Artifact(digest=digest, kind="adapter", project_id=project_id, run_id=run.id, base_digest="b",
                              manifest={}, state="staged"))  # fmt: skip
     session.flush()
+    replaying(session, project_id, revision)
     generation = deployments.get(session, project_id).generation
     deployments.flip(session, project_id, expected_generation=generation, digest="a" * 64, actor="me", reason="test")
     evaluation = Evaluation(project_id=project_id, run_id=run.id, revision_id=revision.id, candidate_digest="a" * 64)
@@ -177,7 +188,7 @@ def spoil(session: Session, project_id: UUID) -> None:
 
 def run_of(world: World) -> UUID:
     with world.sessions() as session:
-        return session.scalars(select(Run.id)).one()
+        return session.scalars(select(Run.id).where(Run.kind == "sft")).one()
 
 
 def run_job(world: World, kind: str) -> None:

@@ -84,7 +84,7 @@ def test_the_certificate_says_what_was_done_and_proves_that_it_is_whole(world: W
     assert (found["rows"]["interaction"], found["rows"]["annotation"], found["rows"]["example"]) == (3, 4, 3)
     assert (found["rows"]["pin"], found["rows"]["example_embedding"], found["rows"]["feedback"]) == (3, 2, 3)
     assert found["spool_records"] > 0
-    assert {one["digest"][0]: one["state"] for one in found["tainted"]} == {"a": "live", "b": "staged"}
+    assert {one["digest"][0]: one["state"] for one in found["tainted"]} == {"a": "live", "b": "staged", "c": "staged"}
     assert found["subject"] == erased.subject == hashed(f"{MARK}-user")
     assert any("nothing here unlearns" in sentence for sentence in found["cannot_be_undone"])
 

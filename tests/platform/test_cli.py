@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -162,6 +163,23 @@ def test_train_wants_parameters_with_values(home: Path, monkeypatch: pytest.Monk
     result = whet("train", "entities", "--param", "epochs")
     assert result.exit_code == 1
     assert "--param wants name=value, not 'epochs'" in result.stderr
+
+
+def test_train_sends_its_kind_parameters_and_sweep(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[str, dict[str, Any]]] = []
+
+    def post(_client: object, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        sent.append((path, body or {}))
+        return {"id": "a-run"}
+
+    monkeypatch.setenv("WHET_HOME", str(home))
+    monkeypatch.setenv("WHET_API_KEY", "wh_x")
+    monkeypatch.setattr("services.cli_client.AdminClient.post", post)
+
+    result = whet("train", "entities", "--kind", "dpo", "--set", "lr=1e-3", "--sweep", "4", "--no-follow")
+
+    assert result.exit_code == 0, result.stderr
+    assert sent == [("/api/p/entities/runs", {"params": {"lr": 1e-3, "sweep": 4}, "dataset": "golden", "kind": "dpo"})]
 
 
 @pytest.fixture

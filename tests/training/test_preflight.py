@@ -10,8 +10,8 @@ from engine.text.supervision import turn_end
 from engine.text.tokenizer import Tokenizer
 from services.store.models import Example, InteractionBody
 from tests.training.tiny import TEMPLATE, make_model
-from worker.training.preflight import Bodies, Preflight, check
-from worker.training.rows import IGNORED, make_rows
+from worker.training.preflight import Preflight, check
+from worker.training.rows import IGNORED, Bodies, make_rows
 
 
 def example(prompt: str, completion: str, split: str = "train", **fields: object) -> Example:
@@ -126,7 +126,7 @@ def test_a_prompt_that_renders_to_other_ids_than_were_served_refuses_the_run(tok
 
     ready = checked(tokenizer, rows, bodies={body.id: body for body in bodies})
 
-    assert ready.reasons == ["1 prompts no longer render to the token ids that were served"]
+    assert ready.reasons == ["template drift: 1 prompts no longer render to the token ids that were served"]
     template = ready.report["template"]
     assert (template["equal_to_served"], template["served_under_another"]) == (1, 1)
     assert template["different"] == [str(drifted.id)]
@@ -136,8 +136,8 @@ def test_a_prompt_or_group_on_both_sides_of_the_split_refuses_the_run(tokenizer:
     prompt = checked(tokenizer, fine(3), [example("say number 1", "x", "held_out")])
     group = checked(tokenizer, [example("a", "b", group_key="g")], [example("c", "d", "held_out", group_key="g")])
 
-    assert prompt.reasons == ["1 prompts and 0 groups are on both sides of the split"]
-    assert group.reasons == ["0 prompts and 1 groups are on both sides of the split"]
+    assert prompt.reasons == ["leak of held-out rows: 1 prompts and 0 groups are on both sides of the split"]
+    assert group.reasons == ["leak of held-out rows: 0 prompts and 1 groups are on both sides of the split"]
 
 
 def test_a_template_that_ends_answers_where_the_engine_goes_on_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,16 @@ from sqlalchemy.orm import Session
 from services.errors import Conflict
 from services.store import revisions, runs
 from services.store.erasure_rows import noted
-from services.store.models import Artifact, AuditEvent, Dataset, ErasureRequest, Revision, RevisionExample, Run
+from services.store.models import (
+    Artifact,
+    AuditEvent,
+    Dataset,
+    ErasureRequest,
+    Revision,
+    RevisionExample,
+    Run,
+    RunExample,
+)
 from worker.erasure import progress
 
 EXPORTS = ("dataset.export", "interactions.export")
@@ -25,13 +34,18 @@ def _holding(made: ErasureRequest, split: str | None = None) -> Select[UUID]:
 # --- runs -------------------------------------------------------------------------------------------------
 
 
+def _replaying(made: ErasureRequest) -> Select[UUID]:
+    """Runs that were given erased rows of older revisions again."""
+    return select(RunExample.run_id).where(RunExample.example_id.in_(noted(made, "example")))
+
+
 def stop_runs(session: Session, made: ErasureRequest) -> bool:
     """Ask unfinished runs on such a revision to stop, and those that read that log; whether there was a new one."""
     logged = [UUID(one) for one in made.progress.get("spans", {})]
     reading_log = (Run.kind == "speculator") & Run.project_id.in_(logged)
     known = [UUID(one) for one in made.progress.get("runs_stopped", [])]
     unfinished = select(Run.id).where(
-        Run.state.in_(runs.UNFINISHED), or_(Run.revision_id.in_(_holding(made)), reading_log), Run.id.not_in(known)
+        Run.state.in_(runs.UNFINISHED), or_(Run.revision_id.in_(_holding(made)), Run.id.in_(_replaying(made)), reading_log), Run.id.not_in(known)
     )
     stopped = []
     for run_id in session.scalars(unfinished).all():
@@ -75,7 +89,8 @@ def rebuild(session: Session, made: ErasureRequest) -> list[dict[str, Any]]:
 
 def taint(session: Session, made: ErasureRequest, projects: list[UUID]) -> list[dict[str, Any]]:
     """Adapters trained on such a revision and heads trained on that part of the log: deployed nowhere any more."""
-    trained = select(Run.id).where(Run.revision_id.in_(_holding(made, "train")))
+    reading = or_(Run.revision_id.in_(_holding(made, "train")), Run.id.in_(_replaying(made)))
+    trained = select(Run.id).where(reading)
     untainted = select(Artifact).where(Artifact.project_id.in_(projects), Artifact.tainted_at.is_(None))
     found = list(session.scalars(untainted.where(Artifact.run_id.in_(trained))))
     spans = made.progress.get("spans", {})

@@ -30,7 +30,9 @@ class Built:
     manifest: dict[str, Any]
 
 
-def describe(directory: Path, *, base: str, project: UUID, run: UUID, revision: str, params: dict[str, Any]) -> Built:
+def describe(
+    directory: Path, *, base: str, project: UUID, run: UUID, revision: str, params: dict[str, Any], kind: str = "sft"
+) -> Built:
     """The manifest of the adapter in `directory`. No times and no paths: the same training has the same digest."""
     manifest = {
         "kind": "adapter",
@@ -38,6 +40,7 @@ def describe(directory: Path, *, base: str, project: UUID, run: UUID, revision: 
         "project": str(project),
         "run": str(run),
         "revision": revision,
+        "training": kind,
         "params": params,
     }
     return _built(directory, manifest, FILES, LIBRARIES)

@@ -13,18 +13,23 @@ from services.store import runs
 from services.store.jobs import JobCancelled, JobFailed, Lease
 from services.store.models import Run
 from worker.training import artifact, child
-from worker.training.spec import HeadsProgress, HeadsSpec, Progress, Report, Spec
+from worker.training.spec import HeadsProgress, HeadsSpec, Progress, Report, Spec, Trial, Validated
 
 log = structlog.get_logger()
+KINDS = {Progress: "progress", HeadsProgress: "progress", Validated: "validation", Trial: "trial"}
+
+
+def sweep_finished(lease: Lease, settings: Settings) -> None:
+    """Remove what runs that are over have left on disk."""
+    with lease.sessions() as session:
+        unfinished = session.scalars(select(Run.id).where(Run.state.in_(runs.UNFINISHED)))
+        artifact.sweep_work(settings.home / "runs", keep={str(run_id) for run_id in unfinished})
 
 
 def sweep(lease: Lease, settings: Settings, keep: str = "") -> None:
-    """Remove what earlier attempts, also those of runs that are over, have left on disk; `keep` outlives attempts."""
-    root = settings.home / "runs"
-    with lease.sessions() as session:
-        unfinished = session.scalars(select(Run.id).where(Run.state.in_(runs.UNFINISHED)))
-        artifact.sweep_work(root, keep={str(run_id) for run_id in unfinished})
-    artifact.sweep_work(root / lease.payload["run_id"], keep={str(lease.fence), keep})
+    """Remove that, and what earlier attempts of this run left; `keep` outlives attempts."""
+    sweep_finished(lease, settings)
+    artifact.sweep_work(settings.home / "runs" / lease.payload["run_id"], keep={str(lease.fence), keep})
 
 
 def run_trainer(lease: Lease, run_id: UUID, spec: Spec | HeadsSpec, work: Path) -> None:
@@ -53,7 +58,7 @@ def run_trainer(lease: Lease, run_id: UUID, spec: Spec | HeadsSpec, work: Path) 
 def record(lease: Lease, run_id: UUID, report: Report) -> None:
     """Minutes of training are not thrown away for a progress row that Postgres could not take."""
     payload: dict[str, Any] = {name: getattr(report, name) for name in report.__struct_fields__}
-    kind, step = ("progress", report.step) if isinstance(report, Progress | HeadsProgress) else ("log", None)
+    kind, step = KINDS.get(type(report), "log"), getattr(report, "step", None)
     try:
         with lease.transaction() as session:
             runs.add_event(session, run_id, kind, payload, step=step)

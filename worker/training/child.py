@@ -60,8 +60,9 @@ def run(spec: Spec | HeadsSpec, work: Path, on_report: Callable[[Report], None],
     if status == 0:
         return True
     tail = _tail(errors_file)
-    if status == REFUSED:
-        raise TrainerRefused(tail.rpartition("refused: ")[2].strip())
+    # accelerate's launcher ends with a status of its own, behind what its trainers wrote.
+    if status == REFUSED or (getattr(spec, "devices", 1) > 1 and "\nrefused: " in f"\n{tail}"):
+        raise TrainerRefused(tail.rpartition("refused: ")[2].partition("\n")[0].strip())
     raise TrainerDied(status, tail)
 
 

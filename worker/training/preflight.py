@@ -10,67 +10,104 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
+from engine.text.supervision import prompt_ids
 from engine.text.tokenizer import Tokenizer
 from services.store.examples import digest_of
-from services.store.models import Example, InteractionBody
-from worker.training.rows import Row, make_rows
+from services.store.models import Example
+from worker.training.rows import AnyRow, Bodies, Marked, Pair, asked_of, make_rows, usable
 
 MOST_REFUSED_SHARE = 0.1
 LISTED = 100
 BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
-
-Bodies = Mapping[UUID, InteractionBody]
 
 
 @dataclass(frozen=True)
 class Preflight:
     """`rows` may be trained unless `reasons` is not empty; `report` is what the run's page shows."""
 
-    rows: list[Row]
+    rows: list[AnyRow]
     report: dict[str, Any]
     reasons: list[str] = field(default_factory=list)
 
 
 def check(
-    tokenizer: Tokenizer, train: Sequence[Example], held_out: Sequence[Example], bodies: Bodies, max_length: int
+    tokenizer: Tokenizer,
+    train: Sequence[Example],
+    held_out: Sequence[Example],
+    bodies: Bodies,
+    max_length: int,
+    kind: str = "sft",
 ) -> Preflight:
     """Look at everything. `bodies` holds the logged originals that still exist, by interaction id."""
+    examples = [example for example in train if usable(kind, example)]
     try:
-        rows = make_rows(tokenizer, train)
+        rows = make_rows(tokenizer, examples, bodies, kind)
     except ValueError as error:
         return Preflight([], {"verdict": "refused", "reasons": [str(error)]}, [str(error)])
     limit = min(max_length, context_length(tokenizer.directory))
-    refused = {row.example_id: cause for row in rows if (cause := _refusal(row, limit))}
-    kept = [row for row in rows if row.example_id not in refused]
-    template = compare_with_log(tokenizer, [*train, *held_out], bodies)
-    leaked = leakage(train, held_out)
-    reasons = [*_row_reasons(len(rows), refused), *_template_reasons(template), *_leak_reasons(leaked)]
+    causes = [_refusal(row, limit) for row in rows]
+    kept = [row for row, cause in zip(rows, causes, strict=True) if cause is None]
+    refused = [(row.example_id, cause) for row, cause in zip(rows, causes, strict=True) if cause is not None]
+    template = compare_with_log(tokenizer, [*examples, *held_out], bodies)
+    leaked = leakage(examples, held_out)
+    masked = sum(_is_masked(row, limit) for row in rows)
+    reasons = [
+        *_row_reasons(len(rows), [cause for _, cause in refused], masked), *_kind_reasons(kind, kept),
+        *_template_reasons(template), *_leak_reasons(leaked),
+    ]  # fmt: skip
     report = {
         "verdict": "refused" if reasons else "ok",
         "reasons": reasons,
         "rows": len(rows),
         "rows_trained": len(kept),
-        "refused": dict(Counter(refused.values())),
-        "refused_rows": [{"example": key, "cause": cause} for key, cause in list(refused.items())[:LISTED]],
+        "not_for_this_kind": len(train) - len(examples),
+        "refused": dict(Counter(cause for _, cause in refused)),
+        "refused_rows": [{"example": key, "cause": cause} for key, cause in refused[:LISTED]],
+        "no_label": masked,
         "max_length": limit,
-        "supervised_tokens": histogram([len(row.answer) + 1 for row in kept]),
-        "longest_row": max((len(row.input_ids) for row in kept), default=0),
+        "supervised_tokens": histogram([sum(map(len, row.answers)) for row in kept]),
+        "longest_row": max((_length(row) for row in kept), default=0),
         "template": template,
         "leakage": leaked,
+        **_marks(kept),
     }
     return Preflight(kept, report, reasons)
 
 
-def _refusal(row: Row, limit: int) -> str | None:
-    if not row.answer:
+def _refusal(row: AnyRow, limit: int) -> str | None:
+    if any(len(answer) < 2 for answer in row.answers):
         return "nothing to learn: the answer is empty"
     if len(row.prompt) >= limit:
         return "the prompt alone is too long"
-    if len(row.input_ids) > limit:
+    if _length(row) > limit:
         return "the answer would be truncated"
+    if isinstance(row, Pair) and row.chosen == row.rejected:
+        return "both answers of the pair are the same"
     return None
+
+
+def _length(row: AnyRow) -> int:
+    return len(row.prompt) + max(map(len, row.answers))
+
+
+def _is_masked(row: AnyRow, limit: int) -> bool:
+    """Whether nothing of the row would be learned: no label is left within `limit`."""
+    return len(row.prompt) >= limit or all(len(answer) < 2 for answer in row.answers)
+
+
+def _marks(rows: Sequence[AnyRow]) -> dict[str, Any]:
+    """How many answers are marked right and wrong, where that is what is learned."""
+    marks = [row.good for row in rows if isinstance(row, Marked)]
+    return {"marked": {"right": sum(marks), "wrong": len(marks) - sum(marks)}} if marks else {}
+
+
+def _kind_reasons(kind: str, rows: Sequence[AnyRow]) -> list[str]:
+    """What a kind cannot do without."""
+    marks = {row.good for row in rows if isinstance(row, Marked)}
+    if kind == "kto" and len(marks) == 1:
+        return [f"every answer is marked {'right' if marks == {True} else 'wrong'}: kto learns from both"]
+    return []
 
 
 def context_length(directory: Path) -> int:
@@ -105,7 +142,7 @@ def compare_with_log(tokenizer: Tokenizer, examples: Sequence[Example], bodies: 
             other += 1
         elif example.pii and body.messages != example.messages:
             masked += 1
-        elif tokenizer.encode_chat(example.messages) == body.prompt_token_ids:
+        elif prompt_ids(tokenizer, example.messages, asked_of(example, bodies)) == body.prompt_token_ids:
             equal += 1
         else:
             different.append(str(example.id))
@@ -129,22 +166,25 @@ def leakage(train: Sequence[Example], held_out: Sequence[Example]) -> dict[str, 
     }
 
 
-def _row_reasons(total: int, refused: Mapping[str, str]) -> list[str]:
+def _row_reasons(total: int, causes: Sequence[str], masked: int) -> list[str]:
     if total == 0:
         return ["the revision has no training rows"]
-    if len(refused) == total or len(refused) > MOST_REFUSED_SHARE * total:
-        causes = ", ".join(f"{count} × {cause}" for cause, count in Counter(refused.values()).items())
-        return [f"{len(refused)} of {total} training rows cannot be trained on: {causes}"]
-    return []
+    if len(causes) < total and len(causes) <= MOST_REFUSED_SHARE * total:
+        return []
+    told = ", ".join(f"{count} × {cause}" for cause, count in Counter(causes).items())
+    named = f"all labels are masked in {masked} of them: " if masked else ""
+    return [f"{len(causes)} of {total} training rows cannot be trained on: {named}{told}"]
 
 
 def _template_reasons(template: Mapping[str, Any]) -> list[str]:
     if template["different"]:
-        return [f"{len(template['different'])} prompts no longer render to the token ids that were served"]
+        said = f"{len(template['different'])} prompts no longer render to the token ids that were served"
+        return [f"template drift: {said}"]
     return []
 
 
 def _leak_reasons(leaked: Mapping[str, int]) -> list[str]:
     if leaked["prompts"] or leaked["groups"]:
-        return [f"{leaked['prompts']} prompts and {leaked['groups']} groups are on both sides of the split"]
+        said = f"{leaked['prompts']} prompts and {leaked['groups']} groups are on both sides of the split"
+        return [f"leak of held-out rows: {said}"]
     return []

@@ -16,20 +16,28 @@ class Refused(RuntimeError):
     """The data is at fault: trying again would end the same."""
 
 
-def serve(parent: int, train: Callable[[Callable[[Report], None]], None]) -> int:
+Trainer = Callable[[Callable[[Report], None]], None]
+
+
+def serve(parent: int, train: Trainer) -> int:
     """Run `train` as the child of `parent`; the process's exit status."""
-    _die_with(parent)
+    die_with(parent)
     os.nice(NICENESS)
     report = _take_stdout()
+    return refusing(lambda: train(report))
+
+
+def refusing(work: Callable[[], object]) -> int:
+    """The exit status of work that may refuse; the reason is the last thing on stderr."""
     try:
-        train(report)
+        work()
     except Refused as error:
         print(f"refused: {error}", file=sys.stderr)
         return REFUSED
     return 0
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """A trainer whose worker was killed would burn a core for a result that nobody takes."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the call above

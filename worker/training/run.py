@@ -1,6 +1,5 @@
 """A training run's "train" job: preflight, the trainer process, the artefact, the hand-over to the gate."""
 
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
 
+import msgspec
 import structlog
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -16,13 +16,15 @@ from engine.digest import base_digest
 from engine.text.tokenizer import Tokenizer
 from services.settings import Settings
 from services.store import failpoints, revisions, runs
-from services.store.forms import is_supervised
 from services.store.jobs import JobCancelled, JobFailed, Lease
 from services.store.models import Example, InteractionBody
-from services.store.runs import TrainParams
-from worker.training import artifact, attempt
+from services.store.run_params import TrainParams, adapter_params
+from worker.training import artifact, attempt, checkpoints
+from worker.training.loading import require_quantizer
+from worker.training.parting import draw, parted, sum_usable, write_lines
 from worker.training.preflight import Preflight, check
-from worker.training.rows import Row
+from worker.training.process import Refused
+from worker.training.rows import arranged, asked_of
 from worker.training.spec import ReferenceRow, Spec
 
 REFERENCE_ROWS = 64
@@ -36,9 +38,19 @@ class Order:
 
     run_id: UUID
     project_id: UUID
+    kind: str
     revision_id: UUID
     revision_digest: str
     params: TrainParams
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What passed the preflight: rows and the examples they were made of, and the tools these were asked with."""
+
+    checked: Preflight
+    examples: list[Example]
+    bodies: dict[UUID, InteractionBody]
 
 
 def train_job(lease: Lease, settings: Settings) -> None:
@@ -58,15 +70,16 @@ def _train(lease: Lease, settings: Settings, run_id: UUID) -> None:
     order = _begin(lease, run_id)
     if order is None:
         return
-    attempt.sweep(lease, settings)
+    attempt.sweep_finished(lease, settings)
     model, tokenizer = _base_model(settings, order.params)
-    ready, examples = _preflight(lease, order, tokenizer)
+    ready = _preflight(lease, order, tokenizer)
     _stop_if_cancelled(lease)
     failpoints.reach("train.checked")
     work = settings.home / "runs" / str(run_id) / str(lease.fence)
-    work.mkdir(parents=True, exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True, mode=0o700)
     base = base_digest(model)
-    attempt.run_trainer(lease, run_id, _spec(settings, order, model, base, work, ready.rows, examples), work)
+    spec = _resumed(_spec(settings, order, model, base, work, ready), work)
+    attempt.run_trainer(lease, run_id, spec, work)
     failpoints.reach("train.trained")
     built = artifact.describe(
         work / "adapter",
@@ -75,6 +88,7 @@ def _train(lease: Lease, settings: Settings, run_id: UUID) -> None:
         run=run_id,
         revision=order.revision_digest,
         params=order.params.model_dump(mode="json"),
+        kind=order.kind,
     )
     artifact.publish(work / "adapter", built, settings.artifacts)
     failpoints.reach("train.renamed")
@@ -94,8 +108,8 @@ def _begin(lease: Lease, run_id: UUID) -> Order | None:
             raise JobFailed("the run has no revision to train on")
         runs.enter_phase(session, run, "checking")
         revision = revisions.get(session, run.revision_id)
-        params = TrainParams.model_validate(run.params)
-        return Order(run_id, run.project_id, revision.id, revision.digest, params)
+        params = adapter_params(run.kind, run.params)
+        return Order(run_id, run.project_id, run.kind, revision.id, revision.digest, params)
 
 
 def _base_model(settings: Settings, params: TrainParams) -> tuple[Path, Tokenizer]:
@@ -103,34 +117,35 @@ def _base_model(settings: Settings, params: TrainParams) -> tuple[Path, Tokenize
     if params.rank > settings.adapter_rank:
         raise JobFailed(f"rank {params.rank} does not fit the engine's slots of rank {settings.adapter_rank}")
     try:
+        require_quantizer(params.quantize)
         model = settings.model_path
         return model, Tokenizer.load(model)
-    except ValueError as error:
+    except (ValueError, Refused) as error:
         raise JobFailed(str(error)) from error
 
 
-def _preflight(lease: Lease, order: Order, tokenizer: Tokenizer) -> tuple[Preflight, list[Example]]:
+def _preflight(lease: Lease, order: Order, tokenizer: Tokenizer) -> Ready:
     """The checks and the examples they were made on; the report is on the run before any compute.
 
     Raises JobFailed when they refuse.
     """
-    with lease.sessions() as session:
-        train = _examples(session, order, "train")
-        held_out = _examples(session, order, "held_out")
-        bodies = _bodies(session, [*train, *held_out])
-    ready = check(tokenizer, train, held_out, bodies, order.params.max_length)
     with lease.transaction() as session:
-        runs.get(session, order.run_id).preflight = ready.report
-        runs.add_event(session, order.run_id, "preflight", ready.report)
+        ours, held_out = _examples(session, order, "train"), _examples(session, order, "held_out")
+        replayed, told = draw(session, runs.get(session, order.run_id), order.params, sum_usable(order.kind, ours))
+        train = [*ours, *replayed]
+        bodies = _bodies(session, [*train, *held_out])
+    ready = check(tokenizer, train, held_out, bodies, order.params.max_length, order.kind)
+    report = ready.report | {"replay": told}
+    with lease.transaction() as session:
+        runs.get(session, order.run_id).preflight = report
+        runs.add_event(session, order.run_id, "preflight", report)
     if ready.reasons:
         raise JobFailed(f"preflight refused the run: {'; '.join(ready.reasons)}")
-    return ready, train
+    return Ready(ready, train, bodies)
 
 
 def _examples(session: Session, order: Order, split: str) -> list[Example]:
-    """Only answers that are right as they stand: supervision has nothing to take from the others."""
-    found = [member.example for member in revisions.members(session, order.revision_id, split)]
-    return [example for example in found if is_supervised(example)]
+    return [member.example for member in revisions.members(session, order.revision_id, split)]
 
 
 def _bodies(session: Session, examples: Sequence[Example]) -> dict[UUID, InteractionBody]:
@@ -138,23 +153,43 @@ def _bodies(session: Session, examples: Sequence[Example]) -> dict[UUID, Interac
     return {body.id: body for body in session.scalars(select(InteractionBody).where(InteractionBody.id.in_(ids)))}
 
 
-def _spec(
-    settings: Settings, order: Order, model: Path, base: str, work: Path, rows: list[Row], examples: list[Example]
-) -> Spec:
-    lines = (json.dumps({"input_ids": row.input_ids, "labels": row.labels}) for row in rows)
-    (work / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    prompts = {row.example_id: row.prompt for row in rows}
-    reference = [ReferenceRow(e.messages, prompts[str(e.id)]) for e in examples if str(e.id) in prompts]
+def _spec(settings: Settings, order: Order, model: Path, base: str, work: Path, ready: Ready) -> Spec:
+    params = order.params
+    groups = {str(example.id): example.group_key for example in ready.examples}
+    trained, held_back = parted(ready.checked.rows, groups, params)
+    write_lines(work / "rows.jsonl", arranged(trained, params.seed, params.batch_size))
+    write_lines(work / "validation.jsonl", [row.validation() for row in held_back])
+    told = params.model_dump(mode="json", exclude={"max_length", "replay", "replay_from", "validation"})
     return Spec(
         model=str(model),
         base=base,
         rows_file=str(work / "rows.jsonl"),
+        validation_file=str(work / "validation.jsonl") if held_back else "",
         out=str(work / "adapter"),
         parent=os.getpid(),
         device=settings.device,
-        reference=reference[:REFERENCE_ROWS],
-        **order.params.model_dump(mode="json", exclude={"max_length"}),
+        kind=order.kind,
+        reference=_reference(ready),
+        **told,
     )
+
+
+def _reference(ready: Ready) -> list[ReferenceRow]:
+    """Prompts for transformers to render too. A call that was forced opens the answer: no template writes that."""
+    prompts = {row.example_id: row.prompt for row in ready.checked.rows}
+    asked = [(one, asked_of(one, ready.bodies)) for one in ready.examples if str(one.id) in prompts]
+    plain = [(one, said) for one, said in asked if not said.forced]
+    return [ReferenceRow(e.messages, prompts[str(e.id)], list(said.tools)) for e, said in plain[:REFERENCE_ROWS]]
+
+
+def _resumed(spec: Spec, work: Path) -> Spec:
+    """With what checkpoints of this training bear, and the newest whole one that an earlier attempt left."""
+    known = msgspec.structs.replace(spec, fingerprint=checkpoints.fingerprint(spec))
+    found = checkpoints.adopt(work.parent, work, known.fingerprint)
+    if found is None:
+        return known
+    log.info("going on from a checkpoint", step=found.step)
+    return msgspec.structs.replace(known, resume=str(found.path))
 
 
 def _hand_over(lease: Lease, order: Order, built: artifact.Built) -> None:

@@ -13,12 +13,15 @@ class ReferenceRow(msgspec.Struct, frozen=True):
 
     messages: list[dict[str, Any]]
     ids: list[int]
+    tools: list[dict[str, Any]] = []
 
 
 class Spec(msgspec.Struct, frozen=True, kw_only=True):
-    """One training. Rows are in `rows_file`, one JSON object {"input_ids", "labels"} a line.
+    """One training. Rows are in `rows_file`, one JSON object a line, with the columns that TRL's collator for `kind`
+    reads; `validation_file` ("" for none) holds rows of other groups: {"prompt_ids", "good_ids", "bad_ids"}.
 
     `device` is "cpu", "cuda" or "auto"; `base` goes into the adapter's configuration; `parent` is the worker's pid.
+    `resume` is a whole checkpoint to go on from ("" for none), `fingerprint` what checkpoints of this training bear.
     """
 
     model: str
@@ -37,10 +40,27 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     targets: list[str]
     reference: list[ReferenceRow] = []
+    kind: str = "sft"
+    beta: float = 0.1
+    sft_weight: float = 0.0
+    label_smoothing: float = 0.0
+    good_weight: float = 1.0
+    bad_weight: float = 1.0
+    quantize: str = "none"
+    devices: int = 1
+    checkpoint_steps: int = 0
+    validation_file: str = ""
+    sweep: int = 0
+    resume: str = ""
+    fingerprint: str = ""
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
-    """Means since the last one. `memory_mb` is the process's resident set, on CUDA the device's peak."""
+    """Means since the last one. `memory_mb` is the process's resident set, on CUDA the device's peak; `eta` seconds.
+
+    `margin` is the mean reward of the better answers less that of the worse, `preferred` the share of pairs whose
+    better answer has the larger one, `kl` the estimated distance from the base.
+    """
 
     step: int
     steps: int
@@ -50,6 +70,31 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
     tokens_per_second: float
     memory_mb: float
     accuracy: float | None = None
+    margin: float | None = None
+    preferred: float | None = None
+    kl: float | None = None
+    eta: float | None = None
+
+
+class Validated(msgspec.Struct, frozen=True, kw_only=True, tag="validation"):
+    """On the validation rows: nats a token of the right answers, and the share of pairs whose better answer is the
+    likelier one (None without pairs)."""
+
+    step: int
+    loss: float
+    preferred: float | None = None
+
+
+class Trial(msgspec.Struct, frozen=True, kw_only=True, tag="trial"):
+    """A candidate of a sweep after a rung: what it changes, the steps it got, its validation, whether it goes on."""
+
+    candidate: int
+    rung: int
+    changes: dict[str, float]
+    steps: int
+    loss: float
+    preferred: float | None
+    kept: bool
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True, tag="stage"):
@@ -110,7 +155,7 @@ class HeadsProgress(msgspec.Struct, frozen=True, kw_only=True, tag="heads"):
     eta: float
 
 
-Report = Progress | Stage | HeadsProgress
+Report = Progress | Validated | Trial | Stage | HeadsProgress
 encode = msgspec.json.encode
 decode_spec = msgspec.json.Decoder(Spec).decode
 decode_heads_spec = msgspec.json.Decoder(HeadsSpec).decode

@@ -20,7 +20,7 @@ from services.settings import Settings
 from services.store import deployments, failpoints, runs, traffic
 from services.store.base import uuid7_time
 from services.store.jobs import JobCancelled, JobFailed, Lease
-from services.store.runs import SpeculatorParams
+from services.store.run_params import SpeculatorParams
 from services.store.traffic import Answer, Size
 from worker.training import artifact, attempt
 from worker.training.choosing import choose, costs
