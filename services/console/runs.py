@@ -13,7 +13,7 @@ from services.console.access import Here, Lead, Viewer
 from services.console.run_view import before_and_after, describe
 from services.console.views import fragment, page, wants_page
 from services.errors import NotFound
-from services.store import revisions, audit, datasets, pages, runs
+from services.store import audit, datasets, pages, revisions, runs
 from services.store.models import Run
 from services.store.run_params import KINDS, Kind, configured, errors_of
 from services.store.train_when import read_config

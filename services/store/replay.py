@@ -10,7 +10,7 @@ from uuid import UUID
 from sqlalchemy import ColumnElement, delete, exists, func, insert, select
 from sqlalchemy.orm import Session
 
-from services.store import examples, revisions, datasets
+from services.store import datasets, examples, revisions
 from services.store.models import Artifact, Example, Revision, RevisionExample, Run, RunExample
 
 SERVED = ("live", "retired", "rolled_back")

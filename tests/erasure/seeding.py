@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from services.cli_datasets import to_parquet
 from services.gateway.spool_format import Admitted
-from services.store import replay, audit, dataset_export, datasets, deployments, erasure, jobs, projects, revisions
+from services.store import audit, dataset_export, datasets, deployments, erasure, jobs, projects, replay, revisions
 from services.store import export as log_export
 from services.store.erasure_cover import Subject
 from services.store.models import (

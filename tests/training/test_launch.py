@@ -9,7 +9,7 @@ from uuid import UUID
 import msgspec
 import pytest
 
-from services.store import examples, revisions, datasets, replay, runs
+from services.store import datasets, examples, replay, revisions, runs
 from services.store.jobs import JobFailed
 from services.store.models import Artifact, Example, Run
 from services.store.run_params import SftParams
@@ -177,9 +177,7 @@ def revised(world: World, words: str, count: int, dataset: str = "golden", *, sp
     ]  # fmt: skip
     with world.sessions.begin() as session:
         target = datasets.get_or_create(session, world.project_id, dataset)
-        return revisions.create(
-            session, target, examples.add_examples(session, world.project_id, drafts), {}
-        ).id
+        return revisions.create(session, target, examples.add_examples(session, world.project_id, drafts), {}).id
 
 
 def run_on(world: World, revision: UUID, **params: object) -> UUID:

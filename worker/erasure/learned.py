@@ -45,7 +45,9 @@ def stop_runs(session: Session, made: ErasureRequest) -> bool:
     reading_log = (Run.kind == "speculator") & Run.project_id.in_(logged)
     known = [UUID(one) for one in made.progress.get("runs_stopped", [])]
     unfinished = select(Run.id).where(
-        Run.state.in_(runs.UNFINISHED), or_(Run.revision_id.in_(_holding(made)), Run.id.in_(_replaying(made)), reading_log), Run.id.not_in(known)
+        Run.state.in_(runs.UNFINISHED),
+        or_(Run.revision_id.in_(_holding(made)), Run.id.in_(_replaying(made)), reading_log),
+        Run.id.not_in(known),
     )
     stopped = []
     for run_id in session.scalars(unfinished).all():
