@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from services.errors import InvalidRequest
 from services.store.instant_config import PinConfig, WorkedConfig
 from services.store.pii import Mode
+from services.store.rollout_config import RolloutConfig
 from services.store.sampling import check_mix
 from services.store.speculation import SpeculationConfig
 
@@ -46,6 +47,7 @@ class ProjectConfig(BaseModel):
     speculation: SpeculationConfig | None = Field(None, description="Drafting, and when its heads are trained.")
     pinned_answers: PinConfig | None = Field(None, description="Approved answers served to identical requests.")
     worked_examples: WorkedConfig | None = Field(None, description="Nearest corrections placed in the prompt.")
+    rollout: RolloutConfig | None = Field(None, description="How a candidate that passed the gate reaches traffic.")
 
     @field_validator("strategy_mix")
     @classmethod
@@ -58,6 +60,7 @@ class ProjectConfig(BaseModel):
 # Keys that hold keys of their own.
 NESTED: dict[str, type[BaseModel]] = {
     "speculation": SpeculationConfig, "pinned_answers": PinConfig, "worked_examples": WorkedConfig,
+    "rollout": RolloutConfig,
 }  # fmt: skip
 
 
