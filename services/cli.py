@@ -12,7 +12,16 @@ from pydantic_core import ErrorDetails
 from rich.console import Console
 from typer.core import TyperGroup
 
-from services import cli_access, cli_artifacts, cli_datasets, cli_erase, cli_instant, cli_learning, cli_people
+from services import (
+    cli_access,
+    cli_artifacts,
+    cli_datasets,
+    cli_erase,
+    cli_instant,
+    cli_learning,
+    cli_people,
+    cli_rollout,
+)
 from services.errors import WhetError
 from services.platform import doctor as doctor_module
 from services.platform import models, parts, up
@@ -52,6 +61,7 @@ app = typer.Typer(
 )
 cli_learning.add_commands(app)
 cli_datasets.add_commands()
+cli_rollout.add_commands(app)
 cli_artifacts.add_commands(app)
 cli_instant.add_commands(app)
 cli_erase.add_commands(app)

@@ -31,6 +31,7 @@ from services.console import (
     queue,
     review,
     review_guide,
+    rollout,
     runs,
     sign_in,
     speculator,
@@ -54,8 +55,8 @@ QUALITY_SECONDS = 20.0
 log = structlog.get_logger()
 ROUTERS: tuple[APIRouter, ...] = (
     home.router, sign_in.router, review.router, queue.router, bulk.router, exporting.router, browsing.router,
-    dataset_imports.router, datasets.router, runs.router, deployment.router, speculator.router, pins.router,
-    joining.router, account.router, people.router, keys.router, audit.router, erasure.router, review_guide.router,
+    dataset_imports.router, datasets.router, runs.router, deployment.router, rollout.router, speculator.router,
+    pins.router, joining.router, account.router, people.router, keys.router, audit.router, erasure.router, review_guide.router,
 )  # fmt: skip
 
 

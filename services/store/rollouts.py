@@ -5,16 +5,20 @@ Each locks the deployment's row first and, where it was decided from an older lo
 
 import secrets
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
 from sqlalchemy.orm import Session
 
 from services.errors import Conflict
-from services.store import deployments, rollout_counts, trials
+from services.store import audit, deployments, jobs, rollout_counts, trials
 from services.store.lifecycle import Move, locked, move, record_change, require_own, short
-from services.store.models import Deployment, Rollout
+from services.store.models import Deployment, Job, Project, Rollout
 from services.store.rollout_config import RolloutConfig
+
+# From these a person may have an artefact deployed; the job verifies it against its own record first.
+STARTABLE = ("verified", "staged", "retired")
+What = Literal["newest", "canary", "live"]
 
 
 class Decision(NamedTuple):
@@ -104,6 +108,41 @@ def end(session: Session, project_id: UUID, stage: str, decision: Decision, *, a
     if automatic:
         deployments.count_automatic(session, deployment, decision.actor)
     return deployment
+
+
+def back(session: Session, project_id: UUID, what: What, decision: Decision) -> Deployment:
+    """Undo the newest change: the candidate on trial, or else what is live. Needs only Postgres.
+
+    What is left is condemned, except in the shadow, where it has served nobody. Raises Conflict when there is nothing
+    to go back from, or for a stale look.
+    """
+    deployment = _held(session, project_id, decision)
+    rollout = trials.open_of(session, project_id)
+    if what == "live" or (what == "newest" and rollout is None):
+        return deployments.roll_back(
+            session, project_id, actor=decision.actor, reason=decision.reason, evidence=decision.evidence,
+            expected_generation=deployment.generation,
+        )  # fmt: skip
+    stage = "stopped" if rollout is not None and rollout.stage == "shadow" else "rolled_back"
+    return end(session, project_id, stage, decision)
+
+
+def order(session: Session, project: Project, digest: str, decision: Decision) -> Job:
+    """Have an artefact deployed by hand: the job loads it, verifies it and puts it on trial as the project wants.
+
+    Raises Conflict for one that may not serve, and while promotion is frozen or another deployment is under way.
+    """
+    deployments.require_open(_held(session, project.id, decision))
+    artifact = require_own(session, project.id, digest, "adapter")
+    if artifact.state not in STARTABLE:
+        raise Conflict(
+            f"artefact {short(digest)} is {artifact.state}; only {', '.join(STARTABLE)} ones can be deployed"
+        )
+    payload = {"project_id": str(project.id), "digest": digest, "run_id": None}
+    job = jobs.enqueue(session, "deploy", payload, project_id=project.id, dedupe_key=f"deploy:{project.id}")
+    detail = {"digest": digest, "reason": decision.reason}
+    audit.record(session, decision.actor, "deployment.order", f"project:{project.id}", detail)
+    return job
 
 
 def _serve(session: Session, deployment: Deployment, rollout: Rollout, decision: Decision, share: float) -> Rollout:

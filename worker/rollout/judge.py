@@ -75,7 +75,10 @@ class Verdict(NamedTuple):
             "action": self.action, "reason": self.reason, "more": self.more,
             "signal": self.signal._asdict() if self.signal else None,
             "guards": [
-                {**guard._asdict(), "interval": guard.interval._asdict() if guard.interval else None}
+                {
+                    **guard._asdict(), "interval": guard.interval._asdict() if guard.interval else None,
+                    "words": RAILS[guard.name].words, "share": RAILS[guard.name].share,
+                }
                 for guard in self.guards
             ],
             "ratio": {**self.ratio._asdict(), "off": self.ratio.off},

@@ -27,6 +27,7 @@ from services.store.jobs import JobCancelled, Lease
 from services.store.models import Interaction, InteractionBody, Project, Rollout, ShadowAnswer
 from services.store.pages import first_id
 from services.store.rollout_config import RolloutConfig
+from services.store.shadow_answers import Pair, figures, stands
 from worker.rollout import checks
 
 BATCH = 32
@@ -40,15 +41,6 @@ ANSWERED = ("stop", "length")
 BOUND = NormalDist().inv_cdf(0.95)
 
 log = structlog.get_logger()
-
-
-class Pair(NamedTuple):
-    """An answer that was served, and the candidate's to the same prompt."""
-
-    interaction_id: UUID
-    differs: bool
-    live: dict[str, Any]
-    candidate: dict[str, Any]
 
 
 class Compared(NamedTuple):
@@ -122,15 +114,9 @@ def to_ask(session: Session, rollout: Rollout, *, limit: int) -> list[Prompt]:
     return [Prompt(row[0], row[1]) for row in rows]
 
 
-def pairs(session: Session, rollout_id: UUID) -> list[Pair]:
-    """What has been compared so far."""
-    rows = session.scalars(select(ShadowAnswer).where(ShadowAnswer.rollout_id == rollout_id))
-    return [Pair(row.interaction_id, row.differs, row.live, row.candidate) for row in rows]
-
-
 def judge(compared: Sequence[Pair], config: RolloutConfig) -> Compared:
     """Once, when all are there: refused when more of its answers fail than of those that were served, and it shows."""
-    worse = [float(_stands(pair.live)) - float(_stands(pair.candidate)) for pair in compared]
+    worse = [float(stands(pair.live)) - float(stands(pair.candidate)) for pair in compared]
     mean = fmean(worse)
     error = stdev(worse) / len(worse) ** 0.5 if len(worse) > 1 else 0.0
     evidence = figures(compared)
@@ -138,27 +124,6 @@ def judge(compared: Sequence[Pair], config: RolloutConfig) -> Compared:
     if mean > config.shadow.most_worse and mean - BOUND * error > 0:
         return Compared(False, f"the shadow comparison: {told} than of those that were served", evidence)
     return Compared(True, f"the shadow comparison is fine: {told}", evidence)
-
-
-def figures(compared: Sequence[Pair]) -> dict[str, Any]:
-    """Both sides in means, for events and the page."""
-    found: dict[str, Any] = {"compared": len(compared)}
-    if not compared:
-        return found
-    found["differ"] = fmean(pair.differs for pair in compared)
-    for side in ("live", "candidate"):
-        told = [getattr(pair, side) for pair in compared]
-        found[f"{side}_failing"] = 1 - fmean(_stands(one) for one in told)
-        for name in ("refuses", "tokens", "logprob", "latency"):
-            known = [one[name] for one in told if one.get(name) is not None]
-            if known:
-                found[f"{side}_{name}"] = fmean(known)
-    return found
-
-
-def _stands(told: dict[str, Any]) -> bool:
-    """No error, and no check that it fails."""
-    return not told["error"] and told["valid"] is not False
 
 
 def _request(prompt: Prompt, rollout: Rollout) -> Generate:

@@ -13,7 +13,7 @@ import structlog
 from sqlalchemy.orm import Session
 
 from services.errors import Conflict
-from services.store import engine_reports, failpoints, jobs, rollout_counts, rollouts, trials
+from services.store import engine_reports, failpoints, jobs, rollout_counts, rollouts, shadow_answers, trials
 from services.store.base import Sessions
 from services.store.lifecycle import locked, record_change
 from services.store.models import Project, Rollout
@@ -155,7 +155,7 @@ def _look_at_shadow(sessions: Sessions, rollout_id: UUID) -> None:
     with sessions.begin() as session:
         rollout = session.get_one(Rollout, rollout_id)
         config = trials.config_of(rollout)
-        pairs = shadow.pairs(session, rollout_id)
+        pairs = shadow_answers.pairs(session, rollout_id)
         if len(pairs) < config.shadow.requests:
             _ask_for_more(session, rollout)
             return
