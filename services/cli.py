@@ -20,6 +20,7 @@ from services import (
     cli_instant,
     cli_learning,
     cli_people,
+    cli_rollout,
     cli_webhooks,
 )
 from services.errors import WhetError
@@ -61,6 +62,7 @@ app = typer.Typer(
 )
 cli_learning.add_commands(app)
 cli_datasets.add_commands()
+cli_rollout.add_commands(app)
 cli_artifacts.add_commands(app)
 cli_instant.add_commands(app)
 cli_erase.add_commands(app)

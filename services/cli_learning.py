@@ -1,4 +1,4 @@
-"""Commands of the learning loop: train, runs, deployments, rollback, heads, datasets, sampling."""
+"""Commands of the learning loop: train, runs, deployments, heads, datasets, sampling."""
 
 import json
 import time
@@ -26,7 +26,7 @@ dataset_app = typer.Typer(no_args_is_help=True, help="Golden datasets: build a r
 
 def add_commands(app: typer.Typer) -> None:
     """Put the commands on the `whet` application."""
-    for function in (train, runs, override, deployments, rollback, speculator, sample):
+    for function in (train, runs, override, deployments, speculator, sample):
         app.command(rich_help_panel=LEARNING)(function)
     app.add_typer(dataset_app, name="dataset", rich_help_panel=LEARNING)
 
@@ -108,14 +108,6 @@ def override(
     print_text(f"overridden: run {run['id']} goes on with {run['phase']}")
     if follow and follow_run(client, run["id"])["state"] != "succeeded":
         raise typer.Exit(1)
-
-
-def rollback(
-    project: Project, reason: Annotated[str, typer.Option(help="Why; kept in the history.")] = "whet rollback"
-) -> None:
-    """Go back to the last good weights, or to the base model."""
-    found = AdminClient(Settings()).post(f"/api/p/{project}/deployment/rollback", {"reason": reason})
-    print_text(f"{project} serves {short(found['active_digest'])} (generation {found['generation']})")
 
 
 def speculator(

@@ -44,6 +44,7 @@ class Settings(BaseSettings):
     step_tokens: int = Field(512, ge=16, description="Token budget of one step.")
     adapter_slots: int = Field(8, ge=2, description="LoRA adapters held at once, one spare for swaps included.")
     adapter_rank: int = Field(32, ge=1, description="Largest LoRA rank a slot holds.")
+    engines: str = Field("", description="More engines on this machine to keep loaded: addresses, by commas.")
     speculation: bool = Field(True, description="Whether the engine drafts tokens; off, every step yields one.")
     speculator_slots: int = Field(4, ge=1, description="Trained speculators held at once.")
     speculator_heads: int = Field(8, ge=1, description="Most heads a speculator may have.")
@@ -154,6 +155,12 @@ class Settings(BaseSettings):
     def engine_socket(self) -> str:
         """ZeroMQ address of the engine."""
         return f"ipc://{self.sockets / 'engine.sock'}"
+
+    @property
+    def engine_sockets(self) -> tuple[str, ...]:
+        """Every engine that this machine's dispatcher keeps loaded with what is deployed, its own first."""
+        more = (address.strip() for address in self.engines.split(","))
+        return tuple(dict.fromkeys((self.engine_socket, *(address for address in more if address))))
 
     @property
     def artifacts(self) -> Path:

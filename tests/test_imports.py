@@ -40,6 +40,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "services.cli_learning": ("services",),
     "services.cli_people": ("services",),
     "services.cli_webhooks": ("services",),
+    "services.cli_rollout": ("services",),
     "whet_client": (),
     "services.bootstrap": ("services",),
     "services.exports": ("services.errors",),

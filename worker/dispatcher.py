@@ -4,10 +4,12 @@ One leader at a time, by an advisory lock on the connection that also listens fo
 so does the leadership. Everything it does is idempotent or a compare-and-set, so a moment with two leaders is harmless.
 """
 
+import hashlib
 import signal
+import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from types import FrameType
@@ -25,6 +27,7 @@ from services.store.base import Sessions, make_sessions
 from worker import cadence, logs, schedule
 from worker.rollout.collect import collect_orphans
 from worker.rollout.reconcile import Reconciler
+from worker.rollout.trial import Trials
 from worker.rollout.watch import Watch
 from worker.tasks import make_app, ring
 
@@ -38,6 +41,7 @@ HEARTBEAT_SECONDS = 60.0
 SCHEDULE_SECONDS = 5.0
 HEADS_SECONDS = 15.0
 TRAININGS_SECONDS = 15.0
+TRIALS_SECONDS = 3.0
 HOUSEKEEPING_SECONDS = 3600.0
 
 log = structlog.get_logger()
@@ -79,6 +83,7 @@ class Dispatcher:
         self._sampler = schedule.Sampler()
         self._indexer = schedule.Indexer()
         self._watch = Watch()
+        self._trials = Trials()
         self._cadence = schedule.SpeculatorCadence()
         self._runs = cadence.TrainCadence()
         self._stopped = threading.Event()
@@ -90,9 +95,11 @@ class Dispatcher:
         self._schedule = Every(SCHEDULE_SECONDS)
         self._heads = Every(HEADS_SECONDS)
         self._trainings = Every(TRAININGS_SECONDS)
+        self._trial = Every(TRIALS_SECONDS)
         self._housekeeping = Every(HOUSEKEEPING_SECONDS)
         self._timers = (
-            self._expiry, self._heartbeat, self._schedule, self._heads, self._trainings, self._housekeeping,
+            self._expiry, self._heartbeat, self._schedule, self._heads, self._trainings, self._trial,
+            self._housekeeping,
         )  # fmt: skip
 
     def stop(self) -> None:
@@ -102,10 +109,9 @@ class Dispatcher:
     def run(self) -> None:
         """Wait for the leadership, lead, and start over when Postgres goes away, until stopped.
 
-        Raises RuntimeError when the reconciling thread met a bug: a fresh process is better than half of one.
+        Raises RuntimeError when a reconciling thread met a bug: a fresh process is better than half of one.
         """
-        reconciler = threading.Thread(target=self._reconcile_or_stop, name="reconcile", daemon=True)
-        reconciler.start()
+        reconcilers = self._start_reconcilers(self._settings.engine_sockets)
         while not self._stopped.is_set():
             try:
                 with self._leadership() as connection:
@@ -113,7 +119,8 @@ class Dispatcher:
             except (psycopg.Error, SQLAlchemyError) as error:
                 log.warning("Postgres is away; trying again", error=str(error).strip())
                 self._stopped.wait(1.0)
-        reconciler.join(timeout=5.0)
+        for thread in reconcilers:
+            thread.join(timeout=5.0)
         log.info("dispatcher stopped")
         if self._failed:
             raise RuntimeError("the reconciliation failed; see the log")
@@ -168,6 +175,8 @@ class Dispatcher:
         if self._trainings.due():
             with self._sessions.begin() as session:
                 self._runs.step(session, datetime.now(UTC))
+        if self._trial.due():
+            self._trials.step(self._sessions, datetime.now(UTC))
         if self._housekeeping.due():
             self._transact(partitions.ensure)
             self._transact(schedule.prune)
@@ -192,18 +201,29 @@ class Dispatcher:
                     jobs.unpublish(session, [missed.job_id for missed in due[position:]])
                 return
 
-    def _reconcile_or_stop(self) -> None:
+    def _start_reconcilers(self, addresses: Sequence[str]) -> list[threading.Thread]:
+        """One thread for each engine, because loading an adapter may take seconds that nobody else should wait."""
+        threads = [
+            threading.Thread(target=self._reconcile_or_stop, args=(address,), name="reconcile", daemon=True)
+            for address in addresses
+        ]
+        for thread in threads:
+            thread.start()
+        return threads
+
+    def _reconcile_or_stop(self, address: str) -> None:
         try:
-            self._reconcile()
+            self._reconcile(address)
         except Exception:
             log.exception("reconciliation failed")
             self._failed = True
             self.stop()
 
-    def _reconcile(self) -> None:
-        """Its own thread, because loading an adapter may take seconds that due jobs should not wait."""
-        with SyncEngineClient(self._settings.engine_socket, connect_seconds=1.0) as client:
-            reconciler = Reconciler(self._sessions, client, self._settings.artifacts)
+    def _reconcile(self, address: str) -> None:
+        """Only the leader's: an engine on another machine gets what it lacks from the gateway that asks it."""
+        name = engine_name(address)
+        with SyncEngineClient(address, connect_seconds=1.0) as client:
+            reconciler = Reconciler(self._sessions, client, self._settings.artifacts, engine=name)
             reachable = True
             while not self._stopped.wait(TICK_SECONDS):
                 if not self._leading.is_set():
@@ -216,6 +236,12 @@ class Dispatcher:
                     reachable = False
                 else:
                     reachable = True
+
+
+def engine_name(address: str) -> str:
+    """How reports name an engine: its machine and its address, without the paths of the machine."""
+    digest = hashlib.sha256(address.encode()).hexdigest()[:6]
+    return f"{socket.gethostname()}/{digest}"
 
 
 def _try_lock(connection: psycopg.Connection) -> bool:

@@ -20,7 +20,9 @@ LONGEST_GRACE_SECONDS = 60
 # The shipper is at most this far behind the gateway in ordinary times.
 SETTLE_SECONDS = 5.0
 HEARTBEAT_QUEUES = ("cpu",)
-ROUTINE_KINDS = ("heartbeat", "review.sample", "search.embed", "pins.check", "examples.embed", "webhook.deliver")
+ROUTINE_KINDS = (
+    "heartbeat", "review.sample", "search.embed", "pins.check", "examples.embed", "webhook.deliver", "shadow",
+)  # fmt: skip
 # Vectors are made of answers that are this old, so that a burst of traffic has the engine to itself, and no oftener.
 EMBED_REST = timedelta(seconds=30)
 EMBED_PAUSE = timedelta(seconds=30)

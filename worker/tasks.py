@@ -31,6 +31,7 @@ from worker.gate.speculator_job import evaluate_speculator_job
 from worker.hooks.deliver import deliver_job as deliver_webhook_job
 from worker.indexing.embed import embed_job
 from worker.rollout.pins import check_pins_job
+from worker.rollout.shadow import shadow_job
 from worker.rollout.speculator import deploy_speculator_job
 from worker.rollout.swap import deploy_job
 from worker.training.run import train_job
@@ -65,6 +66,7 @@ HANDLERS: Mapping[str, Handler] = {
     "train": train_job,
     "evaluate": evaluate_job,
     "deploy": deploy_job,
+    "shadow": shadow_job,
     "train.speculator": speculator_job,
     "evaluate.speculator": evaluate_speculator_job,
     "deploy.speculator": deploy_speculator_job,

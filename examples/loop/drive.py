@@ -82,6 +82,8 @@ def configure(platform: Platform, plan: Plan) -> None:
         "window_grace_seconds": 2,
         "review_budget": plan.judgements,
         "held_out_share": plan.held_out_share,
+        # One loop of a few minutes shows the swap itself: a canary would wait for users' feedback, which nobody gives.
+        "rollout": {"mode": "direct"},
     }
     if plan.train:
         config["train"] = plan.train

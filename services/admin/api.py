@@ -12,6 +12,7 @@ from services.admin import (
     instant_api,
     people_api,
     review_api,
+    rollout_api,
     shapes,
     speculator_api,
     webhook_api,
@@ -37,7 +38,7 @@ from services.store.models import ApiKey, Job, Run, UserAccount
 router = APIRouter(prefix="/api")
 PARTS = (
     dataset_api.router, speculator_api.router, instant_api.router, people_api.router, review_api.router,
-    erasure_api.router, erasure_api.spool_router, webhook_api.router, evaluation_api.router,
+    erasure_api.router, erasure_api.spool_router, webhook_api.router, evaluation_api.router, rollout_api.router,
 )  # fmt: skip
 Name = Annotated[str, Path(max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
@@ -226,19 +227,6 @@ def show_deployment(caller: Trainer, slug: str) -> dict[str, Any]:
         **shapes.deployment(deployments.create(caller.session, project.id)),
         "events": [shapes.deployment_event(event) for event in events],
     }
-
-
-@router.post("/p/{slug}/deployment/rollback")
-def roll_back(caller: Trainer, slug: str, sent: shapes.RollBack) -> dict[str, Any]:
-    """Back to the last good weights; 409 when the base serves already or `generation` has moved."""
-    deployment = deployments.roll_back(
-        caller.session,
-        caller.project(slug).id,
-        actor=caller.actor,
-        reason=sent.reason.strip() or "rolled back through the API",
-        expected_generation=sent.generation,
-    )
-    return shapes.deployment(deployment)
 
 
 # --- datasets and the queue -------------------------------------------------------------------------------

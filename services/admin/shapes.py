@@ -1,11 +1,22 @@
 """What the admin API takes and gives, as JSON."""
 
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from services.store.models import ApiKey, Deployment, DeploymentEvent, Evaluation, Job, Project, Revision, Run, RunEvent
+from services.store.models import (
+    ApiKey,
+    Deployment,
+    DeploymentEvent,
+    Evaluation,
+    Job,
+    Project,
+    Revision,
+    Rollout,
+    Run,
+    RunEvent,
+)
 
 
 class Body(BaseModel):
@@ -65,6 +76,24 @@ class Override(Body):
     reason: str = Field(max_length=2000)
 
 
+class Back(RollBack):
+    """`what`: the newest change, the candidate on trial, or what is live."""
+
+    what: Literal["newest", "canary", "live"] = "newest"
+
+
+class Share(RollBack):
+    """The share of users that the canary is to serve."""
+
+    share: float = Field(ge=0.01, le=0.5)
+
+
+class Start(RollBack):
+    """The artefact to deploy."""
+
+    digest: str = Field(max_length=64)
+
+
 def moment(value: datetime | None) -> str | None:
     return value.isoformat() if value else None
 
@@ -113,6 +142,15 @@ def deployment(row: Deployment) -> dict[str, Any]:
         "generation": row.generation, "active_digest": row.active_digest, "last_good_digest": row.last_good_digest,
         "canary_digest": row.canary_digest, "canary_share": row.canary_share, "frozen": row.frozen,
         "updated_at": moment(row.updated_at),
+    }  # fmt: skip
+
+
+def rollout(row: Rollout) -> dict[str, Any]:
+    return {
+        "id": str(row.id), "digest": row.digest, "stage": row.stage, "share": row.share, "generation": row.generation,
+        "config": row.config, "verdict": row.verdict, "created_at": moment(row.created_at),
+        "canary_at": moment(row.canary_at), "looked_at": moment(row.looked_at), "ended_at": moment(row.ended_at),
+        "ending": row.ending,
     }  # fmt: skip
 
 

@@ -1,13 +1,13 @@
-"""What a project serves now, how it came to, and the way back."""
+"""What a project serves now, what is on trial beside it, and how it came to."""
 
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Form, Request, Response
-from fastapi.responses import JSONResponse, RedirectResponse
+from fastapi import APIRouter, Request, Response
 
-from services.console.access import Here, Operator, Viewer
+from services.console.access import Here, Viewer
+from services.console.rollout_view import context as rollout_context
 from services.console.speed_view import context as speed_context
-from services.console.views import fragment, page, wants_page
+from services.console.views import fragment, page
 from services.store import deployments
 from services.store.models import Artifact, Run
 
@@ -40,28 +40,5 @@ def _state(request: Request, here: Here) -> dict[str, Any]:
         "since": changed[0].at if changed else None,
         "may_draft": {name: here.may(name) for name in ("lead", "operator")},
         **speed_context(request, here),
-        "may_roll_back": here.may("operator") and deployment.active_digest is not None,
+        **rollout_context(here, deployment, events),
     }
-
-
-@router.post("/p/{slug}/deployment/rollback")
-def roll_back(
-    request: Request,
-    here: Operator,
-    generation: Annotated[int, Form()],
-    reason: Annotated[str, Form(max_length=500)] = "",
-) -> Response:
-    """Go back to the last good weights. Needs only Postgres, so it works while the engine is down.
-
-    `generation` is the one the person was looking at: a deployment that has moved since answers 409.
-    """
-    deployment = deployments.roll_back(
-        here.session,
-        here.project.id,
-        actor=here.user.email,
-        reason=reason.strip().replace("\x00", "") or "rolled back from the console",
-        expected_generation=generation,
-    )
-    if wants_page(request):
-        return RedirectResponse(f"/p/{here.project.slug}/deployment", status_code=303)
-    return JSONResponse({"generation": deployment.generation, "active_digest": deployment.active_digest})

@@ -33,6 +33,7 @@ from services.console import (
     queue,
     review,
     review_guide,
+    rollout,
     runs,
     sign_in,
     speculator,
@@ -57,9 +58,9 @@ QUALITY_SECONDS = 20.0
 log = structlog.get_logger()
 ROUTERS: tuple[APIRouter, ...] = (
     home.router, sign_in.router, review.router, queue.router, bulk.router, exporting.router, browsing.router,
-    dataset_imports.router, datasets.router, runs.router, evaluations.router, deployment.router, speculator.router,
-    pins.router, joining.router, account.router, people.router, keys.router, audit.router, erasure.router,
-    review_guide.router, webhooks.router,
+    dataset_imports.router, datasets.router, runs.router, evaluations.router, deployment.router, rollout.router,
+    speculator.router, pins.router, joining.router, account.router, people.router, keys.router, audit.router,
+    erasure.router, review_guide.router, webhooks.router,
 )  # fmt: skip
 
 

@@ -188,7 +188,41 @@ def keycap(key: str) -> str:
     return ARROWS.get(key, key)
 
 
+def evidence(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """What an event was decided on, as pairs of a name and a figure; what says nothing to people is left out."""
+    told = []
+    for name, value in found.items():
+        if name in ("states", "run_id", "left_with_adapter") or value is None or isinstance(value, dict):
+            continue
+        told.append((EVIDENCE.get(name, name.replace("_", " ")), _evidence(name, value)))
+    return told
+
+
+EVIDENCE = {"before": "share before", "differ": "answers that differ", "share_seen": "share that came"}
+SHARES = (
+    "share",
+    "before",
+    "share_seen",
+    "differ",
+    "live_failing",
+    "candidate_failing",
+    "live_refuses",
+    "candidate_refuses",
+)
+
+
+def _evidence(name: str, value: Any) -> str:  # noqa: ANN401 - whatever JSON holds
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return str(len(value))
+    return percent(value, 0) if name in SHARES else count(value) if isinstance(value, int) else figure(value, 4)
+
+
 FILTERS: dict[str, Any] = {
+    "evidence": evidence,
     "short": short, "count": count, "capped": capped, "percent": percent, "points": points,
     "figure": figure, "ms": milliseconds, "excerpt": excerpt, "keycap": keycap,
     "duration": duration, "ago": ago, "stamp": stamp, "minute": minute,

@@ -16,12 +16,14 @@ SHOWN_MODELS = 20
 class Target(NamedTuple):
     """A project and the adapters to try for it, best first; None stands for the base model.
 
-    `pinned`: the caller named the artefact, so this is not the project's ordinary traffic.
+    `pinned`: the caller named the artefact, so this is not the project's ordinary traffic. `arm` is "canary" or
+    "control" while a candidate is on trial.
     """
 
     project: KnownProject
     candidates: tuple[str | None, ...]
     pinned: bool = False
+    arm: str = "active"
 
 
 def authenticate(request: Request, snapshot: Snapshot, pepper: bytes, scope: str) -> KnownKey:

@@ -29,7 +29,7 @@ def applied(plan: Plan, board: Board | None, tokenizer: Tokenizer) -> Plan:
     (only,) = plan.choices
     parameters = {**only.admitted.parameters, "pin": str(found.id)}
     admitted = msgspec.structs.replace(
-        only.admitted, origin="pinned", adapter_digest=None, parameters=parameters
+        only.admitted, origin="pinned", adapter_digest=None, parameters=parameters, arm="active"
     )  # fmt: skip
     return replace(plan, pin=found, choices=(replace(only, admitted=admitted, speculator=None),))
 

@@ -157,7 +157,9 @@ def _planned(number: int, prompt: Prompt, sampling: Sampling, admitted: Admitted
     arm = arm_of(mine.id, project.speculation, project.heads)
     return Planned(
         number=number, prompt=prompt.ids, text=prompt.text, sampling=sampling, admitted=mine,
-        speculator=None if target.pinned else project.heads.of(arm), speculate=arm != "baseline",
+        # Heads read the states of the adapter that is live, so a candidate drafts without.
+        speculator=None if target.pinned or target.arm == "canary" else project.heads.of(arm),
+        speculate=arm != "baseline",
         learn=not target.pinned,
     )  # fmt: skip
 
@@ -294,6 +296,7 @@ def _admitted(
         template_hash=tokenizer.template_digest,
         tokenizer_hash=tokenizer.digest,
         retrieved=extra.retrieved,
+        arm=target.arm,
     )
 
 

@@ -11,7 +11,7 @@ from starlette.routing import Route
 from engine.messages import Status
 from services.app import PUBLIC, declared_scope, needs
 from services.errors import Forbidden
-from services.gateway import access, feedback, pinned, tokenization, vectors, worked
+from services.gateway import access, canary, feedback, pinned, tokenization, vectors, worked
 from services.gateway.bodies import CHAT, TEXT, Ask, parse_chat, parse_text
 from services.gateway.planning import make_plan
 from services.gateway.service import Gateway
@@ -50,7 +50,7 @@ async def _complete(request: Request, parse: Callable[[bytes], Ask]) -> Response
     key = caller(request)
     gateway = gateway_of(request)
     ask = parse(await request.body())
-    target = access.resolve(gateway.keeper.current, key, ask.model)
+    target = canary.placed(access.resolve(gateway.keeper.current, key, ask.model), ask, key.id)
     engine = await gateway.live.link.describe()
     plan = await make_plan(ask, target, key.id, gateway.tokenizer, engine, started)
     at_once = gateway.keeper.current.instant

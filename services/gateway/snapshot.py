@@ -16,12 +16,12 @@ from uuid import UUID
 
 import psycopg
 import structlog
-from sqlalchemy import Connection, Engine, select
+from sqlalchemy import Connection, Engine, and_, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from services.gateway import instant
 from services.gateway.instant import Instant
-from services.store.models import ApiKey, Artifact, Deployment, Project
+from services.store.models import ApiKey, Artifact, Deployment, Project, Rollout
 from services.store.speculation import Heads, SpeculationConfig, read_config
 
 CHANNEL = "whet_snapshot"
@@ -50,8 +50,17 @@ class KnownKey:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A canary: the candidate, the share of users that it serves, and the salt that they are drawn with."""
+
+    digest: str
+    share: float
+    salt: str
+
+
+@dataclass(frozen=True)
 class KnownProject:
-    """A project, what it serves now, the adapters that `slug@digest` may pin, and how it drafts."""
+    """A project, what it serves now, the adapters that `slug@digest` may pin, how it drafts, and what is on trial."""
 
     id: UUID
     slug: str
@@ -64,6 +73,7 @@ class KnownProject:
     artifacts: frozenset[str]
     heads: Heads
     speculation: SpeculationConfig
+    trial: Trial | None = None
 
 
 @dataclass(frozen=True)
@@ -104,13 +114,17 @@ def load(connection: Connection, before: Snapshot | None = None) -> Snapshot:
         Project.id, Project.slug, Project.created_at, Project.config,
         Deployment.generation, Deployment.active_digest, Deployment.last_good_digest,
         Deployment.speculator_digest, Deployment.speculator_canary_digest, Deployment.speculator_share,
-    ).outerjoin(Deployment, Deployment.project_id == Project.id)  # fmt: skip
+        Deployment.canary_share, Rollout.digest.label("trial"), Rollout.salt,
+    ).outerjoin(Deployment, Deployment.project_id == Project.id).outerjoin(
+        Rollout, and_(Rollout.project_id == Project.id, Rollout.stage == "canary")
+    )  # fmt: skip
     projects = {
         row.slug: KnownProject(
             row.id, row.slug, row.created_at, row.config, hash_config(row.config),
             row.generation or 0, row.active_digest, row.last_good_digest, frozenset(artifacts.get(row.id, ())),
             Heads(row.speculator_digest, row.speculator_canary_digest, row.speculator_share or 0.0),
             read_config(row.config),
+            Trial(row.trial, row.canary_share, row.salt) if row.trial is not None and row.canary_share else None,
         )
         for row in connection.execute(query)
     }  # fmt: skip

@@ -48,6 +48,7 @@ class Admitted(msgspec.Struct, tag="admitted", frozen=True, kw_only=True):
     # Records written before there were others say nothing of it.
     origin: Literal["live", "pinned"] = "live"
     worked_examples: list[str] = []
+    arm: str = "active"
     version: int = VERSION
 
 
@@ -180,7 +181,6 @@ def to_row(admitted: Admitted, final: Final) -> dict[str, object]:
     """Column values of `interaction` and `interaction_body`. Postgres text cannot hold NUL, so it becomes U+FFFD."""
     row = msgspec.structs.asdict(admitted) | msgspec.structs.asdict(final)
     row |= {
-        "arm": "active",
         "spool_version": row.pop("version"),
         "started_at": _moment(admitted.started_at),
         "finished_at": _moment(final.finished_at),

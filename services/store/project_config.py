@@ -8,6 +8,7 @@ from services.errors import InvalidRequest
 from services.store.evaluation_config import CheckConfig, JudgeConfig, Metric
 from services.store.instant_config import PinConfig, WorkedConfig
 from services.store.pii import Mode
+from services.store.rollout_config import RolloutConfig
 from services.store.run_params import check_config
 from services.store.sampling import check_mix
 from services.store.speculation import SpeculationConfig
@@ -55,6 +56,7 @@ class ProjectConfig(BaseModel):
     speculation: SpeculationConfig | None = Field(None, description="Drafting, and when its heads are trained.")
     pinned_answers: PinConfig | None = Field(None, description="Approved answers served to identical requests.")
     worked_examples: WorkedConfig | None = Field(None, description="Nearest corrections placed in the prompt.")
+    rollout: RolloutConfig | None = Field(None, description="How a candidate that passed the gate reaches traffic.")
 
     @field_validator("checks")
     @classmethod
@@ -81,7 +83,7 @@ class ProjectConfig(BaseModel):
 
 # Keys that hold keys of their own.
 NESTED: dict[str, type[BaseModel]] = {
-    "speculation": SpeculationConfig, "checks": CheckConfig, "judge": JudgeConfig,
+    "speculation": SpeculationConfig, "checks": CheckConfig, "judge": JudgeConfig, "rollout": RolloutConfig,
     "pinned_answers": PinConfig, "worked_examples": WorkedConfig, "train_when": TrainWhen,
 }  # fmt: skip
 

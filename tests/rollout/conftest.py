@@ -243,7 +243,7 @@ class World:
 @pytest.fixture
 def world(sessions: Sessions) -> World:
     with sessions.begin() as session:
-        project = projects.create(session, "support")
+        project = projects.create(session, "support", config={"rollout": {"mode": "direct"}})
         dataset = Dataset(project_id=project.id, name="golden")
         session.add(dataset)
         session.flush()

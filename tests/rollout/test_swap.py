@@ -87,7 +87,10 @@ def test_a_promoted_artefact_goes_live_and_ends_its_run(
     assert job_state(world, job_id) == "succeeded"
     with world.sessions() as session:
         newest = deployments.events(session, world.project_id)[0]
-    assert newest.evidence == {"golden_prompts": 8, "differing": 0, "run_id": str(run_id)}
+    assert {name: newest.evidence[name] for name in ("golden_prompts", "differing", "run_id")} == {
+        "golden_prompts": 8, "differing": 0, "run_id": str(run_id),
+    }  # fmt: skip
+    assert newest.evidence["states"] == [[new, "staged", "live"], [old, "live", "retired"]]
 
 
 def test_answers_that_differ_from_the_record_quarantine_the_artefact(
@@ -229,7 +232,8 @@ def test_a_deployment_killed_at_any_point_ends_with_one_live_digest(
     assert active(world) == (new, 3)
     with world.sessions() as session:
         assert session.scalars(select(Artifact.digest).where(Artifact.state == "live")).all() == [new]
-        assert session.scalar(select(func.count()).select_from(DeploymentEvent)) == 2
+        kinds = session.scalars(select(DeploymentEvent.kind).order_by(DeploymentEvent.id)).all()
+    assert kinds == ["flip", "staged", "flip"]
     assert world.read_run(run_id).phase == "live"
 
 

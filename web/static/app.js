@@ -76,6 +76,17 @@ document.addEventListener("click", (event) => {
   if (open && !open.contains(event.target)) open.open = false;
 });
 
+// --- one key: a button says which one presses it ----------------------------------------------------------------
+
+document.addEventListener("keydown", (event) => {
+  if (event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.target.matches("input, select, textarea") || document.querySelector("dialog[open]")) return;
+  const button = [...document.querySelectorAll("[data-key]")].find((one) => one.dataset.key === event.key);
+  if (!button) return;
+  event.preventDefault();
+  button.click();
+});
+
 function showTint(button) {
   const shown = button.getAttribute("aria-pressed") !== "true";
   button.setAttribute("aria-pressed", String(shown));

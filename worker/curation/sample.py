@@ -52,6 +52,7 @@ def sample_job(lease: Lease, settings: Settings) -> None:
             settings, wanted.asked, wanted.adapter, candidate=wanted.candidate, alive=lambda: _alive(lease)
         )
         with lease.transaction() as session:
+            seconds = {**second.shadowed(session, project_id), **seconds}
             added = sample(session, project_id, now=now, seconds=seconds)
             realised(session, project_id)
             estimate = quality.estimate_quality(session, project_id, since=now - quality.RECENT)

@@ -18,6 +18,7 @@ from engine.sync_client import SyncEngineClient
 from engine.text.stops import StopStrings
 from engine.text.tokenizer import Tokenizer
 from services.settings import Settings
+from services.store import shadow_answers
 from services.store.models import Interaction, InteractionBody
 
 # Of one sampling job, however many windows it closes.
@@ -73,6 +74,11 @@ def read(session: Session, ids: Sequence[UUID]) -> list[Asked]:
         and "max_tokens" in one.parameters
         and "tools" not in one.parameters
     ]
+
+
+def shadowed(session: Session, project_id: UUID) -> dict[UUID, Second]:
+    """Second answers that are there already: what a candidate said in the shadow to the prompts of live traffic."""
+    return {one: Second(*said) for one, said in shadow_answers.texts(session, project_id).items()}
 
 
 def ask(

@@ -1,6 +1,7 @@
-"""Deploys an artefact the gate has passed: load beside what serves, verify, flip, and leave the freeing to reconcile.
+"""Deploys an artefact the gate has passed: load beside what serves, verify, then put it on trial, or flip at once.
 
-Until the flip commits nothing has changed for any app; after it the deployment row says what serves, whatever dies.
+Until that commits nothing has changed for any app; after it the deployment row says what serves, whatever dies. A trial
+is the dispatcher's from then on (`worker.rollout.trial`); freeing is reconciliation's.
 """
 
 from typing import NamedTuple
@@ -14,9 +15,11 @@ from engine.sync_client import SyncEngineClient
 from engine.text.tokenizer import Tokenizer
 from services.errors import Conflict, NotFound
 from services.settings import Settings
-from services.store import deployments, evaluations, failpoints, runs
+from services.store import deployments, evaluations, failpoints, rollouts, runs
 from services.store.jobs import JobCancelled, JobFailed, Lease
-from services.store.models import Artifact, Job, Run
+from services.store.models import Artifact, Job, Project, Run
+from services.store.rollout_config import read_rollout
+from services.store.rollouts import Decision
 from worker.rollout.verify import Comparison, compare, golden_prompts
 
 ACTOR = "rollout"
@@ -51,7 +54,7 @@ def deploy_job(lease: Lease, settings: Settings) -> None:
         failpoints.reach("deploy.verified")
         if lease.cancelled():
             raise JobCancelled
-        _go_live(lease, order, generation, comparison)
+        _release(lease, order, generation, comparison)
         failpoints.reach("deploy.after_flip")
     except Broken as error:
         _give_up(lease, order, "quarantined", str(error))
@@ -72,10 +75,11 @@ def _begin(lease: Lease, order: Order) -> int | None:
     """
     with lease.transaction() as session:
         deployment = deployments.get(session, order.project_id)
-        if deployment.active_digest == order.digest:
-            _finish_run(session, order, "live")
+        if order.digest in (deployment.active_digest, deployment.canary_digest):
+            _finish_run(session, order, "live" if order.digest == deployment.active_digest else "canary")
             lease.succeed(session)
             return None
+        deployments.require_open(deployment)
         job = session.get_one(Job, lease.job_id, populate_existing=True)
         if "generation" not in job.payload:
             _require_same_baseline(session, order, deployment.active_digest)
@@ -98,7 +102,7 @@ def _stage(client: SyncEngineClient, lease: Lease, settings: Settings, order: Or
     _load(client, settings, order.digest)
     failpoints.reach("deploy.loaded")
     with lease.transaction() as session:
-        deployments.advance(session, order.digest, "staged")
+        deployments.advance(session, order.digest, "staged", actor=ACTOR)
     failpoints.reach("deploy.staged")
     with lease.sessions() as session:
         prompts = golden_prompts(session, order.digest, run_id=order.run_id)
@@ -125,21 +129,24 @@ def _load(client: SyncEngineClient, settings: Settings, digest: str) -> None:
         raise Broken(f"the engine refused the artefact: {error}") from error
 
 
-def _go_live(lease: Lease, order: Order, generation: int, comparison: Comparison) -> None:
+def _release(lease: Lease, order: Order, generation: int, comparison: Comparison) -> None:
+    """On trial, or live at once where the project swaps directly; the run's part ends with either."""
+    reason = f"run {order.run_id} passed the gate" if order.run_id else "deployed by hand"
+    evidence = {**comparison.evidence(), "run_id": str(order.run_id) if order.run_id else None}
     with lease.transaction() as session:
-        deployment = deployments.flip(
-            session,
-            order.project_id,
-            expected_generation=generation,
-            digest=order.digest,
-            actor=ACTOR,
-            reason=f"run {order.run_id} passed the gate" if order.run_id else "deployed by hand",
-            evidence={**comparison.evidence(), "run_id": str(order.run_id) if order.run_id else None},
-        )
-        _finish_run(session, order, "live")
+        config = read_rollout(session.get_one(Project, order.project_id).config)
+        if config.mode == "direct":
+            deployments.flip(
+                session, order.project_id, expected_generation=generation, digest=order.digest, actor=ACTOR,
+                reason=reason, evidence=evidence,
+            )  # fmt: skip
+        else:
+            decision = Decision(ACTOR, reason, evidence, generation)
+            rollouts.begin(session, order.project_id, order.digest, config, decision, order.run_id)
+        _finish_run(session, order, "live" if config.mode == "direct" else "canary")
         lease.succeed(session)
         failpoints.reach("deploy.before_flip")
-    log.info("adapter live", digest=order.digest, generation=deployment.generation)
+    log.info("adapter released", digest=order.digest, mode=config.mode)
 
 
 def _give_up(lease: Lease, order: Order, phase: str, reason: str) -> None:
@@ -147,7 +154,7 @@ def _give_up(lease: Lease, order: Order, phase: str, reason: str) -> None:
     with lease.transaction() as session:
         artifact = session.get(Artifact, order.digest)
         if phase == "quarantined" and artifact is not None:
-            deployments.advance(session, order.digest, "quarantined")
+            deployments.advance(session, order.digest, "quarantined", actor=ACTOR, reason=reason)
         run = _run(session, order)
         if run is not None:
             runs.finish(session, run, "failed", phase, reason)

@@ -1,0 +1,213 @@
+"""Canaries simulated: how often chance ends one, and how soon a harm does.
+
+    python -m benchmarks.learning_canary [SCALE]
+
+Users come and go, ask a few times each and differ in how well they are served, so that outcomes of one user resemble
+one another. After every single outcome the judging function of the dispatcher is asked, `worker.rollout.judge.judge`,
+with all its guardrails on measured values, and the first thing it says ends the trial.
+"""
+
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from statistics import median
+from typing import Any, NamedTuple
+
+from benchmarks.learning_cells import Cell
+from services.store.rollout_config import RolloutConfig
+from services.store.rollout_counts import MOST_WEIGHT, Arms, Moments
+from worker.rollout.judge import RAILS, Action, Evidence, judge
+
+RUNS = 1000
+WORKERS = 2
+# Users who are there at the same time; each leaves after an answer with this chance, so they ask five times on average.
+AT_ONCE = 50
+LEAVING = 0.2
+# Of the variance of an outcome, how much is the user's own (intraclass correlation).
+ALIKE = 0.1
+# No trial is followed further: ten times what a decision usually takes.
+LONGEST = 40_000
+
+
+class World(NamedTuple):
+    """How often answers of either arm satisfy, and the candidate's share of users. `ends`: what ends a trial."""
+
+    control: float
+    canary: float
+    share: float = 0.1
+    ends: tuple[Action, ...] = ("promote", "roll_back", "hold")
+    longest: int = LONGEST
+    alike: float = ALIKE
+
+
+class Ending(NamedTuple):
+    """The last verdict, and the requests of either arm until then."""
+
+    action: Action
+    reason: str
+    canary: int
+    control: int
+
+
+class User:
+    """Somebody who asks. `satisfied` is their own chance to like an answer, `verbose` how long answers to them are."""
+
+    __slots__ = ("arm", "number", "satisfied", "verbose")
+
+    def __init__(self, number: int, world: World, dice: random.Random) -> None:
+        self.number = number
+        self.arm = 0 if dice.random() < world.share else 1
+        mean, spread = (world.canary, world.control)[self.arm], 1 / world.alike - 1
+        self.satisfied = dice.betavariate(mean * spread, (1 - mean) * spread)
+        self.verbose = dice.gauss(4.0, 0.3)
+
+    def outcomes(self, dice: random.Random) -> dict[str, float]:
+        """One answer by metric: only the signal differs between the arms."""
+        return {
+            "signal": float(dice.random() < self.satisfied),
+            "errors": float(dice.random() < 0.01),
+            "latency": float(dice.random() < 0.05),
+            "ttft": float(dice.random() < 0.05),
+            "length": dice.gauss(self.verbose, 0.4),
+            "refusals": float(dice.random() < 0.02),
+            "acceptance": min(1.0, max(0.0, dice.gauss(0.6, 0.2))),
+        }
+
+
+class Sums:
+    """The sums over users that the database makes, kept up to date one outcome at a time."""
+
+    def __init__(self) -> None:
+        self.users: dict[int, tuple[int, float]] = {}
+        self.moments = NOTHING
+
+    def add(self, user: int, value: float) -> None:
+        n, total = self.users.get(user, (0, 0.0))
+        before = _moments(n, total)
+        self.users[user] = (n + 1, total + value)
+        after = _moments(n + 1, total + value)
+        self.moments = Moments._make(a + y - x for a, x, y in zip(self.moments, before, after, strict=True))
+
+
+NOTHING = Moments(0, 0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+def _moments(n: int, total: float) -> Moments:
+    """One user's part of the sums."""
+    if not n:
+        return NOTHING
+    w = float(min(n, MOST_WEIGHT))
+    y = total / n * w
+    return Moments(1, n, w, y, y * y, y * w, w * w)
+
+
+def traffic(world: World, dice: random.Random) -> Iterator[User]:
+    """Who asks next, for ever."""
+    there = [User(number, world, dice) for number in range(AT_ONCE)]
+    following = AT_ONCE
+    while True:
+        place = dice.randrange(AT_ONCE)
+        yield there[place]
+        if dice.random() < LEAVING:
+            there[place] = User(following, world, dice)
+            following += 1
+
+
+def trial(seed: int, world: World, config: RolloutConfig) -> Ending:
+    """One canary from its first request to what ends it, judged after every outcome."""
+    dice = random.Random(seed)
+    sums = {name: (Sums(), Sums()) for name in ("signal", *RAILS)}
+    requests, seen = [0, 0], (set[int](), set[int]())
+    for user in traffic(world, dice):
+        requests[user.arm] += 1
+        seen[user.arm].add(user.number)
+        for name, value in user.outcomes(dice).items():
+            sums[name][user.arm].add(user.number, value)
+        verdict = judge(
+            Evidence(
+                {name: Arms(arms[0].moments, arms[1].moments) for name, arms in sums.items()},
+                (requests[0], requests[1]), (len(seen[0]), len(seen[1])), world.share,
+            ),
+            config,
+        )  # fmt: skip
+        if verdict.action in world.ends or sum(requests) >= world.longest:
+            return Ending(verdict.action, verdict.reason, requests[0], requests[1])
+    raise AssertionError("traffic has no end")
+
+
+def trials(runs: int, world: World, config: RolloutConfig, *, seed: int = 0) -> list[Ending]:
+    """Many of them, on two cores."""
+    with ProcessPoolExecutor(WORKERS) as pool:
+        one = partial(trial, world=world, config=config)
+        return list(pool.map(one, range(seed, seed + runs), chunksize=5))
+
+
+def summary(endings: list[Ending]) -> dict[str, Any]:
+    """Counts and medians by how trials ended."""
+    counts = Counter(ending.action for ending in endings)
+    found: dict[str, Any] = {"runs": len(endings), "endings": dict(counts)}
+    for action in counts:
+        these = [ending for ending in endings if ending.action == action]
+        found[f"{action}_median_canary"] = median(one.canary for one in these)
+        found[f"{action}_median_all"] = median(one.canary + one.control for one in these)
+    by_guard = Counter(one.reason.split(":")[0] for one in endings if one.action in ("roll_back", "hold"))
+    return found | {"ended_by": dict(by_guard)}
+
+
+def peeking(scale: float) -> Cell:
+    """No difference: the share of canaries that are rolled back or held all the same, or never promoted."""
+    runs = max(20, round(RUNS * scale))
+    endings = trials(runs, World(0.9, 0.9), RolloutConfig())
+    # Nothing but a roll-back ends these: what a canary that is watched for very long risks.
+    patient = trials(
+        max(10, runs // 4), World(0.9, 0.9, ends=("roll_back", "hold"), longest=10_000), RolloutConfig(), seed=10**6
+    )  # fmt: skip
+    wrong = sum(ending.action in ("roll_back", "hold") for ending in endings) / runs
+    lasting = sum(ending.action in ("roll_back", "hold") for ending in patient) / len(patient)
+    promoted = [ending for ending in endings if ending.action == "promote"]
+    needed = median(ending.canary for ending in promoted)
+    measured = (
+        f"{wrong:.1%} of {runs:,} wrongly ended ({lasting:.1%} of {len(patient):,} watched for 10,000 requests without "
+        f"promotion); {len(promoted) / runs:.1%} promoted, median after {needed:,.0f} requests of the candidate"
+    )
+    raw = {"no difference": summary(endings), "no difference, 10,000 requests": summary(patient)}
+    return Cell(
+        "peeking canary, no difference, looked at after every outcome", "wrongly ended ≤ 5 %", measured,
+        max(wrong, lasting) <= 0.05, raw,
+    )  # fmt: skip
+
+
+def harm(scale: float) -> Cell:
+    """Ten points worse: how many requests of the candidate until it is rolled back."""
+    runs = max(20, round(RUNS * scale))
+    found = {
+        f"{control:.0%} to {canary:.0%}, {share:.0%} of users": trials(
+            runs, World(control, canary, share), RolloutConfig(share=share), seed=2 * 10**6
+        )
+        for control, canary, share in ((0.9, 0.8, 0.1), (0.8, 0.7, 0.1), (0.9, 0.8, 0.5))
+    }
+    first = next(iter(found.values()))
+    back = [ending for ending in first if ending.action == "roll_back"]
+    needed = median(ending.canary for ending in back)
+    whole = median(ending.canary + ending.control for ending in back)
+    promoted = sum(ending.action == "promote" for ending in first) / runs
+    measured = (
+        f"{len(back) / runs:.1%} of {runs:,} rolled back, median after {needed:,.0f} requests of the candidate "
+        f"({whole:,.0f} of both arms); {promoted:.1%} wrongly promoted"
+    )
+    met = needed <= 300 and len(back) / runs >= 0.95
+    return Cell(
+        "canary with a 10-point harm (90 % to 80 %, outcomes clustered by user)",
+        "rolled back, median ≤ 300 requests", measured, met, {name: summary(ones) for name, ones in found.items()},
+    )  # fmt: skip
+
+
+CELLS: dict[str, Callable[[float], Cell]] = {"canary_peeking": peeking, "canary_harm": harm}
+
+
+if __name__ == "__main__":
+    for cell in CELLS.values():
+        print(cell(float(sys.argv[1]) if len(sys.argv) > 1 else 1.0))

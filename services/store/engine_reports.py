@@ -1,0 +1,65 @@
+"""What engines say of the deployments they serve: which generation each has loaded, and when it was last heard of."""
+
+from collections.abc import Collection, Sequence
+from datetime import datetime, timedelta
+from typing import NamedTuple
+from uuid import UUID
+
+from sqlalchemy import func, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from services.store.models import EngineReport
+
+# An engine that nobody has heard of for so long is away: it is not waited for, and obeys the row when it is back.
+AWAY = timedelta(seconds=15)
+
+
+class Report(NamedTuple):
+    """One project as an engine has it: `generation` is the last one it had everything loaded for; 0 is none yet."""
+
+    project_id: UUID
+    generation: int
+    digests: tuple[str, ...]
+
+
+def put(session: Session, engine: str, epoch: int, reports: Collection[Report]) -> None:
+    """Say what changed. The epoch tells one start of an engine from the next."""
+    if not reports:
+        return
+    rows = [
+        {
+            "engine": engine, "project_id": one.project_id, "epoch": str(epoch), "generation": one.generation,
+            "digests": list(one.digests),
+        }
+        for one in reports
+    ]  # fmt: skip
+    statement = insert(EngineReport)
+    changed = {name: getattr(statement.excluded, name) for name in ("epoch", "generation", "digests")}
+    session.execute(
+        statement.on_conflict_do_update(
+            index_elements=["engine", "project_id"],
+            set_=changed | {"seen_at": func.now(), "changed_at": func.now()},
+        ),
+        rows,
+    )
+
+
+def seen(session: Session, engine: str) -> None:
+    """The engine is there, and nothing has changed."""
+    session.execute(update(EngineReport).where(EngineReport.engine == engine).values(seen_at=func.now()))
+
+
+def of_project(session: Session, project_id: UUID) -> Sequence[EngineReport]:
+    """Every engine that has ever served the project, by name."""
+    mine = select(EngineReport).where(EngineReport.project_id == project_id)
+    return session.scalars(mine.order_by(EngineReport.engine).execution_options(populate_existing=True)).all()
+
+
+def lagging(session: Session, project_id: UUID, generation: int, now: datetime) -> list[str]:
+    """Engines that are there and have not loaded what this generation may route to them."""
+    return [
+        report.engine
+        for report in of_project(session, project_id)
+        if now - report.seen_at <= AWAY and report.generation < generation
+    ]
