@@ -7,7 +7,7 @@ release needs to know nothing of it.
 from alembic import op
 
 revision = "2026_11_30_counts"
-down_revision = "2026_11_30_instant"
+down_revision = "2026_11_30_adjudication"
 branch_labels = None
 depends_on = None
 

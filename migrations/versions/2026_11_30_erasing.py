@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "2026_11_30_erasing"
-down_revision = "2026_11_30_instant"
+down_revision = "2026_11_30_counts"
 branch_labels = None
 depends_on = None
 

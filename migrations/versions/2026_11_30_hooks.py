@@ -8,7 +8,7 @@ from alembic import op
 from sqlalchemy.dialects import postgresql
 
 revision = "2026_11_30_hooks"
-down_revision = "2026_11_30_instant"
+down_revision = "2026_11_30_gate"
 branch_labels = None
 depends_on = None
 

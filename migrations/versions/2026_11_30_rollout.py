@@ -9,7 +9,7 @@ from alembic import op
 from sqlalchemy.dialects import postgresql
 
 revision = "2026_11_30_rollout"
-down_revision = "2026_11_30_instant"
+down_revision = "2026_11_30_hooks"
 branch_labels = None
 depends_on = None
 

@@ -7,7 +7,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "2026_11_30_runs"
-down_revision = "2026_11_30_instant"
+down_revision = "2026_11_30_invited_by_key"
 branch_labels = None
 depends_on = None
 

@@ -861,6 +861,8 @@ class WebhookDelivery(Base):
     next_at: Mapped[datetime | None]
     created_at: Mapped[Now]
     delivered_at: Mapped[datetime | None]
+
+
 class Rollout(Base):
     """One candidate's way to traffic: shadow, canary, and how it ended. At most one of a project is under way.
 
