@@ -16,7 +16,10 @@ WORKER_PACKAGES = (
     "worker.curation", "worker.erasure", "worker.gate", "worker.hooks", "worker.indexing", "worker.rollout",
     "worker.training",
 )  # fmt: skip
-TOP = ("worker.tasks", "worker.dispatcher", "worker.main", "worker.schedule", "worker.watchdog", "worker.logs")
+TOP = (
+    "worker.cadence", "worker.dispatcher", "worker.logs", "worker.main", "worker.schedule", "worker.tasks",
+    "worker.watchdog",
+)  # fmt: skip
 
 # The longest prefix that fits a module decides. Each may also import itself.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
