@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from services.store.reviews import QUEUE_COUNTED_TO
+from services.store.search import SHORTEST_PREFIX
 
 STRATEGIES = {
     "negative_feedback": "negative feedback",
@@ -164,12 +165,14 @@ class Piece(NamedTuple):
 
 
 def excerpt(text: str | None, words: str = "") -> list[Piece]:
-    """The part of a text where the words stand, else its beginning; the words marked."""
+    """The part of a text where the words stand, else its beginning; the words marked, and longer ones that begin with
+    them, as the search finds them."""
     whole = text or ""
     sought = [word for word in re.findall(r"(?<![-\w])\w+", words) if word.lower() != "or"][:20]
     if not sought:
         return [Piece(whole[:EXCERPT], hit=False)]
-    pattern = re.compile(r"\b(" + "|".join(re.escape(word) for word in sought) + r")\w*", re.IGNORECASE)
+    marked = (re.escape(word) + (r"\w*" if len(word) >= SHORTEST_PREFIX else r"\b") for word in sought)
+    pattern = re.compile(r"\b(?:" + "|".join(marked) + ")", re.IGNORECASE)
     first = pattern.search(whole)
     start = max(0, first.start() - EXCERPT // 4) if first and first.end() > EXCERPT else 0
     cut = ("…" if start else "") + whole[start : start + EXCERPT]

@@ -238,3 +238,24 @@ def test_a_reviewer_may_not_look_into_the_escalated_queue(sign_in: SignIn, proje
     client = sign_in("ada@example.org", "reviewer")
     assert client.get("/p/entities/review?queue=escalated", headers=PAGE).status_code == 403
     assert client.post("/p/entities/review/lease", json={"queue": "escalated"}).status_code == 403
+
+
+def test_our_own_bug_is_a_page_for_people_and_json_for_programs(
+    console_settings: Settings, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with sessions.begin() as session:
+        token = seed.person(session, "ada@example.org", "viewer").token
+    app = create_app(console_settings, sessions)
+    client = TestClient(app, base_url="http://console", follow_redirects=False, raise_server_exceptions=False)
+    client.post(f"/sign-in/{token}")
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("services.console.account.logins.of_user", broken)
+    page = client.get("/account", headers=PAGE)
+    assert page.status_code == 500
+    assert "That did not work" in page.text
+    assert "An unexpected error happened; it is logged as" in page.text
+    assert "a bug" not in page.text
+    assert client.get("/account").json()["error"]["code"] == "internal"
