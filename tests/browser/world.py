@@ -10,9 +10,9 @@ from playwright.sync_api import Page
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from services.store import gold, reviews
+from services.store import datasets, gold, imports, reviews, revisions
 from services.store.models import Interaction, Project, ReviewItem, Revision, Run
-from tests.console import seed, seed_speed
+from tests.console import seed, seed_instant, seed_speed
 
 HERE = "/p/entities"
 ANSWER = '{"people": ["Anna Reed", "Ivy Stone"], "places": ["Oslo"], "organisations": ["Northwind"], "dates": []}'
@@ -55,8 +55,53 @@ def build(session: Session) -> list[Scene]:
         Scene("runs", f"{HERE}/runs"),
         *(Scene(f"run-{place}", f"{HERE}/runs/{run}") for place, run in enumerate(runs)),
         Scene("deployment", f"{HERE}/deployment"),
+        *_golden(session, project),
         *REVIEW,
     ]
+
+
+# --- golden data, pins, erasure ---------------------------------------------------------------------------
+
+
+def _golden(session: Session, project: Project) -> list[Scene]:
+    """Every page about what is learned from: with pins and erasures in every state, a file that fits and one that does
+    not."""
+    dataset = datasets.get(session, project.id, "golden")
+    newest = revisions.latest(session, dataset.id)
+    assert newest is not None
+    for place, state in enumerate(("live", "learned", "withdrawn")):
+        values = {"learned_digest": "a" * 64} if state == "learned" else {}
+        seed_instant.pinned(session, project, f"{ANSWER} {place}", state=state, **values)
+    seed_instant.erased(session, project, "ada-user")
+    why = {"step": "waiting for the log to be shipped", "error": "RuntimeError: the shipper of elsewhere is silent"}
+    seed_instant.erased(session, project, "bob-user", state="failed", progress=why)
+    done = {"step": "done", "counts": {"interaction": 12}, "tainted": [{"digest": "a" * 64}]}
+    seed_instant.erased(session, project, "sha256:" + "c" * 64, state="done", progress=done, certificate={"hash": "h"})
+    good, bad = (
+        imports.begin(session, dataset, name, content.encode(), "boss@example.org")
+        for name, content in (
+            ("good.csv", "question,answer\nWho?,Ada\nWhere?,Oslo\n"),
+            ("bad.csv", "question,answer\n,x\n"),
+        )
+    )
+    here = f"{HERE}/datasets/golden"
+    return [
+        Scene("revision-mask", f"{here}/{newest.digest}?view=mask"),
+        Scene("revision-diff", f"{here}/{newest.digest}/diff"),
+        Scene("revision-rebuilt", f"{here}/{newest.digest}", lambda page: page.click("text=Hash again")),
+        Scene("import", f"{here}/import"),
+        Scene("import-preview", f"{here}/imports/{good.id}"),
+        Scene("import-refused", f"{here}/imports/{bad.id}"),
+        Scene("pins", f"{HERE}/pins"),
+        Scene("erasure", f"{HERE}/erasure"),
+        Scene("erasure-asked", f"{HERE}/erasure", _asked_to_erase),
+    ]
+
+
+def _asked_to_erase(page: Page) -> None:
+    page.fill("input[name=subject]", "somebody")
+    page.click("text=Show what there is")
+    page.locator("input[name=confirmed]").wait_for()
 
 
 # --- review -----------------------------------------------------------------------------------------------
