@@ -57,7 +57,7 @@ def erase(
         console.print(f"{len(found['exports'])} exports may hold the rows: the certificate names their audit events")
     if certificate is not None:
         certificate.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    console.print(f"done; certificate {found['hash']}")
+    console.print(f"done; certificate {found['hash']}", soft_wrap=True)
 
 
 def _show(console: Console, rows: dict[str, int]) -> None:

@@ -30,7 +30,8 @@ def pin_list(
     found = AdminClient(Settings()).get(f"/api/p/{project}/pins")
     rows = [row for row in found["pins"] if withdrawn or row["state"] != "withdrawn"]
     table = Table(box=None, header_style="dim", pad_edge=False)
-    for name in ("pin", "state", "served", "approved by", "request", "answer"):
+    table.add_column("pin", no_wrap=True, min_width=36)  # to be given to `withdraw`, whole
+    for name in ("state", "served", "approved by", "request", "answer"):
         table.add_column(name)
     for row in rows:
         asked = str(row["messages"][-1].get("content", ""))

@@ -1,7 +1,9 @@
 """Erasure on several machines and beside running jobs: which spools there are, which are clean, what was taken out.
+And revisions that the database itself keeps as they were made.
 
 Safe beside the running release: three new tables, which it neither reads nor writes. Its shipper registers no spool;
-an erasure that is under way while releases change waits until the new one does.
+an erasure that is under way while releases change waits until the new one does. The triggers take a SHARE ROW EXCLUSIVE
+lock for a moment each, and refuse only what no release does.
 """
 
 import sqlalchemy as sa
@@ -12,6 +14,11 @@ down_revision = "2026_11_30_counts"
 branch_labels = None
 depends_on = None
 
+# Of a revision only the count of looks and the report's quotations change after it is made; of its members nothing.
+FROZEN = {
+    "revision": "id, dataset_id, digest, parent_digest, train_count, held_out_count, held_out_digest, created_at",
+    "revision_example": "revision_id, position, example_id, content_hash, split, weight",
+}
 MOMENT = sa.DateTime(timezone=True)
 
 
@@ -43,6 +50,12 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("request_id", "kind", "row_id", name=op.f("pk_erased_row")),
     )
 
+    for table, columns in FROZEN.items():
+        op.execute(
+            f"CREATE TRIGGER refuse_change BEFORE UPDATE OF {columns} ON {table} "
+            "FOR EACH STATEMENT EXECUTE FUNCTION whet_refuse_change()"
+        )
+
 
 def _of_request(table: str) -> sa.ForeignKeyConstraint:
     return sa.ForeignKeyConstraint(
@@ -51,5 +64,7 @@ def _of_request(table: str) -> sa.ForeignKeyConstraint:
 
 
 def downgrade() -> None:
+    for table in FROZEN:
+        op.execute(f"DROP TRIGGER refuse_change ON {table}")
     for table in ("erased_row", "erasure_spool", "log_spool"):
         op.drop_table(table)

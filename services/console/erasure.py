@@ -16,6 +16,13 @@ from services.store.erasure import LONGEST_SUBJECT
 from services.store.models import ErasureRequest
 
 router = APIRouter()
+# In the order in which they concern somebody; bodies are told by their interactions.
+TOLD = {
+    "interaction": "Answers", "feedback": "Feedback", "annotation": "Judgements", "review_item": "Review items",
+    "example": "Examples", "pin": "Pinned answers", "example_embedding": "Worked examples",
+    "interaction_embedding": "Search vectors", "evaluation_row": "Rows of evaluations",
+    "bulk_change": "Changes by bulk actions", "interaction_body": "Texts of answers",
+}  # fmt: skip
 Kind = Annotated[Literal["end_user", "session"], Form()]
 Name = Annotated[str, Form(min_length=1, max_length=LONGEST_SUBJECT)]
 
@@ -42,7 +49,9 @@ def _listed(here: Here) -> dict[str, Any]:
 def preview(request: Request, here: Admin, kind: Kind, subject: Name) -> Response:
     """What it would touch; nothing has happened yet."""
     found = erasure.checked(here.project.id, kind, subject.strip())
-    rows = {table: count for table, count in erasure_rows.preview(here.session, found).items() if count}
+    touched = erasure_rows.preview(here.session, found)
+    rows = {words: touched[table] for table, words in TOLD.items() if touched.get(table)}
+    rows |= {table.replace("_", " "): count for table, count in touched.items() if count and table not in TOLD}
     asked = {"kind": kind, "subject": found.name, "rows": rows}
     return page(request, here, "erasure.html", _listed(here) | {"asked": asked})
 

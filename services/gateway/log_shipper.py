@@ -114,7 +114,7 @@ class Shipper:
                 self._covered = None
                 raise
             if len(rows) == 1:
-                self._quarantine(rows[0], str(error))
+                self._quarantine(rows[0], in_brief(error))
                 return
             middle = len(rows) // 2
             self._land(rows[:middle])
@@ -167,6 +167,12 @@ def is_poison(error: Exception) -> bool:
     if isinstance(error, psycopg.DataError | psycopg.IntegrityError | ValueError | TypeError):
         return True
     return isinstance(error, psycopg.Error) and (error.sqlstate or "").startswith("54")
+
+
+def in_brief(error: Exception) -> str:
+    """What is wrong, without the detail in which Postgres quotes the row: reasons are logged, and logs stay."""
+    said = error.diag.message_primary if isinstance(error, psycopg.Error) else None
+    return f"{type(error).__name__}: {said or str(error).splitlines()[0] if str(error) else 'no reason given'}"
 
 
 def _is_tail(path: Path) -> bool:

@@ -32,6 +32,9 @@ CONFIGURATION = {
     "log_timezone": "UTC",
     "log_line_prefix": "%m [%p] ",
     "jit": "off",
+    # Its log outlives erasures, so an error there quotes neither the row nor the statement.
+    "log_error_verbosity": "terse",
+    "log_min_error_statement": "panic",
     # A client that vanished must not hold its locks for two hours.
     "idle_in_transaction_session_timeout": "15min",
 }

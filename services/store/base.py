@@ -63,9 +63,17 @@ Now = Annotated[datetime, mapped_column(server_default=func.now())]
 
 
 def make_engine(dsn: str, *, pool_size: int = 5) -> Engine:
-    """An engine whose connections are checked before use, so a restarted Postgres costs no failed request."""
+    """An engine whose connections are checked before use, so a restarted Postgres costs no failed request.
+
+    Its errors do not quote what was sent: they end in logs, which outlive erasures.
+    """
     return create_engine(
-        dsn, pool_pre_ping=True, pool_size=pool_size, max_overflow=5, connect_args={"connect_timeout": 5}
+        dsn,
+        hide_parameters=True,
+        pool_pre_ping=True,
+        pool_size=pool_size,
+        max_overflow=5,
+        connect_args={"connect_timeout": 5},
     )
 
 

@@ -15,6 +15,7 @@ CANNOT_BE_UNDONE = (
     "Responses that were sent are with whoever received them.",
     "Backups and replicas of the database, logs of apps and proxies are not reached.",
     "Exports that were taken elsewhere are listed, not reached; so are files below exports/ that cannot be searched.",
+    "Log files of Whet's processes, in which an error may quote a few words of what it is about, are not reached.",
     "Drafts kept in reviewers' browsers are not reached.",
     "Postgres keeps deleted rows in its files until it vacuums them, and in its write-ahead log until that is reused.",
     "Text that somebody copied into a project's guidelines, a reason or a name is not recognised as the subject's.",

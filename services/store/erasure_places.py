@@ -111,7 +111,7 @@ PLACES: Mapping[str, Place] = {
     "job": Kept("ids and counts; errors and log tails of finished jobs are emptied"),
     "saved_view": Kept("searches people keep; `erasure_traces.forget_typed` deletes those that name the subject"),
     "bulk_action": Kept("searches of leads; `erasure_traces.forget_typed` empties those that name the subject"),
-    "dataset_import": Kept("names of files; `erasure_traces.forget_typed` deletes previews, which hold the file"),
+    "dataset_import": Kept("names of files; `erasure_traces.forget_typed` deletes previews that name the subject"),
     "split_group": Kept("groups and their side; `erasure_traces.forget_typed` deletes the subject's"),
     "prompt_cluster": Kept("hashes"),
     "revision_left_out": Kept("causes in our words"),

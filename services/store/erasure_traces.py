@@ -89,6 +89,14 @@ def forget_typed(session: Session, made: ErasureRequest, project_ids: Collection
         .values(selection={}, params={}, error=None),
         delete(DatasetImport).where(
             DatasetImport.state == "preview", DatasetImport.created_at <= made.created_at,
+            # Packed files cannot be searched.
+            or_(
+                *(
+                    func.strpos(func.encode(DatasetImport.content, "hex"), one.encode().hex()) > 0
+                    for one in {name, json.dumps(name)[1:-1]}
+                ),
+                DatasetImport.file_name.ilike("%.parquet"),
+            ),
             DatasetImport.dataset_id.in_(select(Dataset.id).where(Dataset.project_id.in_(project_ids))),
         ),
         delete(SplitGroup).where(SplitGroup.project_id.in_(project_ids), SplitGroup.group_key == name),

@@ -104,7 +104,7 @@ def test_erasure_is_for_admins_and_wants_the_name_twice(sessions: Sessions, proj
     assert admin.get("/p/entities/erasure").status_code == 200
     form = {"kind": "end_user", "subject": "ada"}
     preview = admin.post("/p/entities/erasure/preview", data=form)
-    assert "Interaction body</dt><dd>1<" in preview.text
+    assert "Answers</dt><dd>1<" in preview.text
     assert admin.post("/p/entities/erasure", data={**form, "confirmed": "bob"}).status_code == 422
     assert admin.post("/p/entities/erasure", data={**form, "confirmed": "ada"}).status_code == 303
     with sessions.begin() as session:

@@ -5,14 +5,15 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import text, update
+from sqlalchemy.exc import DBAPIError
 from typer.testing import CliRunner
 
 from services import cli
 from services.cli_datasets import to_parquet
 from services.store import dataset_export, revision_diff, revisions
 from services.store.forms import FORMS, Form
-from services.store.models import Example, Revision, RevisionExample
+from services.store.models import Example, Revision
 from tests.curation.world import World
 from worker.curation.build import build_revision
 
@@ -73,16 +74,20 @@ def test_a_rebuild_gives_the_digests_again_and_notices_any_edit(world: World) ->
     assert made.held_out_digest != revision.held_out_digest
 
 
-def test_a_row_moved_to_the_other_side_in_its_revision_is_noticed(world: World) -> None:
+def test_a_row_moved_to_the_other_side_in_its_revision_is_refused_and_would_be_noticed(world: World) -> None:
     for number in range(2):
         world.corrected(f"question {number}", "wrong", f"right {number}", "held_out")
     revision = build(world)
+    moving = text("UPDATE revision_example SET split = 'train' WHERE position = 0")
     with world.sessions.begin() as session:
-        moved = session.scalars(select(RevisionExample).limit(1)).one()
-        moved.split = "train"
-        session.flush()
+        for change in (moving, text("UPDATE revision SET held_out_count = 0")):
+            with pytest.raises(DBAPIError, match="append-only"), session.begin_nested():
+                session.execute(change)
+        session.execute(text("ALTER TABLE revision_example DISABLE TRIGGER refuse_change"))  # as its owner might
+        session.execute(moving)
         made = revisions.rebuild(session, revision.id)
-    assert made.changed == [moved.example_id]
+        session.rollback()
+    assert len(made.changed) == 1
     assert made.digest != revision.digest
 
 

@@ -127,8 +127,10 @@ def typed(session: Session, project_id: UUID, lead: UUID) -> None:
         session.add(BulkChange(action_id=action.id, interaction_id=tagged, before={"tags": {"note": mark}}))
         session.add(SplitGroup(project_id=project_id, group_key=name, split="train"))
     dataset = datasets.get(session, project_id, "golden")
-    session.add(DatasetImport(dataset_id=dataset.id, file_name="rows.csv", file_digest="f", content=MARK.encode(),
-                              state="preview", created_by="me"))  # fmt: skip
+    for mark in (MARK, OTHER):
+        content = f"{mark}-user said {mark}".encode()
+        session.add(DatasetImport(dataset_id=dataset.id, file_name="rows.csv", file_digest="f", content=content,
+                                  state="preview", created_by="me"))  # fmt: skip
     revision = revisions.latest(session, dataset.id)
     assert revision is not None
     revision.report = {**revision.report, "phrases": [{"phrase": MARK, "author": "a", "rows": 2}]}

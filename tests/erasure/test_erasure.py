@@ -1,9 +1,12 @@
 """Erased means found nowhere: a marker is put everywhere somebody's words can go, and looked for in all of it."""
 
+import csv
+import json
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
+import pyarrow.parquet as pq
 import pytest
 from sqlalchemy import select, text
 
@@ -59,6 +62,7 @@ def test_what_somebody_else_said_is_untouched(world: World, erased: ErasureReque
     wanted = {table for table, place in PLACES.items() if isinstance(place, Gone | Emptied)} - {"interaction_embedding"}
     assert tables >= wanted
     assert len(rows) == len(examples) == len(pins) == 3
+    assert "dataset_import" in tables
     assert files_with(world.settings.home, OTHER) != []
 
 
@@ -74,6 +78,27 @@ def test_a_correction_that_stood_in_anothers_prompt_is_no_longer_spelled_by_its_
         ).all()  # fmt: skip
         assert [one.worked_examples for one in bodies] == [[], [], []]
         assert sorted(bool(one.prompt_token_ids) for one in bodies) == [False, True, True]
+
+
+def test_exports_lose_the_rows_and_nothing_else(world: World, erased: ErasureRequest) -> None:
+    folder = world.settings.home / "exports"
+    for split, count in (("train", 2), ("held_out", 1)):
+        lines = (folder / "golden" / f"{split}.jsonl").read_text().splitlines()
+        packed = pq.read_table(folder / "golden" / f"{split}.parquet").to_pylist()
+        assert len(lines) == len(packed) == count
+        assert [json.loads(line)["example"] for line in lines] == [one["example"] for one in packed]
+        assert all(OTHER in line for line in lines)
+    manifest = json.loads((folder / "golden" / "manifest.json").read_text())
+    assert (manifest["rows"], manifest["erased"]) == ({"train": 2, "held_out": 1}, 3)
+    assert len((folder / "log.jsonl").read_text().splitlines()) == 3
+    with (folder / "log.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [one["end_user"] for one in rows] == [f"{OTHER}-user"] * 3
+    assert [len(json.loads(one["feedback"])) for one in rows] == [1] * 3
+    assert erased.certificate is not None
+    assert erased.certificate["exports_not_searched"] == ["packed.zip"]
+    assert erased.certificate["rows"]["exported_rows"] == 12
+    assert [one["what"] for one in erased.certificate["exports"]] == ["dataset.export", "interactions.export"]
 
 
 def test_the_certificate_says_what_was_done_and_proves_that_it_is_whole(world: World, erased: ErasureRequest) -> None:

@@ -10,6 +10,7 @@ from uuid import UUID, uuid4
 
 import pytest
 from sqlalchemy import func, select, update
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from services.errors import Conflict, NotFound
@@ -41,10 +42,11 @@ from services.store.models import (
     ReviewItem,
     Run,
     RunEvent,
+    SplitGroup,
 )
 from tests.erasure.searching import tables_with
 from tests.erasure.seeding import ask, erase, noise, run_job
-from tests.gateway.judging import judge, person, queued
+from tests.gateway.judging import judge, person, queued, undo
 from tests.gateway.parts import World, eventually
 from worker.curation import embed, judged
 from worker.curation.build import build_revision
@@ -270,3 +272,29 @@ def test_a_silent_spool_holds_an_erasure_up_until_it_is_given_up(
     nowhere(world, mark)
     with world.sessions() as session:
         assert erasure.get(session, made.id).state == "done"
+
+
+def test_a_database_error_does_not_quote_what_was_sent(world: World) -> None:
+    mark = f"quote{uuid4().hex}"
+    with world.sessions() as session:
+        session.add(SplitGroup(project_id=uuid4(), group_key=mark, split="train"))
+        with pytest.raises(IntegrityError) as caught:
+            session.flush()
+    assert mark not in str(caught.value)
+    server = (world.settings.home / "logs").glob("*.log")
+    assert all(mark not in path.read_text() for path in server)
+
+
+def test_switched_off_worked_examples_still_lose_what_was_taken_back(world: World, lead: UUID) -> None:
+    mark = f"back{uuid4().hex}"
+    item = queued(world, str(ask(world, mark, mark)), group=mark)
+    said = judge(world, item, lead, "correct", f"{mark} corrected")
+    project_id = world.projects["entities"]
+    with world.sessions.begin() as session:
+        [waiting] = [one for one in embed._draft(session, project_id) if mark in one.completion]
+        embed._keep(session, project_id, BASE, [waiting], [[1.0, 0.0]])
+        projects.configure(session, projects.get(session, "entities"), {"worked_examples": {"enabled": False}})
+    undo(world, lead, said)
+    with world.sessions.begin() as session:
+        assert session.get(ExampleEmbedding, waiting.example_id) is None
+        projects.configure(session, projects.get(session, "entities"), {"worked_examples": {"enabled": True}})

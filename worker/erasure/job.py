@@ -52,7 +52,7 @@ def erase_job(lease: Lease, settings: Settings) -> None:
     with lease.transaction() as session:
         made = erasure.get(session, request_id)
         _follow_up(session, made)
-        progress.step(made, "forgetting in the engine")
+        progress.step(made, "cleaning files")
     reach("erase.rebuilt")
     files.clean(lease, request_id, settings)
     reach("erase.cleaned")
@@ -180,8 +180,9 @@ def _follow_up(session: Session, made: ErasureRequest) -> None:
 
 def _forget(lease: Lease, request_id: UUID, settings: Settings) -> None:
     """Suffix corpora and cached KV of the namespaces; the dispatcher fills the corpora again with what is left."""
-    with lease.sessions() as session:
+    with lease.transaction() as session:
         made = erasure.get(session, request_id)
+        progress.step(made, "forgetting in the engine")
         namespaces = {(str(one), one.hex) for one in progress.projects(session, made)}
         namespaces |= {(project, name) for project, name in made.progress.get("namespaces", [])}
     with SyncEngineClient(settings.engine_socket, connect_seconds=CONNECT_SECONDS) as client:
