@@ -3,7 +3,7 @@
 from typing import NamedTuple
 from uuid import UUID
 
-from sqlalchemy import func, select
+from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from services.store.models import Annotation, ReviewItem
@@ -16,8 +16,8 @@ QUEUE_COUNTED_TO = 10_000
 class Progress(NamedTuple):
     """The bottom line of the review page. `median_seconds` is this person's, over their last 200 judgements.
 
-    `waiting` counts up to QUEUE_COUNTED_TO; `capped` says that it got there. `escalated` and `disputed` are what this
-    person may decide if they lead here.
+    `waiting` leaves out what others hold now; it counts up to QUEUE_COUNTED_TO, and `capped` says that it got there.
+    `escalated` and `disputed` are what this person may decide if they lead here.
     """
 
     waiting: int
@@ -31,7 +31,10 @@ class Progress(NamedTuple):
 def progress(session: Session, project_id: UUID, user_id: UUID) -> Progress:
     """How much waits for this person and how fast they went. Hidden checks count here, or they would show."""
     queue = select(ReviewItem.id).where(ReviewItem.project_id == project_id)
-    waiting = queue.where(ReviewItem.state == "open", ~touched_by(user_id)).limit(QUEUE_COUNTED_TO).subquery()
+    free = or_(ReviewItem.lease_expires_at.is_(None), ReviewItem.lease_expires_at <= func.now())
+    within_reach = or_(free, ReviewItem.lease_user_id == user_id)
+    open_ones = queue.where(ReviewItem.state == "open", within_reach, ~touched_by(user_id))
+    waiting = open_ones.limit(QUEUE_COUNTED_TO).subquery()
     by_lead = session.execute(
         select(ReviewItem.state, func.count())
         .where(ReviewItem.project_id == project_id, ReviewItem.state.in_(FOR_LEADS), may_decide(user_id))

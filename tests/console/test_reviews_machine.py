@@ -28,7 +28,7 @@ from tests.console import seed
 
 EXAMPLES = int(os.environ.get("WHET_MACHINE_EXAMPLES", "2000"))
 PARTS = 4  # so that two test processes share the work
-STEPS = 10
+STEPS = 8
 COUNTED = ("accept", "reject", "correct")
 TARGETS = (1, 2, 2, 3)
 REVIEWERS, LEADS, ROLES = (0, 1, 2), (3, 4), ("reviewer", "lead")

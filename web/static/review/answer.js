@@ -2,7 +2,7 @@
 
 import { Checker, TOO_SLOW } from "./checker.js";
 import { cards } from "./dispute.js";
-import { difference, marked, readable, tinted } from "./text.js";
+import { compared, difference, marked, readable, tinted } from "./text.js";
 
 const SHOWN_AT_ONCE = 100000; // characters; a megabyte in one line would keep the browser busy for seconds at every key
 
@@ -10,6 +10,7 @@ export class Answer {
   constructor(at, edited) {
     this.at = at;
     this.showTint = false;
+    this.showOwn = false; // in a pair: what only one of the answers says
     this.checker = new Checker((question, problems) => this.#showCheck(question, problems));
     at("editor").addEventListener("input", (event) => edited({ text: event.target.value }));
   }
@@ -43,6 +44,10 @@ export class Answer {
     if (this.current?.tokens && !this.current.pair) this.showTint = !this.showTint;
   }
 
+  toggleOwn() {
+    this.showOwn = !this.showOwn;
+  }
+
   focusEditor() {
     const editor = this.at("editor");
     editor.focus();
@@ -53,22 +58,28 @@ export class Answer {
   #response({ item, draft, pending }) {
     const tint = this.showTint && Boolean(item.tokens);
     this.at("tint").setAttribute("aria-pressed", String(tint));
-    const wanted = JSON.stringify([item.id, tint, draft.spans, pending, this.whole]);
+    const wanted = JSON.stringify([item.id, tint, draft.spans, pending, this.whole, this.showOwn]);
     if (this.drawn === wanted) return;
     this.drawn = wanted;
     const longest = Math.max(...[item.output, ...(item.pair ?? [])].map((text) => text.length));
     const shown = (text) => (this.whole ? text : text.slice(0, SHOWN_AT_ONCE));
     this.at("more").hidden = this.whole || longest <= SHOWN_AT_ONCE;
     this.at("more").textContent = `Show all ${longest.toLocaleString("en")} characters`;
-    (item.pair ?? []).forEach((text, side) => {
-      this.at(["side-left", "side-right"][side]).replaceChildren(...(text ? readable(shown(text)) : ["(empty answer)"]));
-    });
+    if (item.pair) this.#sides(item.pair.map(shown));
     const area = this.at("response");
     this.at("legend").hidden = !tint;
     if (tint) area.replaceChildren(...tinted(item.tokens, draft.spans));
     else if (item.output) area.replaceChildren(...marked(shown(item.output), draft.spans, pending));
     else area.textContent = "(empty answer)";
     if (tint) this.at("legend-none").hidden = Boolean(area.querySelector(".tok-1, .tok-2, .tok-3"));
+  }
+
+  #sides(texts) {
+    this.at("own").setAttribute("aria-pressed", String(this.showOwn));
+    const sides = this.showOwn ? compared(...texts) : texts.map(readable);
+    sides.forEach((nodes, side) => {
+      this.at(["side-left", "side-right"][side]).replaceChildren(...(nodes.length ? nodes : ["(empty answer)"]));
+    });
   }
 
   #editor(state) {

@@ -10,7 +10,7 @@ const WHY = {
 // What anchors a judgement, and is told after it.
 export function told(reveal) {
   const weights = reveal.adapter_digest ? reveal.adapter_digest.slice(0, 10) : "the base model";
-  const noted = reveal.again ? " You had judged it before, and no other lead was left: this is noted." : "";
+  const noted = reveal.again ? " You had spoken of it before, as the only lead: noted." : "";
   return `Answered by ${weights}; chosen ${reveal.strategy === "chosen" ? "by" : "for"} ${WHY[reveal.strategy] ?? reveal.strategy}.${noted}`;
 }
 
@@ -30,7 +30,9 @@ export class Bar {
     const link = element("a", "", "See it");
     link.href = `/p/${this.slug}/interactions/${answer.interaction_id}`;
     link.target = "_blank";
-    area.replaceChildren(element("span", "told", told(answer)), link);
+    const text = element("span", "told", told(answer));
+    text.title = text.textContent;
+    area.replaceChildren(text, link);
     if (answer.adjudicates && !answer.again) area.append(this.#goldButton());
   }
 

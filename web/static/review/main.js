@@ -12,6 +12,7 @@ import { Transport } from "./transport.js";
 import { View } from "./view.js";
 
 const PAUSE_MS = 30000; // longer silences are not counted as attention
+const PROGRESS_MS = 1000;
 
 class Review {
   constructor(root) {
@@ -145,12 +146,20 @@ class Review {
       help: () => this.keyDialog.open(), guidelines: () => this.view.toggleGuidelines(), undo: () => this.past.undo(),
       older: () => this.look(1), newer: () => this.look(-1), escape: () => this.view.escape(), gold: () => this.gold(),
       more: () => { this.view.answer.showWhole(); this.render(); },
-      tint: () => { this.view.answer.toggleTint(); this.render(); }, diff: () => { this.letters = !this.letters; this.render(); },
+      tint: () => { this.view.answer.toggleTint(); this.render(); }, diff: () => this.changeDifference(),
     };
     if (everywhere[name]) everywhere[name]();
     else if (!this.item || this.past.back > 0) return;
     else if (name === "submit") this.submit();
     else this.judging.act(name);
+  }
+
+  // Of an edit: by words or letters. Of a pair: shown or not.
+  changeDifference() {
+    const item = this.past.looking?.item ?? this.item;
+    if (item?.pair) this.view.answer.toggleOwn();
+    else this.letters = !this.letters;
+    this.render();
   }
 
   submit() {
@@ -166,7 +175,7 @@ class Review {
     this.outbox.add(item.id, toBody(item, draft));
     remember(`${this.prefix}:draft:${item.id}`, null);
     this.show();
-    this.supply.fill();
+    this.supply.topUp();
   }
 
   stored(entry, answer) {
@@ -216,7 +225,16 @@ class Review {
 
   // --- the bottom line ---------------------------------------------------------------------------------------
 
-  async refreshProgress() {
+  // At once, but not for each of many judgements in a second.
+  refreshProgress() {
+    if (this.progressDue) return;
+    const since = Date.now() - (this.progressAt ?? 0);
+    this.progressDue = setTimeout(() => this.#readProgress(), Math.max(0, PROGRESS_MS - since));
+  }
+
+  async #readProgress() {
+    this.progressDue = null;
+    this.progressAt = Date.now();
     try {
       this.view.bar.progress(await this.transport.progress());
     } catch {

@@ -3,6 +3,7 @@
 const RENEW_MS = 30000;
 const IDLE_MS = 10 * 60000; // nobody is here: let the leases go to those who are
 const LOOK_AGAIN_MS = 8000;
+const LOW = 3; // fewer than these are there: fetch more. What is held comes along each time, so not after every judgement
 
 export class Supply {
   // `leaving()` names the items whose judgement is on its way; `lost` and `filled` are told what became of the queue.
@@ -40,6 +41,11 @@ export class Supply {
   putBack(item) {
     this.turn += 1;
     if (item.lease_token) this.queue = [item, ...this.queue.filter((other) => other.id !== item.id)];
+  }
+
+  // After a judgement: more, before the reviewer gets to the last one.
+  topUp() {
+    if (this.queue.length < LOW) this.fill();
   }
 
   // One request at a time: of two at once the second would be given other items than the first holds.

@@ -107,6 +107,24 @@ export function tinted(tokens, spans) {
 
 const SLOWEST_DIFF_MS = 120;
 
+// Two answers as elements, what only one of them says marked. No colour of right or wrong: neither is the first.
+export function compared(left, right) {
+  const parts = Diff.diffWordsWithSpace(left, right, { timeout: SLOWEST_DIFF_MS });
+  if (!parts) return [readable(left), readable(right)];
+  const sides = [[], []];
+  for (const part of parts) {
+    if (!part.added) sides[0].push(...(part.removed ? [own(part.value)] : readable(part.value)));
+    if (!part.removed) sides[1].push(...(part.added ? [own(part.value)] : readable(part.value)));
+  }
+  return sides;
+}
+
+function own(text) {
+  const made = element("mark", "own");
+  made.append(...readable(text));
+  return made;
+}
+
 // The difference as elements, and the share of characters that changed.
 export function difference(before, after, letters) {
   const compare = letters ? Diff.diffChars : Diff.diffWordsWithSpace;

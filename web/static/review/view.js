@@ -14,7 +14,7 @@ const NOTHING = {
   disputed: ["Nothing is disputed", "When reviewers of one answer disagree, a lead who was none of them decides here."],
 };
 const AWAY = ["The console cannot be reached", "Nothing is lost. This page asks again every few seconds."];
-const AGAIN = "You have judged this one yourself. No other lead is left to decide it, so you may; that is noted with what you decide.";
+const AGAIN = "You have spoken of this one before. No other lead is left, so you may decide it; that is noted.";
 
 export class View {
   constructor(root, act, edited) {
@@ -39,6 +39,7 @@ export class View {
     this.at("conversation").replaceChildren(...conversation(item));
     this.root.querySelectorAll(".scroll").forEach((area) => { area.scrollTop = 0; });
     this.at("panes").classList.toggle("paired", Boolean(item.pair || item.dispute.length));
+    this.at("panes").classList.toggle("deciding", Boolean(item.dispute.length || item.again));
     this.root.querySelectorAll("[data-for-pair]").forEach((part) => { part.hidden = !item.pair; });
     this.root.querySelectorAll("[data-for-single]").forEach((part) => { part.hidden = Boolean(item.pair); });
     const notes = [item.told && element("div", "note", told(item.told)), item.again && element("div", "note warn", AGAIN)];
@@ -143,6 +144,7 @@ export class View {
   #pastNote(past) {
     const area = this.at("past");
     area.hidden = !past;
+    if (past) this.at("told").hidden = true; // what was to be known before is told again, and more
     this.at("submit").parentElement.hidden = Boolean(past);
     if (!past) return;
     const keyOf = (action) => document.querySelector(`[data-key-of="${action}"]`).textContent;
