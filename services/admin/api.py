@@ -6,6 +6,7 @@ from uuid import UUID
 from fastapi import APIRouter, FastAPI, Path, Query, Request
 
 from services.admin import (
+    artifact_api,
     dataset_api,
     erasure_api,
     instant_api,
@@ -25,7 +26,7 @@ from services.store.roles import Authority
 router = APIRouter(prefix="/api")
 PARTS = (
     dataset_api.router, speculator_api.router, instant_api.router, people_api.router, review_api.router,
-    erasure_api.router, webhook_api.router,
+    erasure_api.router, webhook_api.router, artifact_api.router,
 )  # fmt: skip
 Name = Annotated[str, Path(max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 

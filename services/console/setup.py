@@ -15,6 +15,7 @@ from starlette.types import ExceptionHandler
 from services.app import ERROR_HANDLERS, render
 from services.console import (
     account,
+    artifacts,
     audit,
     browsing,
     bulk,
@@ -57,7 +58,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     home.router, sign_in.router, review.router, queue.router, bulk.router, exporting.router, browsing.router,
     dataset_imports.router, datasets.router, runs.router, deployment.router, speculator.router, pins.router,
     joining.router, account.router, people.router, keys.router, audit.router, erasure.router, review_guide.router,
-    webhooks.router,
+    webhooks.router, artifacts.router,
 )  # fmt: skip
 
 
@@ -79,6 +80,7 @@ def add_console(app: FastAPI) -> None:
     app.state.figures = Memo(TRAFFIC_SECONDS)
     app.state.gains = Memo(GAIN_SECONDS)
     app.state.quality = Memo(QUALITY_SECONDS)
+    app.state.answered = Memo(GAIN_SECONDS)
     app.state.queue_figures = Memo(QUALITY_SECONDS)
     app.mount("/static", StaticFiles(directory=WEB / "static"), name="static")
     for kind, handler in _handlers().items():
