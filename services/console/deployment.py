@@ -6,6 +6,7 @@ from fastapi import APIRouter, Form, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
 
 from services.console.access import Here, Operator, Viewer
+from services.console.earned_view import context as earned_context
 from services.console.speed_view import context as speed_context
 from services.console.views import fragment, page, wants_page
 from services.store import deployments
@@ -40,6 +41,7 @@ def _state(request: Request, here: Here) -> dict[str, Any]:
         "since": changed[0].at if changed else None,
         "may_draft": {name: here.may(name) for name in ("lead", "operator")},
         **speed_context(request, here),
+        **earned_context(request, here),
         "may_roll_back": here.may("operator") and deployment.active_digest is not None,
     }
 

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from services.console.access import Anyone, Here, SignedIn, Viewer
+from services.console.earned_view import context as earned_context
 from services.console.memo import Memo
 from services.console.quality_view import context as quality_context
 from services.console.speed_view import context as speed_context
@@ -67,6 +68,7 @@ def _overview(request: Request, here: Here) -> dict[str, Any]:
         "run_lines": pages.run_lines(here.session, project_id, limit=3),
         **speed_context(request, here),
         **quality_context(request, here),
+        **earned_context(request, here),
     }
 
 

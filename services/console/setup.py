@@ -81,6 +81,7 @@ def add_console(app: FastAPI) -> None:
     app.state.gains = Memo(GAIN_SECONDS)
     app.state.quality = Memo(QUALITY_SECONDS)
     app.state.answered = Memo(GAIN_SECONDS)
+    app.state.earned = Memo(TRAFFIC_SECONDS)
     app.state.queue_figures = Memo(QUALITY_SECONDS)
     app.mount("/static", StaticFiles(directory=WEB / "static"), name="static")
     for kind, handler in _handlers().items():

@@ -16,7 +16,7 @@ CANARY = "canary"
 class Span(NamedTuple):
     """`digest` (None: the base) answered as `how` ("live" or "canary") in [since, until); until None: it still does.
 
-    `ended_by` is the kind of the event that ended it.
+    `began_by` and `ended_by` are the kinds of the events at its ends.
     """
 
     digest: str | None
@@ -24,7 +24,7 @@ class Span(NamedTuple):
     since: datetime
     until: datetime | None
     generation: int
-    reason: str
+    began_by: str
     ended_by: str | None
 
 
@@ -58,7 +58,7 @@ def read(events: list[DeploymentEvent]) -> list[Span]:
 
 def _span(began: DeploymentEvent, how: str, ended: DeploymentEvent | None) -> Span:
     return Span(
-        began.to_digest, how, began.at, ended.at if ended else None, began.generation, began.reason,
+        began.to_digest, how, began.at, ended.at if ended else None, began.generation, began.kind,
         ended.kind if ended else None,
     )  # fmt: skip
 
