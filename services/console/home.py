@@ -13,7 +13,7 @@ from services.console.quality_view import context as quality_context
 from services.console.speed_view import context as speed_context
 from services.console.speed_view import gain_of
 from services.console.views import fragment, page
-from services.store import browse, deployments, pages, people, search
+from services.store import browse, deployments, drift, pages, people, search
 
 router = APIRouter()
 
@@ -69,7 +69,13 @@ def _overview(request: Request, here: Here) -> dict[str, Any]:
         **speed_context(request, here),
         **quality_context(request, here),
         **earned_context(request, here),
+        "drift": _drift(request, here),
     }
+
+
+def _drift(request: Request, here: Here) -> drift.Drift | None:
+    memo: Memo[drift.Drift | None] = request.app.state.drift
+    return memo.get(here.project.id, lambda: drift.drifted(here.session, here.project.id))
 
 
 def _latest(here: Here) -> list[browse.Line]:

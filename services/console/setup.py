@@ -53,6 +53,8 @@ GAIN_SECONDS = 60.0
 # The whole audit chain is walked.
 VERDICT_SECONDS = 30.0
 QUALITY_SECONDS = 20.0
+# Some thousand prompts are read, and days are compared.
+DRIFT_SECONDS = 300.0
 log = structlog.get_logger()
 ROUTERS: tuple[APIRouter, ...] = (
     home.router, sign_in.router, review.router, queue.router, bulk.router, exporting.router, browsing.router,
@@ -82,6 +84,7 @@ def add_console(app: FastAPI) -> None:
     app.state.quality = Memo(QUALITY_SECONDS)
     app.state.answered = Memo(GAIN_SECONDS)
     app.state.earned = Memo(TRAFFIC_SECONDS)
+    app.state.drift = Memo(DRIFT_SECONDS)
     app.state.queue_figures = Memo(QUALITY_SECONDS)
     app.mount("/static", StaticFiles(directory=WEB / "static"), name="static")
     for kind, handler in _handlers().items():
