@@ -8,7 +8,8 @@ import typer
 from rich.console import Console
 
 from services import exports
-from services.errors import InvalidRequest
+from services.cli_client import AdminClient
+from services.errors import InvalidRequest, WhetError
 from services.settings import Settings
 
 LEARNING = "Learning"
@@ -49,3 +50,13 @@ def export(
     for sentence in exported.lost:
         console.print(sentence, markup=False, soft_wrap=True)
     console.print(f"written to {exported.directory}", markup=False, soft_wrap=True)
+    console.print(_noted(exported.digest, to), markup=False, soft_wrap=True)
+
+
+def _noted(digest: str, to: str) -> str:
+    """Ask the platform to write it into its audit log. Exporting works without one, and then says so."""
+    try:
+        AdminClient(Settings()).post(f"/api/artifacts/{digest}/exports", {"to": to})
+    except WhetError as error:
+        return f"not noted in the audit log: {error.message}"
+    return "noted in the audit log"

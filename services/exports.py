@@ -26,10 +26,11 @@ Array = NDArray[Any]
 
 
 class Exported(NamedTuple):
-    """Where the files are, and in whole sentences what they lack."""
+    """Where the files are, in whole sentences what they lack, and the heads' whole digest."""
 
     directory: Path
     lost: list[str]
+    digest: str
 
 
 class _Heads(NamedTuple):
@@ -42,7 +43,8 @@ def export(artifacts: Path, digest: str, target: Target, out: Path, *, model: st
 
     `model` is the base model's name there, `vocabulary` how many tokens it has. Raises NotFound, InvalidRequest.
     """
-    heads = _read(_find(artifacts, digest))
+    found = _find(artifacts, digest)
+    heads = _read(found)
     if heads.manifest["shape"]["recurrent"]:
         raise InvalidRequest("these heads start from one another's states: no Medusa server can run them")
     if out.exists() and any(out.iterdir()):
@@ -54,7 +56,7 @@ def export(artifacts: Path, digest: str, target: Target, out: Path, *, model: st
     save_file(tensors, out / WEIGHTS[target], metadata={"format": "pt"})
     (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (out / NOTE).write_text("\n".join([f"Heads {heads.manifest['run']} for {model}.", *lost]) + "\n", encoding="utf-8")
-    return Exported(out, lost)
+    return Exported(out, lost, found.name)
 
 
 def _find(artifacts: Path, digest: str) -> Path:

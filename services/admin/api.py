@@ -6,6 +6,7 @@ from uuid import UUID
 from fastapi import APIRouter, FastAPI, Path, Query, Request
 
 from services.admin import (
+    artifact_api,
     dataset_api,
     erasure_api,
     evaluation_api,
@@ -39,6 +40,7 @@ router = APIRouter(prefix="/api")
 PARTS = (
     dataset_api.router, speculator_api.router, instant_api.router, people_api.router, review_api.router,
     erasure_api.router, erasure_api.spool_router, webhook_api.router, evaluation_api.router, rollout_api.router,
+    artifact_api.router,
 )  # fmt: skip
 Name = Annotated[str, Path(max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 

@@ -107,7 +107,7 @@ def interaction(request: Request, here: Viewer, interaction_id: UUID) -> Respons
         "decoded": speed.of_answer(logged.interaction),
         "drafters": drafts.of_answer(logged.interaction),
         "item": item,
-        "blind": _still_blind(here, item),
+        "blind": still_blind(here, item),
         "judgements": browse.judgements(here.session, interaction_id),
         "taught": taught,
         "adapters": _adapters(taught),
@@ -134,7 +134,7 @@ def _raw(here: Here, logged: interactions.Logged) -> str:
     return json.dumps(asked, ensure_ascii=False, indent=2)
 
 
-def _still_blind(here: Here, item: ReviewItem | None) -> bool:
+def still_blind(here: Here, item: ReviewItem | None) -> bool:
     """Somebody who is about to judge an item must not be told what chose it or what others said."""
     return item is not None and item.state == "open" and item.lease_user_id == here.user.id
 

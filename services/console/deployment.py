@@ -5,6 +5,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from services.console.access import Here, Viewer
+from services.console.earned_view import context as earned_context
 from services.console.rollout_view import context as rollout_context
 from services.console.speed_view import context as speed_context
 from services.console.views import fragment, page
@@ -41,4 +42,5 @@ def _state(request: Request, here: Here) -> dict[str, Any]:
         "may_draft": {name: here.may(name) for name in ("lead", "operator")},
         **speed_context(request, here),
         **rollout_context(here, deployment, events),
+        **earned_context(request, here),
     }

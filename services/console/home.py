@@ -7,12 +7,13 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from services.console.access import Anyone, Here, SignedIn, Viewer
+from services.console.earned_view import context as earned_context
 from services.console.memo import Memo
 from services.console.quality_view import context as quality_context
 from services.console.speed_view import context as speed_context
 from services.console.speed_view import gain_of
 from services.console.views import fragment, page
-from services.store import browse, deployments, pages, people, search
+from services.store import browse, deployments, drift, pages, people, search
 
 router = APIRouter()
 
@@ -68,11 +69,18 @@ def _overview(request: Request, here: Here) -> dict[str, Any]:
         "run_lines": pages.run_lines(here.session, project_id, limit=3),
         **speed_context(request, here),
         **quality_context(request, here),
+        **earned_context(request, here),
+        "drift": _drift(request, here),
     }
 
 
 def _reviewed(here: Here) -> tuple[int, list[pages.Strategy]]:
     return pages.judgements(here.session, here.project.id), pages.queue(here.session, here.project.id)
+
+
+def _drift(request: Request, here: Here) -> drift.Drift | None:
+    memo: Memo[drift.Drift | None] = request.app.state.drift
+    return memo.get(here.project.id, lambda: drift.drifted(here.session, here.project.id))
 
 
 def _latest(here: Here) -> list[browse.Line]:

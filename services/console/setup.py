@@ -16,6 +16,7 @@ from starlette.types import ExceptionHandler
 from services.app import ERROR_HANDLERS, render
 from services.console import (
     account,
+    artifacts,
     audit,
     browsing,
     bulk,
@@ -55,12 +56,14 @@ GAIN_SECONDS = 60.0
 # The whole audit chain is walked.
 VERDICT_SECONDS = 30.0
 QUALITY_SECONDS = 20.0
+# Some thousand prompts are read, and days are compared.
+DRIFT_SECONDS = 300.0
 log = structlog.get_logger()
 ROUTERS: tuple[APIRouter, ...] = (
     home.router, sign_in.router, review.router, queue.router, bulk.router, exporting.router, browsing.router,
     dataset_imports.router, datasets.router, runs.router, evaluations.router, deployment.router, rollout.router,
     speculator.router, pins.router, joining.router, account.router, people.router, keys.router, audit.router,
-    erasure.router, review_guide.router, webhooks.router,
+    erasure.router, review_guide.router, webhooks.router, artifacts.router,
 )  # fmt: skip
 
 
@@ -82,6 +85,9 @@ def add_console(app: FastAPI) -> None:
     app.state.figures = Memo(TRAFFIC_SECONDS)
     app.state.gains = Memo(GAIN_SECONDS)
     app.state.quality = Memo(QUALITY_SECONDS)
+    app.state.answered = Memo(GAIN_SECONDS)
+    app.state.earned = Memo(TRAFFIC_SECONDS)
+    app.state.drift = Memo(DRIFT_SECONDS)
     app.state.queue_figures = Memo(QUALITY_SECONDS)
     app.mount("/static", StaticFiles(directory=WEB / "static"), name="static")
     for kind, handler in _handlers().items():

@@ -22,7 +22,7 @@ EVENTS: Mapping[str, str] = {
     "deployment.rolled_back": "A project went back to earlier weights",
 }
 # Changes of a deployment that are told as rolled back. Heads change no answer and are not told.
-ROLL_BACKS = ("roll_back", "canary_roll_back", "canary_rolled_back")
+ROLL_BACKS = ("roll_back", "canary_rolled_back", "canary_quarantined")
 MOST = 10
 
 
@@ -167,7 +167,7 @@ def gate_decided(session: Session, evaluation: Evaluation) -> None:
         "decision": evaluation.decision, "candidate_digest": evaluation.candidate_digest,
         "baseline_digest": evaluation.baseline_digest, "said": f"The candidate was {said}.",
         "reasons": list(evaluation.reasons),
-        "path": f"/p/{slug}/runs/{evaluation.run_id}" if evaluation.run_id else f"/p/{slug}/runs",
+        "path": f"/p/{slug}/evaluations/{evaluation.id}",
     }  # fmt: skip
     emit(session, evaluation.project_id, "gate.decided", payload)
 

@@ -190,6 +190,7 @@ def test_the_command_writes_what_lorax_reads(tmp_path: Path, tiny_model: Path, m
 
     assert result.exit_code == 0, result.output
     assert "Left behind: the confidence" in result.output
+    assert "not noted in the audit log: no API key" in result.output
     assert sorted(path.name for path in out.iterdir()) == ["NOTE.txt", "config.json", "medusa_lm_head.safetensors"]
     wrong = CliRunner().invoke(app, ["artifact", "export", digest[:12], "--to", "tgi", "--out", str(out)])
     assert wrong.exit_code == 1

@@ -1,0 +1,65 @@
+"""An artefact's lineage as a drawing: what it was trained on, the run, itself, its evaluations, where it answered."""
+
+from services.console.graph import Column, Drawing, Node, Place, lay_out
+from services.store.artifact_view import About, Answered
+from services.store.models import Evaluation
+from services.store.served import Span
+
+WIDTH, BOX_WIDTH = 1000, 176
+MOST = 5
+
+
+def draw(slug: str, about: About, answered: Answered) -> Drawing:
+    """The whole picture; `told` is the same in a sentence."""
+    here = f"/p/{slug}"
+    digest = about.artifact.digest
+    columns = [
+        Column("Learned from", [_source(here, about)]),
+        Column("Run", [_run(here, about)] if about.run else []),
+        Column("Artefact", [Node(digest[:12], about.artifact.state.replace("_", " "), None, "here")]),
+        Column("Judged by", [_evaluation(here, one, digest) for one in about.evaluations[:MOST]]),
+        Column("Answered", [_span(here, one) for one in about.spans[:MOST]]),
+    ]
+    requests = sum(answered.by_origin.values())
+    told = f"{len(about.evaluations)} evaluations, {len(about.spans)} times in service, {requests:,} requests answered"
+    return lay_out(columns, _edges(columns), told, width=WIDTH, box_width=BOX_WIDTH)
+
+
+def _edges(columns: list[Column]) -> list[tuple[Place, Place]]:
+    middle = Place(2, 0)
+    first = [(Place(0, 0), Place(1, 0)), (Place(1, 0), middle)] if columns[1].nodes else [(Place(0, 0), middle)]
+    judged = [(middle, Place(3, row)) for row in range(len(columns[3].nodes))]
+    after = Place(3, 0) if columns[3].nodes else middle
+    return first + judged + [(after, Place(4, row)) for row in range(len(columns[4].nodes))]
+
+
+def _source(here: str, about: About) -> Node:
+    if about.revision is None or about.dataset is None:
+        said = "the log" if about.artifact.kind == "speculator" else "not known"
+        return Node(said, "answers of this project" if said == "the log" else "made elsewhere")
+    href = f"{here}/datasets/{about.dataset.name}/{about.revision.digest}"
+    return Node(f"{about.dataset.name} {about.revision.digest[:8]}", f"{about.revision.train_count:,} to train", href)
+
+
+def _run(here: str, about: About) -> Node:
+    assert about.run is not None
+    mood = "bad" if about.run.state == "failed" else ""
+    return Node(f"{about.run.kind} run", about.run.phase, f"{here}/runs/{about.run.id}", mood)
+
+
+def _evaluation(here: str, one: Evaluation, digest: str) -> Node:
+    if one.candidate_digest != digest:
+        return Node("stood its ground" if one.decision == "refuse" else "was beaten", f"by {one.candidate_digest[:10]}",
+                    f"{here}/evaluations/{one.id}")  # fmt: skip
+    said = {"promote": "promoted", "refuse": "refused"}.get(one.decision, one.decision)
+    against = f"against {one.baseline_digest[:10]}" if one.baseline_digest else "against the base"
+    return Node(said, against, f"{here}/evaluations/{one.id}", "bad" if one.decision == "refuse" else "")
+
+
+def _span(here: str, span: Span) -> Node:
+    now = span.until is None
+    until = "still" if now else f"to {span.until:%d %b %H:%M}"
+    mood = "live" if now and span.how == "live" else "bad" if span.ended_by == "roll_back" else ""
+    return Node(
+        f"{span.how}, generation {span.generation}", f"{span.since:%d %b %H:%M} {until}", f"{here}/deployment", mood
+    )
