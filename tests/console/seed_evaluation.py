@@ -100,7 +100,7 @@ def _row(evaluation: Evaluation, example: Any, gain: float, dice: random.Random)
         side: {"source": source, "finish": "stop", "tokens": len(output) // 4, "refused": False}
         for side, source, output in zip(("baseline", "candidate"), sources, outputs, strict=True)
     }
-    if right[0] != right[1]:
+    if right[0] != right[1] and example.slice != BASE_ABILITY:
         details["judge"] = dice.choice(["win" if right[1] else "loss", "win" if right[1] else "loss", "inconsistent"])
     scores = [{"exact_match": float(good), "check:no semicolons": float(good)} for good in right]
     return EvaluationRow(

@@ -73,7 +73,7 @@ def test_rows_are_filtered_by_outcome_and_slice_and_come_in_pages(
     general = text_of(reader, f"{page}?slice=base-ability&start=20")
     nothing = text_of(reader, f"{page}?slice=no-such-slice")
 
-    assert wins.count('class="pill ok">better') == 20
+    assert wins.count('class="pill ok">better</span><span title') == 20
     assert "worse</span><span title" not in wins
     assert general.count("<article") == 20
     assert "21 to 40 of 40" in general

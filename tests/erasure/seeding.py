@@ -20,6 +20,7 @@ from services.store.models import (
     DatasetImport,
     ErasureRequest,
     Evaluation,
+    EvaluationAnswer,
     EvaluationRow,
     Example,
     Interaction,
@@ -168,6 +169,10 @@ def learned(session: Session, project_id: UUID, revision: Revision) -> None:
             evaluation_id=evaluation.id, example_id=member.example.id, slice="target",
             group_key=member.example.group_key, baseline_output=said, candidate_output=said, baseline_scores={},
             candidate_scores={},
+        ))  # fmt: skip
+        session.add(EvaluationAnswer(
+            example_id=member.example.id, weights="base", request_hash="hash", project_id=evaluation.project_id,
+            output=said, finish_reason="stop", tokens=3,
         ))  # fmt: skip
 
 

@@ -21,6 +21,9 @@ from services.store.erasure_places import PLACES, Emptied, Gone
 from services.store.models import (
     Annotation,
     ErasureRequest,
+    Evaluation,
+    EvaluationAnswer,
+    EvaluationRow,
     Example,
     ExampleEmbedding,
     Interaction,
