@@ -9,7 +9,7 @@ from typing import NamedTuple
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from services.store import revisions, examples, datasets, deployments, evaluations
+from services.store import datasets, deployments, evaluations, examples, revisions
 from services.store.models import Artifact, DeploymentEvent, Evaluation, EvaluationRow, Example, Project, Revision, Run
 from tests.console.seed import BASE
 

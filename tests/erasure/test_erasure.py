@@ -21,9 +21,6 @@ from services.store.erasure_places import PLACES, Emptied, Gone
 from services.store.models import (
     Annotation,
     ErasureRequest,
-    Evaluation,
-    EvaluationAnswer,
-    EvaluationRow,
     Example,
     ExampleEmbedding,
     Interaction,

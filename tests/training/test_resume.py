@@ -46,6 +46,7 @@ def steps(reports: Sequence[Report]) -> list[int]:
     return [report.step for report in reports if isinstance(report, Progress)]
 
 
+@pytest.mark.timeout(1200)  # trainers step back for everything else that the machine does
 @pytest.mark.parametrize(("kind", "kills"), [("sft", (3, 8, 14)), ("dpo", (12,)), ("kto", (17,))])
 def test_a_trainer_killed_at_any_step_ends_with_the_same_adapter(
     kind: str, kills: tuple[int, ...], tiny_model: Path, tmp_path: Path

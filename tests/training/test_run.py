@@ -110,10 +110,10 @@ def assert_peft_loads_it(model: Path, directory: Path) -> None:
 
 
 def test_a_killed_trainer_and_a_second_attempt_leave_one_artefact(world: World, tiny_settings: Settings) -> None:
-    run = start(world)
+    run = start(world, epochs=60, checkpoint_steps=20)
 
     def kill() -> None:
-        wait_for(lambda: events(world, run.id, "progress"))
+        wait_for(lambda: any((event.step or 0) > 24 for event in events(world, run.id, "progress")))
         os.kill(children()[0].pid, signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
@@ -126,10 +126,14 @@ def test_a_killed_trainer_and_a_second_attempt_leave_one_artefact(world: World, 
     with world.sessions.begin() as session:
         session.get_one(Job, run.job_id).not_before = session.get_one(Run, run.id).created_at
     left = tiny_settings.home / "runs" / str(run.id)
-    assert len(list(left.iterdir())) == 1
+    [fence] = left.iterdir()
+    assert fence.stat().st_mode & 0o077 == 0
 
     attempt(world, run, tiny_settings)
 
+    told = [event.payload for event in events(world, run.id, "log") if event.payload.get("name") == "resumed"]
+    assert len(told) == 1
+    assert told[0]["detail"]["checkpoint"] != "checkpoint-0"
     with world.sessions() as session:
         [built] = session.scalars(select(Artifact)).all()
         assert session.get_one(Run, run.id).artifact_digest == built.digest

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from services.store.run_params import DpoParams, KtoParams, SftParams
+from services.store.run_params import KINDS, DpoParams, KtoParams, SftParams
 from services.store.train_when import TrainWhen
 
 PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
@@ -42,4 +42,5 @@ def rows(table: dict[str, tuple[str, str]]) -> str:
 
 def test_the_table_of_parameters_is_the_code_s() -> None:
     found = re.findall(r"^\| `([a-z_]+)` \| ([^|]+) \| ([^|]+) \|$", PAGE, re.MULTILINE)
-    assert {name: (default, meaning) for name, default, meaning in found} == parameters() | triggers()
+    told = {name: (default, meaning) for name, default, meaning in found if name not in KINDS}
+    assert told == parameters() | triggers()
