@@ -56,7 +56,8 @@ log = structlog.get_logger()
 ROUTERS: tuple[APIRouter, ...] = (
     home.router, sign_in.router, review.router, queue.router, bulk.router, exporting.router, browsing.router,
     dataset_imports.router, datasets.router, runs.router, deployment.router, rollout.router, speculator.router,
-    pins.router, joining.router, account.router, people.router, keys.router, audit.router, erasure.router, review_guide.router,
+    pins.router, joining.router, account.router, people.router, keys.router, audit.router, erasure.router,
+    review_guide.router,
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from services.store import gold, reviews
 from services.store.models import Interaction, Project, ReviewItem, Revision, Run
-from tests.console import seed, seed_speed
+from tests.console import seed, seed_rollout, seed_speed
 
 HERE = "/p/entities"
 ANSWER = '{"people": ["Anna Reed", "Ivy Stone"], "places": ["Oslo"], "organisations": ["Northwind"], "dates": []}'
@@ -55,7 +55,18 @@ def build(session: Session) -> list[Scene]:
         Scene("runs", f"{HERE}/runs"),
         *(Scene(f"run-{place}", f"{HERE}/runs/{run}") for place, run in enumerate(runs)),
         Scene("deployment", f"{HERE}/deployment"),
+        *_rollout(session),
         *REVIEW,
+    ]
+
+
+def _rollout(session: Session) -> list[Scene]:
+    """A canary under way, one in the shadow, promotion frozen, and the dialog that one key opens."""
+    made = [seed_rollout.on_trial(session), seed_rollout.in_the_shadow(session), seed_rollout.frozen(session)]
+    path = f"/p/{made[0].slug}/deployment"
+    return [
+        *(Scene(f"deployment-{project.slug}", f"/p/{project.slug}/deployment") for project in made),
+        Scene("deployment-one-key", path, lambda page: page.keyboard.press("r")),
     ]
 
 

@@ -38,7 +38,7 @@ def difference(arms: Arms, alpha: float, *, share: bool) -> Interval | None:
     if min(canary.users, control.users) < 2:
         return None
     pooled = _pooled_variance(canary, control, share=share)
-    parts = [(max(_own_variance(arm), pooled / arm.w), _effective_users(arm)) for arm in arms]
+    parts = [(max(_own_variance(arm, share=share), pooled / arm.w), _effective_users(arm)) for arm in arms]
     variance = sum(part for part, _ in parts)
     if variance <= 0:
         return None
@@ -64,11 +64,12 @@ def heavier(normal: float, freedom: float) -> float:
     return z + first / v + second / v**2 + third / v**3
 
 
-def _own_variance(arm: Moments) -> float:
+def _own_variance(arm: Moments, *, share: bool) -> float:
     """Of the mean, from how far its users lie apart."""
     mean = arm.y / arm.w
     squares = arm.yy - 2 * mean * arm.yw + mean**2 * arm.ww
-    return max(0.0, squares) * arm.users / (arm.users - 1) / arm.w**2
+    found = max(0.0, squares) * arm.users / (arm.users - 1) / arm.w**2
+    return max(found, _least_variance(arm.y, arm.w) / arm.w) if share else found
 
 
 def _pooled_variance(one: Moments, other: Moments, *, share: bool) -> float:
@@ -77,11 +78,13 @@ def _pooled_variance(one: Moments, other: Moments, *, share: bool) -> float:
     mean = total / weight
     squares = one.yy + other.yy - 2 * mean * (one.yw + other.yw) + mean**2 * (one.ww + other.ww)
     found = max(0.0, squares) / weight
-    if not share:
-        return found
-    # Nobody has failed yet, or everybody has: the next one still may not.
+    return max(found, _least_variance(total, weight)) if share else found
+
+
+def _least_variance(total: float, weight: float) -> float:
+    """Of one outcome: where nobody has failed yet, or everybody has, the next one still may not."""
     near = (min(total, weight - total) + 2) / (weight + 4)
-    return max(found, near * (1 - near))
+    return near * (1 - near)
 
 
 def _effective_users(arm: Moments) -> float:
