@@ -303,7 +303,10 @@ def test_a_live_artefact_that_cannot_be_loaded_gives_way_to_the_last_good_and_th
     setting.serve(good)
     damage(setting.engine, good)
     setting.reconciler.step()
-    assert (setting.newest_event().kind, setting.newest_event().to_digest) == ("roll_back", None)
+    with setting.world.sessions() as session:
+        frozen, back = deployments.events(session, setting.world.project_id)[:2]
+    assert (back.kind, back.to_digest) == ("roll_back", None)
+    assert frozen.kind == "frozen", "it was the second one that nobody asked for"
     assert setting.world.state(good) == "quarantined"
 
 

@@ -35,17 +35,19 @@ class Interval(NamedTuple):
 def difference(arms: Arms, alpha: float, *, share: bool) -> Interval | None:
     """None while an arm has fewer than two users. `share` says that outcomes lie in [0, 1]."""
     canary, control = arms
-    if min(canary.users, control.users) < 2:
+    if canary.users < 2 or control.users < 2:
         return None
     pooled = _pooled_variance(canary, control, share=share)
-    parts = [(max(_own_variance(arm, share=share), pooled / arm.w), _effective_users(arm)) for arm in arms]
-    variance = sum(part for part, _ in parts)
+    one = max(_own_variance(canary, share=share), pooled / canary.w)
+    other = max(_own_variance(control, share=share), pooled / control.w)
+    variance = one + other
     if variance <= 0:
         return None
-    freedom = variance**2 / sum(part**2 / max(1.0, users - 1) for part, users in parts)
+    # Welch and Satterthwaite, on the users that each arm effectively has.
+    spread = one**2 / max(1.0, _effective_users(canary) - 1) + other**2 / max(1.0, _effective_users(control) - 1)
     error = math.sqrt(variance)
     estimate = canary.y / canary.w - control.y / control.w
-    reach = error * heavier(boundary(canary.w, alpha), freedom)
+    reach = error * heavier(boundary(canary.w, alpha), variance**2 / spread)
     return Interval(estimate, estimate - reach, estimate + reach, error)
 
 
