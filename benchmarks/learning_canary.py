@@ -43,6 +43,10 @@ class World(NamedTuple):
     alike: float = ALIKE
 
 
+UNPROMOTED = World(0.9, 0.9, ends=("roll_back", "hold"), longest=6000)
+HARMS = ((0.9, 0.8, 0.1), (0.8, 0.7, 0.1), (0.9, 0.8, 0.5))
+
+
 class Ending(NamedTuple):
     """The last verdict, and the requests of either arm until then."""
 
@@ -81,27 +85,19 @@ class Sums:
     """The sums over users that the database makes, kept up to date one outcome at a time."""
 
     def __init__(self) -> None:
-        self.users: dict[int, tuple[int, float]] = {}
-        self.moments = NOTHING
+        self.moments = Moments(0, 0, 0.0, 0.0, 0.0, 0.0, 0.0)
+        self._users: dict[int, tuple[int, float]] = {}
 
     def add(self, user: int, value: float) -> None:
-        n, total = self.users.get(user, (0, 0.0))
-        before = _moments(n, total)
-        self.users[user] = (n + 1, total + value)
-        after = _moments(n + 1, total + value)
-        self.moments = Moments._make(a + y - x for a, x, y in zip(self.moments, before, after, strict=True))
-
-
-NOTHING = Moments(0, 0, 0.0, 0.0, 0.0, 0.0, 0.0)
-
-
-def _moments(n: int, total: float) -> Moments:
-    """One user's part of the sums."""
-    if not n:
-        return NOTHING
-    w = float(min(n, MOST_WEIGHT))
-    y = total / n * w
-    return Moments(1, n, w, y, y * y, y * w, w * w)
+        n, total = self._users.get(user, (0, 0.0))
+        self._users[user] = (n + 1, total + value)
+        before, after = float(min(n, MOST_WEIGHT)), float(min(n + 1, MOST_WEIGHT))
+        old, new = (total / n * before if n else 0.0), (total + value) / (n + 1) * after
+        users, outcomes, w, y, yy, yw, ww = self.moments
+        self.moments = Moments(
+            users + (not n), outcomes + 1, w + after - before, y + new - old, yy + new * new - old * old,
+            yw + new * after - old * before, ww + after * after - before * before,
+        )  # fmt: skip
 
 
 def traffic(world: World, dice: random.Random) -> Iterator[User]:
@@ -161,19 +157,17 @@ def peeking(scale: float) -> Cell:
     """No difference: the share of canaries that are rolled back or held all the same, or never promoted."""
     runs = max(20, round(RUNS * scale))
     endings = trials(runs, World(0.9, 0.9), RolloutConfig())
-    # Nothing but a roll-back ends these: what a canary that is watched for very long risks.
-    patient = trials(
-        max(10, runs // 4), World(0.9, 0.9, ends=("roll_back", "hold"), longest=10_000), RolloutConfig(), seed=10**6
-    )  # fmt: skip
+    # Nothing but a roll-back ends these: what a canary that nobody promotes risks.
+    patient = trials(max(10, runs // 4), UNPROMOTED, RolloutConfig(), seed=10**6)
     wrong = sum(ending.action in ("roll_back", "hold") for ending in endings) / runs
     lasting = sum(ending.action in ("roll_back", "hold") for ending in patient) / len(patient)
     promoted = [ending for ending in endings if ending.action == "promote"]
     needed = median(ending.canary for ending in promoted)
     measured = (
-        f"{wrong:.1%} of {runs:,} wrongly ended ({lasting:.1%} of {len(patient):,} watched for 10,000 requests without "
-        f"promotion); {len(promoted) / runs:.1%} promoted, median after {needed:,.0f} requests of the candidate"
+        f"{wrong:.1%} of {runs:,} wrongly ended ({lasting:.1%} of {len(patient):,} watched for {UNPROMOTED.longest:,} requests "
+        f"without promotion); {len(promoted) / runs:.1%} promoted, median after {needed:,.0f} requests of the candidate"
     )
-    raw = {"no difference": summary(endings), "no difference, 10,000 requests": summary(patient)}
+    raw = {"no difference": summary(endings), "no difference, never promoted": summary(patient)}
     return Cell(
         "peeking canary, no difference, looked at after every outcome", "wrongly ended ≤ 5 %", measured,
         max(wrong, lasting) <= 0.05, raw,
@@ -187,7 +181,7 @@ def harm(scale: float) -> Cell:
         f"{control:.0%} to {canary:.0%}, {share:.0%} of users": trials(
             runs, World(control, canary, share), RolloutConfig(share=share), seed=2 * 10**6
         )
-        for control, canary, share in ((0.9, 0.8, 0.1), (0.8, 0.7, 0.1), (0.9, 0.8, 0.5))
+        for control, canary, share in HARMS
     }
     first = next(iter(found.values()))
     back = [ending for ending in first if ending.action == "roll_back"]

@@ -127,7 +127,14 @@ class Span(NamedTuple):
 NONE = Moments(0, 0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
-def next_span(session: Session, rollout: Rollout, now: datetime, *, lands_within: timedelta = LANDS_WITHIN) -> Span:
+def next_span(
+    session: Session,
+    rollout: Rollout,
+    now: datetime,
+    *,
+    lands_within: timedelta = LANDS_WITHIN,
+    quiet: timedelta = QUIET,
+) -> Span:
     """From where the last look ended to what has surely landed: a while before the newest answer that has."""
     since = rollout.folded_until or rollout.canary_at or now
     newest = session.scalar(
@@ -135,7 +142,7 @@ def next_span(session: Session, rollout: Rollout, now: datetime, *, lands_within
             Interaction.project_id == rollout.project_id, Interaction.id >= first_id(since - LONGEST)
         )
     )
-    landed = max((newest or since) - lands_within, now - max(QUIET, lands_within))
+    landed = max((newest or since) - lands_within, now - quiet)
     return Span(since, max(since, min(landed, now - lands_within)))
 
 

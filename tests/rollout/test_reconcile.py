@@ -3,18 +3,22 @@
 import signal
 import threading
 import time
+from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import pytest
 from msgspec import structs
+from sqlalchemy import func, update
 from structlog.testing import capture_logs
 
-from engine.client import Completion, EngineGone
+from engine.client import Completion, EngineGone, EngineRefused
 from engine.messages import Generate, Sampling, Status
 from engine.sync_client import SyncEngineClient
-from services.store import deployments, jobs, projects
-from services.store.models import DeploymentEvent
+from services.store import deployments, engine_reports, jobs, projects, rollouts
+from services.store.models import Deployment, DeploymentEvent, EngineReport
+from services.store.rollout_config import RolloutConfig
 from tests.rollout.conftest import EngineUnderTest, World
+from tests.rollout.trials import BY_ADA
 from worker.rollout.reconcile import Reconciler
 
 
@@ -44,6 +48,21 @@ class Setting:
                 session, self.world.project_id, expected_generation=generation, digest=digest, actor="test", reason="t"
             )
 
+    def trial(self, digest: str) -> int:
+        """Put a staged artefact on trial; returns the generation."""
+        with self.world.sessions.begin() as session:
+            return rollouts.begin(session, self.world.project_id, digest, RolloutConfig(), BY_ADA, None).generation
+
+    def report(self) -> tuple[int, list[str]]:
+        """What the engine last said of the project."""
+        with self.world.sessions() as session:
+            [row] = engine_reports.of_project(session, self.world.project_id)
+        return row.generation, sorted(row.digests)
+
+    def probe(self) -> datetime | None:
+        with self.world.sessions() as session:
+            return deployments.get(session, self.world.project_id).probe_until
+
     def settle(self) -> None:
         """Two looks with the grace between them."""
         self.reconciler.step()
@@ -66,6 +85,85 @@ def setting(world: World, engine: EngineUnderTest):  # type: ignore[no-untyped-d
 
 def staged(setting: Setting, seed: int) -> str:
     return setting.world.artifact(setting.engine.adapter(seed), "staged", base=setting.engine.base)
+
+
+def test_a_canary_is_loaded_beside_what_is_live_and_freed_when_it_ends(setting: Setting) -> None:
+    live, candidate = staged(setting, 41), staged(setting, 42)
+    setting.serve(live)
+    trying = setting.trial(candidate)
+    setting.reconciler.step()
+    assert setting.engine.digests() == {live, candidate}
+    assert setting.report() == (trying, sorted([live, candidate]))
+
+    with setting.world.sessions.begin() as session:
+        rollouts.back(session, setting.world.project_id, "newest", BY_ADA)
+    setting.settle()
+
+    assert setting.engine.digests() == {live}
+    assert setting.report() == (trying + 1, [live])
+
+
+def test_a_canary_that_cannot_be_loaded_is_quarantined_and_what_is_live_stays(setting: Setting) -> None:
+    live, candidate = staged(setting, 43), staged(setting, 44)
+    setting.serve(live)
+    (setting.engine.artifacts / candidate / "adapter_model.safetensors").write_bytes(b"broken")
+    setting.trial(candidate)
+    setting.reconciler.step()
+    with setting.world.sessions() as session:
+        row = deployments.get(session, setting.world.project_id)
+    assert (row.active_digest, row.canary_digest, row.automatic_rollbacks) == (live, None, 1)
+    assert setting.world.state(candidate) == "quarantined"
+    assert setting.newest_event().kind == "canary_quarantined"
+
+
+def test_an_engine_says_which_generation_it_has_and_that_it_is_still_there(setting: Setting) -> None:
+    live = staged(setting, 45)
+    setting.serve(live)
+    setting.reconciler.step()
+    generation, digests = setting.report()
+    assert (generation, digests) == (2, [live])
+    with setting.world.sessions.begin() as session:
+        session.execute(update(EngineReport).values(seen_at=func.now() - timedelta(minutes=5)))
+        lagging = engine_reports.lagging(session, setting.world.project_id, 3, datetime.now(UTC))
+    assert lagging == [], "one that nobody has heard of for minutes is not waited for"
+    setting.clock.now += 5.1
+    setting.reconciler.step()
+    with setting.world.sessions() as session:
+        assert engine_reports.lagging(session, setting.world.project_id, 3, datetime.now(UTC)) == ["engine"]
+        assert engine_reports.lagging(session, setting.world.project_id, 2, datetime.now(UTC)) == []
+
+
+def test_what_goes_live_is_confirmed_by_an_engine_that_serves_it(setting: Setting) -> None:
+    setting.serve(staged(setting, 46))
+    assert setting.probe() is not None
+    setting.reconciler.step()
+    assert setting.probe() is None
+
+
+class CannotRead(SyncEngineClient):
+    """An engine that is there and cannot read any artefact just now."""
+
+    def load_adapter(self, digest: str, path: str) -> None:
+        raise EngineRefused("the disk is away", transient=True)
+
+
+def test_what_no_engine_can_load_by_its_deadline_is_rolled_back(setting: Setting) -> None:
+    live, unreadable = staged(setting, 47), staged(setting, 48)
+    setting.serve(live)
+    setting.reconciler.step()
+    setting.serve(unreadable)
+    with CannotRead(setting.engine.socket) as client:
+        reconciler = Reconciler(setting.world.sessions, client, setting.engine.artifacts)
+        reconciler.step()
+        assert setting.world.state(unreadable) == "live", "its deadline has not passed"
+        with setting.world.sessions.begin() as session:
+            session.execute(update(Deployment).values(probe_until=func.now() - timedelta(seconds=1)))
+        reconciler.step()
+    with setting.world.sessions() as session:
+        row = deployments.get(session, setting.world.project_id)
+    assert (row.active_digest, row.automatic_rollbacks, row.probe_until) == (live, 1, None)
+    assert setting.world.state(unreadable) == "rolled_back"
+    assert "unconfirmed" in setting.newest_event().reason
 
 
 def test_what_is_deployed_is_loaded_and_the_old_one_freed_after_the_grace(setting: Setting) -> None:
@@ -205,7 +303,10 @@ def test_a_live_artefact_that_cannot_be_loaded_gives_way_to_the_last_good_and_th
     setting.serve(good)
     damage(setting.engine, good)
     setting.reconciler.step()
-    assert (setting.newest_event().kind, setting.newest_event().to_digest) == ("roll_back", None)
+    with setting.world.sessions() as session:
+        frozen, back = deployments.events(session, setting.world.project_id)[:2]
+    assert (back.kind, back.to_digest) == ("roll_back", None)
+    assert frozen.kind == "frozen", "it was the second one that nobody asked for"
     assert setting.world.state(good) == "quarantined"
 
 

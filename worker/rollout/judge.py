@@ -17,8 +17,10 @@ from worker.rollout.sequence import Interval, difference
 # Two-sided: the interval that is drawn. Either end is left with half of it at most.
 ALPHA = 0.05
 GUARDS_ALPHA = 0.03
-# A candidate that answers nobody is seen by its first few users.
 GUARD_USERS = 5
+# Where not one request of the candidate was answered, exact figures are sooner certain: the chance that so many users
+# only met the control's errors, and five points more.
+DEAD, DEAD_MARGIN = 0.0005, 0.05
 Action = Literal["wait", "hold", "promote", "roll_back"]
 GuardState = Literal["few", "fine", "worse", "tripped"]
 
@@ -156,6 +158,8 @@ def _guards(evidence: Evidence, config: RolloutConfig) -> tuple[Guard, ...]:
 def _guard(name: str, limit: float, arms: Arms | None, alpha: float) -> Guard:
     rail = RAILS[name]
     tolerance = math.log(limit) if rail.bad == 0 else limit
+    if name == "errors" and arms is not None and _is_dead(arms):
+        return Guard(name, "tripped", tolerance, Interval(1 - arms.control.y / arms.control.w, 0.0, 1.0, 0.0))
     if arms is None or min(arms.canary.users, arms.control.users) < GUARD_USERS:
         return Guard(name, "few", tolerance, None)
     found = difference(arms, alpha, share=rail.share)
@@ -167,6 +171,14 @@ def _guard(name: str, limit: float, arms: Arms | None, alpha: float) -> Guard:
     middle = max(side[1] for side in (sides, against) if side)
     state: GuardState = "tripped" if least > tolerance else "worse" if middle > tolerance else "fine"
     return Guard(name, state, tolerance, found)
+
+
+def _is_dead(arms: Arms) -> bool:
+    """Whether the candidate has answered nobody at all while the other arm answers."""
+    canary, control = arms
+    if not canary.users or not control.w or canary.y < canary.w:
+        return False
+    return min(1.0, control.y / control.w + DEAD_MARGIN) ** canary.users <= DEAD
 
 
 # --- words -------------------------------------------------------------------------------------------------

@@ -35,17 +35,19 @@ class Interval(NamedTuple):
 def difference(arms: Arms, alpha: float, *, share: bool) -> Interval | None:
     """None while an arm has fewer than two users. `share` says that outcomes lie in [0, 1]."""
     canary, control = arms
-    if min(canary.users, control.users) < 2:
+    if canary.users < 2 or control.users < 2:
         return None
     pooled = _pooled_variance(canary, control, share=share)
-    parts = [(max(_own_variance(arm), pooled / arm.w), _effective_users(arm)) for arm in arms]
-    variance = sum(part for part, _ in parts)
+    one = max(_own_variance(canary, share=share), pooled / canary.w)
+    other = max(_own_variance(control, share=share), pooled / control.w)
+    variance = one + other
     if variance <= 0:
         return None
-    freedom = variance**2 / sum(part**2 / max(1.0, users - 1) for part, users in parts)
+    # Welch and Satterthwaite, on the users that each arm effectively has.
+    spread = one**2 / max(1.0, _effective_users(canary) - 1) + other**2 / max(1.0, _effective_users(control) - 1)
     error = math.sqrt(variance)
     estimate = canary.y / canary.w - control.y / control.w
-    reach = error * heavier(boundary(canary.w, alpha), freedom)
+    reach = error * heavier(boundary(canary.w, alpha), variance**2 / spread)
     return Interval(estimate, estimate - reach, estimate + reach, error)
 
 
@@ -64,11 +66,12 @@ def heavier(normal: float, freedom: float) -> float:
     return z + first / v + second / v**2 + third / v**3
 
 
-def _own_variance(arm: Moments) -> float:
+def _own_variance(arm: Moments, *, share: bool) -> float:
     """Of the mean, from how far its users lie apart."""
     mean = arm.y / arm.w
     squares = arm.yy - 2 * mean * arm.yw + mean**2 * arm.ww
-    return max(0.0, squares) * arm.users / (arm.users - 1) / arm.w**2
+    found = max(0.0, squares) * arm.users / (arm.users - 1) / arm.w**2
+    return max(found, _least_variance(arm.y, arm.w) / arm.w) if share else found
 
 
 def _pooled_variance(one: Moments, other: Moments, *, share: bool) -> float:
@@ -77,11 +80,13 @@ def _pooled_variance(one: Moments, other: Moments, *, share: bool) -> float:
     mean = total / weight
     squares = one.yy + other.yy - 2 * mean * (one.yw + other.yw) + mean**2 * (one.ww + other.ww)
     found = max(0.0, squares) / weight
-    if not share:
-        return found
-    # Nobody has failed yet, or everybody has: the next one still may not.
+    return max(found, _least_variance(total, weight)) if share else found
+
+
+def _least_variance(total: float, weight: float) -> float:
+    """Of one outcome: where nobody has failed yet, or everybody has, the next one still may not."""
     near = (min(total, weight - total) + 2) / (weight + 4)
-    return max(found, near * (1 - near))
+    return near * (1 - near)
 
 
 def _effective_users(arm: Moments) -> float:

@@ -17,7 +17,7 @@ from services.store import engine_reports, failpoints, jobs, rollout_counts, rol
 from services.store.base import Sessions
 from services.store.lifecycle import locked, record_change
 from services.store.models import Project, Rollout
-from services.store.rollout_counts import LANDS_WITHIN, Arms
+from services.store.rollout_counts import LANDS_WITHIN, QUIET, Arms
 from services.store.rollouts import Decision
 from worker.rollout import checks, shadow
 from worker.rollout.judge import Evidence, Verdict, judge
@@ -32,8 +32,9 @@ log = structlog.get_logger()
 class Trials:
     """Every project's candidate in turn."""
 
-    def __init__(self, *, lands_within: timedelta = LANDS_WITHIN) -> None:
+    def __init__(self, *, lands_within: timedelta = LANDS_WITHIN, quiet: timedelta = QUIET) -> None:
         self._lands_within = lands_within
+        self._quiet = quiet
 
     def step(self, sessions: Sessions, now: datetime) -> None:
         """One look at each; a decision that somebody else's change overtook is made again at the next."""
@@ -52,7 +53,7 @@ class Trials:
         """Add what has finished since the last look; whether there is anything to judge."""
         with sessions.begin() as session:
             rollout = session.get_one(Rollout, rollout_id)
-            span = rollout_counts.next_span(session, rollout, now, lands_within=self._lands_within)
+            span = rollout_counts.next_span(session, rollout, now, lands_within=self._lands_within, quiet=self._quiet)
             if span.until <= span.since:
                 return not rollout.verdict or bool(rollout.verdict.get("lagging"))
             read = _read(session, rollout, span) if rollout.config.get("signal") == "checks" else ()
@@ -89,7 +90,7 @@ def _decide(sessions: Sessions, rollout_id: UUID, now: datetime) -> None:
             reason = f"{verdict.reason}; promotion waits for {', '.join(lagging)} to load the candidate"
             verdict = verdict._replace(action="wait", reason=reason)
         held = verdict.action == "hold" and rollout.verdict.get("action") != "hold"
-        _remember(rollout, verdict, found, now)
+        remember(rollout, verdict, found, now)
         rollout.verdict = {**rollout.verdict, "lagging": lagging}
         session.flush()
         if held:
@@ -113,8 +114,8 @@ def evidence(found: Mapping[str, Arms], share: float) -> Evidence:
     )
 
 
-def _remember(rollout: Rollout, verdict: Verdict, found: Evidence, now: datetime) -> None:
-    """The look for the page, and its point for the drawing."""
+def remember(rollout: Rollout, verdict: Verdict, found: Evidence, now: datetime) -> None:
+    """Keep a look: its figures for the page, its point for the drawing."""
     document = verdict.document() | {"requests": list(found.requests), "users": list(found.users)}
     arms = found.metrics.get(rollout_counts.SIGNAL)
     if arms is not None:

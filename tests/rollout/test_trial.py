@@ -1,0 +1,257 @@
+"""The watch over a canary: every request counted once, decisions by evidence, safe to kill between any two steps."""
+
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from sqlalchemy import select, update
+
+from services.errors import Conflict
+from services.settings import Settings
+from services.store import engine_reports, rollout_counts, trials
+from services.store.engine_reports import Report
+from services.store.models import EngineReport, Project, Rollout
+from tests.rollout.conftest import ROOT, World
+from tests.rollout.trials import (
+    AT_ONCE,
+    LIVE,
+    NEW,
+    answer,
+    begin,
+    current,
+    deployment,
+    kinds,
+    look,
+    newest,
+    say,
+    serve,
+    traffic,
+)
+from worker.rollout.trial import Trials
+
+
+def arms(world: World, metric: str) -> tuple[tuple[int, float], tuple[int, float]]:
+    """(outcomes, their weighted sum) of candidate and control."""
+    with world.sessions() as session:
+        found = rollout_counts.moments(session, current(world).id).get(metric)
+    none = rollout_counts.Arms(rollout_counts.NONE, rollout_counts.NONE)
+    canary, control = found or none
+    return (canary.n, canary.y), (control.n, control.y)
+
+
+def test_each_answer_is_counted_once_however_often_one_looks(world: World) -> None:
+    serve(world)
+    rollout = begin(world)
+    for user in ("ada", "alan"):
+        answer(world, rollout, "canary", user)
+        answer(world, rollout, "control", user)
+    for _ in range(3):
+        look(world)
+    assert arms(world, "errors") == ((2, 0.0), (2, 0.0))
+    answer(world, rollout, "canary", "ada", ago=0.0)
+    look(world)
+    assert arms(world, "errors")[0] == (3, 0.0)
+
+
+def test_what_lands_late_is_waited_for(world: World) -> None:
+    serve(world)
+    rollout = begin(world)
+    answer(world, rollout, "canary", "ada", ago=3.0)
+    slow = Trials(lands_within=timedelta(seconds=10))
+    slow.step(world.sessions, datetime.now(UTC))
+    answer(world, rollout, "canary", "alan", ago=5.0)
+    assert arms(world, "errors")[0][0] == 0
+    slow.step(world.sessions, datetime.now(UTC) + timedelta(seconds=70))
+    assert arms(world, "errors")[0][0] == 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"origin": "pinned"}, {"origin": "shadow"}, {"generation": 99}, {"arm": "active"},
+        {"finish_reason": "interrupted"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_belongs_to_no_arm_counts_nowhere(world: World, other: dict[str, object]) -> None:
+    serve(world)
+    rollout = begin(world)
+    answer(world, rollout, **{"arm": "canary", "user": "ada"} | other)  # type: ignore[arg-type]
+    look(world)
+    assert arms(world, "errors") == ((0, 0.0), (0, 0.0))
+
+
+def test_every_guardrail_is_read_from_the_log(world: World) -> None:
+    serve(world)
+    rollout = begin(world)
+    with world.sessions.begin() as session:
+        session.execute(update(Rollout).values(reference={"latency": 300.0, "ttft": 50.0}))
+    answer(world, rollout, "canary", "a", finish_reason="error")
+    answer(world, rollout, "canary", "b", latency_ms=900.0, ttft_ms=80.0)
+    answer(world, rollout, "canary", "c", output="I'm sorry, but I cannot help with that.")
+    answer(world, rollout, "canary", "d", drafted_tokens=10, accepted_tokens=4)
+    answer(world, rollout, "canary", "e", adapter_digest=LIVE)
+    answer(world, rollout, "control", "f", latency_ms=900.0, speculator_digest="5" * 64, drafted_tokens=9)
+    look(world)
+    # The one that was passed over for what is live counts as an error, and as nothing else of the candidate's.
+    assert arms(world, "errors")[0] == (5, 2.0)
+    assert arms(world, "latency") == ((3, 1.0), (0, 0.0))
+    assert arms(world, "ttft")[0] == (3, 1.0)
+    assert arms(world, "refusals")[0] == (3, 1.0)
+    assert arms(world, "acceptance") == ((1, 0.4), (0, 0.0))
+    assert arms(world, "length")[1][0] == 1
+
+
+def test_feedback_counts_when_it_comes_and_as_what_it_says(world: World) -> None:
+    serve(world)
+    rollout = begin(world, score_range=(0.0, 5.0))
+    said = [{"rating": 1}, {"rating": 0}, {"rating": -1}, {"score": 4.0}, {"score": 99.0}, {"correction": "better"}]
+    for number, opinion in enumerate(said):
+        say(world, answer(world, rollout, "canary", f"u{number}"), **opinion)  # type: ignore[arg-type]
+    answer(world, rollout, "canary", "silent")
+    say(world, answer(world, rollout, "canary", "passed over", adapter_digest=LIVE), rating=-1)
+    look(world)
+    assert arms(world, "signal")[0] == (6, pytest.approx(1 + 0.5 + 0 + 0.8 + 1 + 0))
+
+
+def test_implicit_needs_no_word_from_anybody(world: World) -> None:
+    serve(world)
+    rollout = begin(world, signal="implicit")
+    answer(world, rollout, "canary", "content")
+    answer(world, rollout, "canary", "left", finish_reason="cancelled")
+    say(world, answer(world, rollout, "canary", "cross"), rating=-1)
+    look(world)
+    assert arms(world, "signal")[0] == (3, 1.0)
+
+
+def test_checks_read_the_answers(world: World) -> None:
+    with world.sessions.begin() as session:
+        session.get_one(Project, world.project_id).config = {"response_schema": {"type": "object"}}
+    serve(world)
+    rollout = begin(world, signal="checks", pattern=r"\{.*\}")
+    for user, output in (("a", '{"x": 1}'), ("b", "no"), ("c", "[1]")):
+        answer(world, rollout, "canary", user, output=output)
+    look(world)
+    assert arms(world, "signal")[0] == (3, 1.0)
+
+
+def test_one_user_weighs_no_more_than_the_most_there_is(world: World) -> None:
+    serve(world)
+    rollout = begin(world)
+    for _ in range(rollout_counts.MOST_WEIGHT + 5):
+        answer(world, rollout, "canary", "loud", finish_reason="error")
+    look(world)
+    assert arms(world, "errors")[0] == (rollout_counts.MOST_WEIGHT + 5, float(rollout_counts.MOST_WEIGHT))
+
+
+def test_a_candidate_that_is_no_worse_goes_live_by_itself(world: World) -> None:
+    serve(world)
+    rollout = begin(world, harm=0.2, share=0.5)
+    traffic(world, rollout, 160, (0.9, 0.9))
+    look(world)
+    row = deployment(world)
+    assert (row.active_digest, current(world).stage) == (NEW, "promoted"), current(world).verdict
+    event = newest(world)
+    assert (event.kind, event.actor) == ("flip", "rollout")
+    assert event.reason.startswith("no worse by 20 points or more")
+    assert event.evidence["candidate_users"] == 160
+
+
+def test_a_worse_candidate_is_taken_back_by_itself_and_counted(world: World) -> None:
+    serve(world)
+    rollout = begin(world, share=0.5)
+    traffic(world, rollout, 120, (0.5, 0.95))
+    look(world)
+    row = deployment(world)
+    assert (row.active_digest, row.canary_digest, row.automatic_rollbacks) == (LIVE, None, 1)
+    assert (world.state(NEW), current(world).stage) == ("rolled_back", "rolled_back")
+    assert newest(world).reason.startswith("worse than what serves")
+    assert newest(world).evidence["automatic"] is True
+
+
+def test_an_undecided_one_goes_on_and_says_how_long(world: World) -> None:
+    serve(world)
+    rollout = begin(world, share=0.5)
+    traffic(world, rollout, 25, (0.9, 0.9))
+    look(world)
+    after = current(world)
+    assert after.stage == "canary"
+    assert after.verdict["action"] == "wait"
+    assert after.verdict["more"] > 0
+    assert after.verdict["users"] == [25, 25]
+    assert after.track[-1]["requests"] == 150
+
+
+def test_a_split_that_is_off_is_told_once_and_decides_nothing(world: World) -> None:
+    serve(world)
+    rollout = begin(world, share=0.1)
+    traffic(world, rollout, 120, (0.5, 0.95))
+    look(world)
+    answer(world, rollout, "canary", "one more", ago=0.5)
+    look(world)
+    assert current(world).verdict["action"] == "hold"
+    assert kinds(world).count("canary_held") == 1
+    assert deployment(world).canary_digest == NEW
+
+
+def test_promotion_waits_for_every_engine_that_is_there(world: World) -> None:
+    serve(world)
+    rollout = begin(world, harm=0.2, share=0.5)
+    traffic(world, rollout, 160, (0.9, 0.9))
+    with world.sessions.begin() as session:
+        behind = [Report(world.project_id, rollout.generation - 1, ())]
+        engine_reports.put(session, "slow", 1, behind)
+        engine_reports.put(session, "gone", 1, behind)
+        long_ago = datetime.now(UTC) - timedelta(minutes=5)
+        session.execute(update(EngineReport).where(EngineReport.engine == "gone").values(seen_at=long_ago))
+    look(world)
+    assert "waits for slow to load" in current(world).verdict["reason"]
+    assert deployment(world).active_digest == LIVE
+    with world.sessions.begin() as session:
+        engine_reports.put(session, "slow", 1, [Report(world.project_id, rollout.generation, (LIVE, NEW))])
+    look(world)
+    assert deployment(world).active_digest == NEW
+
+
+def test_a_look_that_was_overtaken_counts_nothing(world: World) -> None:
+    serve(world)
+    rollout = begin(world)
+    answer(world, rollout, "canary", "ada")
+    with world.sessions() as first:
+        mine = first.get_one(Rollout, rollout.id)
+        span = rollout_counts.next_span(first, mine, datetime.now(UTC), lands_within=AT_ONCE, quiet=AT_ONCE)
+        look(world)
+        with pytest.raises(Conflict, match="another look"):
+            rollout_counts.fold(first, mine, span)
+        first.rollback()
+    assert arms(world, "errors")[0][0] == 1
+
+
+@pytest.mark.parametrize("failpoint", ["canary.counted", "canary.deciding", "canary.decided"])
+@pytest.mark.parametrize("satisfied", [(0.5, 0.95), (0.95, 0.95)], ids=["worse", "no worse"])
+def test_killed_anywhere_the_next_look_ends_with_one_live_digest_and_every_request_counted_once(
+    world: World, settings: Settings, failpoint: str, satisfied: tuple[float, float]
+) -> None:
+    serve(world)
+    rollout = begin(world, harm=0.2, share=0.5)
+    traffic(world, rollout, 160, satisfied)
+    died = subprocess.run(
+        [sys.executable, "-m", "tests.rollout.watching"],
+        cwd=ROOT, env={**os.environ, "WHET_FAILPOINT": failpoint}, capture_output=True, timeout=60,
+    )  # fmt: skip
+    assert died.returncode == 137, died.stderr.decode()
+    decided = current(world).stage != "canary"
+    assert decided == (failpoint == "canary.decided")
+    if not decided:
+        assert arms(world, "errors")[0][0] in (0, 480)
+    look(world)
+    look(world)
+    wanted = LIVE if satisfied[0] < satisfied[1] else NEW
+    assert deployment(world).active_digest == wanted
+    with world.sessions() as session:
+        assert trials.open_of(session, world.project_id) is None
+        users = session.scalar(select(Rollout.verdict["requests"][0].as_integer()))
+    assert users == 480
+    assert kinds(world).count("flip") + kinds(world).count("canary_rolled_back") == 2
