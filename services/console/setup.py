@@ -61,15 +61,9 @@ DRIFT_SECONDS = 300.0
 log = structlog.get_logger()
 ROUTERS: tuple[APIRouter, ...] = (
     home.router, sign_in.router, review.router, queue.router, bulk.router, exporting.router, browsing.router,
-<<<<<<< HEAD
     dataset_imports.router, datasets.router, runs.router, evaluations.router, deployment.router, rollout.router,
     speculator.router, pins.router, joining.router, account.router, people.router, keys.router, audit.router,
     erasure.router, review_guide.router, webhooks.router, artifacts.router,
-=======
-    dataset_imports.router, datasets.router, runs.router, deployment.router, rollout.router, speculator.router,
-    pins.router, joining.router, account.router, people.router, keys.router, audit.router, erasure.router,
-    review_guide.router,
->>>>>>> roll6
 )  # fmt: skip
 
 

@@ -11,13 +11,9 @@ from sqlalchemy.orm import Session
 
 from services.store import gold, reviews
 from services.store.models import Interaction, Project, ReviewItem, Revision, Run
-<<<<<<< HEAD
 from tests.browser import world_data, world_people
 from tests.browser.scene import HERE, Scene
-from tests.console import seed, seed_evaluation, seed_runs, seed_speed
-=======
-from tests.console import seed, seed_rollout, seed_speed
->>>>>>> roll6
+from tests.console import seed, seed_evaluation, seed_rollout, seed_runs, seed_speed
 
 ANSWER = '{"people": ["Anna Reed", "Ivy Stone"], "places": ["Oslo"], "organisations": ["Northwind"], "dates": []}'
 BETTER = '{"people": ["Anna Reed", "Ivy Stone"], "places": ["Oslo"], "organisations": [], "dates": ["2021-03-04"]}'
@@ -63,18 +59,14 @@ def build(session: Session) -> list[Scene]:
         Scene("evaluation-refused", f"/p/gated/evaluations/{refused.id}?outcome=loss"),
         Scene("evaluation-override", f"/p/gated/evaluations/{refused.id}", _overriding),
         Scene("deployment", f"{HERE}/deployment"),
-<<<<<<< HEAD
         Scene("deployment-young", "/p/young/deployment"),
-        *world_data.build(session, project),
-=======
         *_rollout(session),
->>>>>>> roll6
+        *world_data.build(session, project),
         *REVIEW,
         *world_people.build(session, project),
     ]
 
 
-<<<<<<< HEAD
 def _wrong_run(page: Page) -> None:
     """The form sent with mistakes."""
     page.locator("#param-lr").fill("fast")
@@ -83,7 +75,8 @@ def _wrong_run(page: Page) -> None:
     page.evaluate("document.querySelector('form.card button').disabled = false")
     page.locator("form.card button").click()
     page.locator("#wrong-rank").wait_for()
-=======
+
+
 def _rollout(session: Session) -> list[Scene]:
     """A canary under way, one in the shadow, promotion frozen, and the dialog that one key opens."""
     made = [seed_rollout.on_trial(session), seed_rollout.in_the_shadow(session), seed_rollout.frozen(session)]
@@ -92,7 +85,6 @@ def _rollout(session: Session) -> list[Scene]:
         *(Scene(f"deployment-{project.slug}", f"/p/{project.slug}/deployment") for project in made),
         Scene("deployment-one-key", path, lambda page: page.keyboard.press("r")),
     ]
->>>>>>> roll6
 
 
 # --- review -----------------------------------------------------------------------------------------------
