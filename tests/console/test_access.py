@@ -238,3 +238,12 @@ def test_a_reviewer_may_not_look_into_the_escalated_queue(sign_in: SignIn, proje
     client = sign_in("ada@example.org", "reviewer")
     assert client.get("/p/entities/review?queue=escalated", headers=PAGE).status_code == 403
     assert client.post("/p/entities/review/lease", json={"queue": "escalated"}).status_code == 403
+
+
+def test_scripts_are_asked_for_each_time_and_pages_are_kept_by_nobody(client: TestClient) -> None:
+    kept = {path: client.get(path).headers["cache-control"] for path in (
+        "/static/review/main.js", "/static/app.css", "/static/favicon.svg", "/sign-in",
+    )}  # fmt: skip
+    assert list(kept.values()) == ["no-cache", "no-cache", "max-age=86400", "no-store"]
+    etag = client.get("/static/app.css").headers["etag"]
+    assert client.get("/static/app.css", headers={"if-none-match": etag}).status_code == 304
