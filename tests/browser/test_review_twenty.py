@@ -228,3 +228,55 @@ def test_sides_of_a_pair_stay_where_they_were_after_a_reload(sessions: Sessions,
     with sessions() as session:
         preference = session.scalars(select(Annotation.preference)).one()
     assert preference == {"served": "response", "other": "alternative"}[left]
+
+
+def test_what_differs_in_a_pair_is_marked_when_asked(sessions: Sessions, open_as: OpenAs) -> None:
+    queue(sessions, ["the red fox sleeps"])
+    with sessions.begin() as session:
+        session.execute(update(ReviewItem).values(alternative={"output": "the grey fox sleeps well", "digest": None}))
+    page = open_as("ada@example.org", "/p/entities/review")
+    expect(page.locator("[data-side-left]")).to_contain_text("fox")
+    expect(page.locator("mark.own")).to_have_count(0)
+    judge(page, "d")
+    assert sorted(" ".join(page.locator("mark.own").all_inner_texts()).split()) == ["grey", "red", "well"]
+    judge(page, "d")
+    expect(page.locator("mark.own")).to_have_count(0)
+
+
+def test_the_submit_button_names_the_key_that_submits_now(sessions: Sessions, open_as: OpenAs) -> None:
+    queue(sessions, ["one"])
+    page = open_as("ada@example.org", "/p/entities/review")
+    shows(page, "one")
+    button = page.locator("[data-submit] kbd:visible")
+    expect(button).to_have_text("Enter")
+    judge(page, "e")
+    expect(button).to_have_text("Ctrl Enter")
+    expect(page.locator("[data-editor-hint]")).to_be_visible()
+    judge(page, "Escape")
+    expect(button).to_have_text("Enter")
+
+
+def test_the_only_lead_is_told_before_and_after_deciding_what_they_judged(sessions: Sessions, open_as: OpenAs) -> None:
+    queue(sessions, ["one"], overlap=2)
+    lead = open_as("lea@example.org", "/p/entities/review", "lead")
+    shows(lead, "one")
+    judge(lead, "a", "Enter")
+    saved(lead)
+    ada = open_as("ada@example.org", "/p/entities/review")
+    shows(ada, "one")
+    judge(ada, "x", "Enter")
+    saved(ada)
+    lead.goto("/p/entities/review?queue=disputed")
+    shows(lead, "one")
+    expect(lead.locator("[data-told]")).to_contain_text("You have spoken of this one before")
+    expect(lead.locator("[data-dispute] h3").first).to_have_text("You accepted it")
+    judge(lead, "]", "Control+Enter")
+    expect(lead.locator(".toast")).to_contain_text("why you decide so")
+    lead.keyboard.type("it is wrong after all")
+    judge(lead, "Control+Enter")
+    expect(lead.locator("[data-reveal]")).to_contain_text("as the only lead: noted")
+    expect(lead.get_by_role("button", name="Check reviewers by it")).to_have_count(0)
+    last = stored(sessions)[-1]
+    assert (last.verdict, last.adjudicates, last.again) == ("reject", True, True)
+    lead.goto(f"/p/entities/interactions/{last.interaction_id}")
+    expect(lead.get_by_text("decision of a judge")).to_be_visible()

@@ -259,3 +259,12 @@ def test_our_own_bug_is_a_page_for_people_and_json_for_programs(
     assert "An unexpected error happened; it is logged as" in page.text
     assert "a bug" not in page.text
     assert client.get("/account").json()["error"]["code"] == "internal"
+
+
+def test_scripts_are_asked_for_each_time_and_pages_are_kept_by_nobody(client: TestClient) -> None:
+    kept = {path: client.get(path).headers["cache-control"] for path in (
+        "/static/review/main.js", "/static/app.css", "/static/favicon.svg", "/sign-in",
+    )}  # fmt: skip
+    assert list(kept.values()) == ["no-cache", "no-cache", "max-age=86400", "no-store"]
+    etag = client.get("/static/app.css").headers["etag"]
+    assert client.get("/static/app.css", headers={"if-none-match": etag}).status_code == 304

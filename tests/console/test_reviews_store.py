@@ -303,3 +303,12 @@ def test_a_span_is_kept_only_when_it_quotes_the_response(sessions: Sessions, pro
     good = [{"start": 1, "end": 3, "quote": "\U0001f600n", "tag": seed.TAGS[0]}]  # characters, not UTF-16 units
     with sessions.begin() as session:
         assert judge(session, project, ada, held, spans=good).spans == good
+
+
+def test_what_others_hold_does_not_wait_for_anybody_else(sessions: Sessions, project: Project) -> None:
+    with sessions.begin() as session:
+        seed.queue(session, project.id, ["one", "two", "three"])
+        ada, grace = (seed.person(session, f"{name}@example.org", "reviewer").user.id for name in ("ada", "grace"))
+        reviews.lease(session, project.id, ada, 2, chance=lambda: 1.0)
+        assert reviews.progress(session, project.id, ada).waiting == 3
+        assert reviews.progress(session, project.id, grace).waiting == 1
