@@ -1,14 +1,14 @@
 """What the interactions list is narrowed to: fields that live in the URL, and the conditions they stand for."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from math import log
+from typing import NamedTuple
 from urllib.parse import urlencode
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, Select, or_, select
-from sqlalchemy.orm import InstrumentedAttribute
 
 from services.store.models import ORIGINS, VERDICTS, Annotation, Feedback, Interaction, ReviewItem
 from services.store.pages import first_id
@@ -91,13 +91,12 @@ def parsed(given: Mapping[str, str]) -> Search:
     return Search(**known)
 
 
-def conditions(
-    project_id: UUID, search: Search, low: UUID | None = None, top: UUID | None = None
-) -> list[ColumnElement[bool]]:
-    """Everything but the words, on `Interaction`.
+def conditions(project_id: UUID, search: Search) -> list[ColumnElement[bool]]:
+    """Everything but the words, on `Interaction`, each answered row by row.
 
-    Whoever looks at ids in [low, top) only says so: what was said of others is then not read. The bounds themselves
-    are the caller's to add.
+    OFFSET 0 keeps Postgres from joining instead. It knows next to nothing of how many ids lie between two of them
+    (of types it cannot subtract it only knows which hundredth of the table they are in), takes thousands to be one, and
+    then compares each with each.
     """
     found: list[ColumnElement[bool]] = []
     since = start_of(search)
@@ -120,46 +119,61 @@ def conditions(
         found.append(Interaction.mean_logprob < LOW_LOGPROB)
     if search.drafted:
         found.append(Interaction.drafted_tokens > 0 if search.drafted == "yes" else Interaction.drafted_tokens == 0)
-    if search.feedback:
-        found.append(_opinion(search.feedback, project_id, low, top))
-    if search.verdict:
-        found.append(_verdict(search.verdict, low, top))
-    if search.split:
-        found.append(_item(low, top).where(ReviewItem.split == search.split).exists())
+    here = Interaction.id
+    for wanted, ids in (
+        (search.feedback != "none", _opinions(project_id, search.feedback)),
+        (search.verdict != "none", _judged(project_id, search.verdict)),
+        (True, _chosen(project_id, search.split)),
+    ):
+        if ids is not None:
+            known = ids.where(ids.selected_columns[0] == here).correlate(Interaction).offset(0).exists()
+            found.append(known if wanted else ~known)
     return found
 
 
-def between(key: InstrumentedAttribute[UUID], low: UUID | None, top: UUID | None) -> list[ColumnElement[bool]]:
-    """Bounds of a table's own ids: Postgres does not carry them from one table of a join to another."""
-    return [*([] if low is None else [key >= low]), *([] if top is None else [key < top])]
+class Said(NamedTuple):
+    """Ids that people said something of, as one filter asks, and what the other filters ask."""
+
+    ids: Select[UUID]
+    rest: Search
 
 
-def _opinion(kind: str, project_id: UUID, low: UUID | None, top: UUID | None) -> ColumnElement[bool]:
-    said = select(Feedback.id).where(
-        Feedback.interaction_id == Interaction.id, Feedback.project_id == project_id,
-        *between(Feedback.interaction_id, low, top),
-    )  # fmt: skip
+def said_of(project_id: UUID, search: Search, low: UUID, top: UUID) -> Said | None:
+    """Those of [low, top), where a filter asks for any: far fewer than there are. Some may be of no answer."""
+    for name, ids in (
+        ("verdict", _judged(project_id, search.verdict) if search.verdict != "none" else None),
+        ("feedback", _opinions(project_id, search.feedback) if search.feedback != "none" else None),
+        ("split", _chosen(project_id, search.split)),
+    ):
+        if ids is not None:
+            key = ids.selected_columns[0]
+            return Said(ids.where(key >= low, key < top).distinct(), replace(search, **{name: ""}))
+    return None
+
+
+def _opinions(project_id: UUID, kind: str) -> Select[UUID] | None:
+    said = select(Feedback.interaction_id).where(Feedback.project_id == project_id)
     if kind == "negative":
-        said = said.where(or_(Feedback.rating < 0, Feedback.correction.is_not(None)))
-    elif kind == "positive":
-        said = said.where(Feedback.rating > 0)
-    present = said.correlate(Interaction).exists()
-    return ~present if kind == "none" else present
+        return said.where(or_(Feedback.rating < 0, Feedback.correction.is_not(None)))
+    if kind == "positive":
+        return said.where(Feedback.rating > 0)
+    return said if kind else None
 
 
-def _item(low: UUID | None, top: UUID | None) -> Select[UUID]:
-    chosen = select(ReviewItem.id).where(ReviewItem.interaction_id == Interaction.id)
-    return chosen.where(*between(ReviewItem.interaction_id, low, top)).correlate(Interaction)
+def _chosen(project_id: UUID, split: str) -> Select[UUID] | None:
+    items = select(ReviewItem.interaction_id).where(ReviewItem.project_id == project_id)
+    return items.where(ReviewItem.split == split) if split else None
 
 
-def _verdict(verdict: str, low: UUID | None, top: UUID | None) -> ColumnElement[bool]:
+def _judged(project_id: UUID, verdict: str) -> Select[UUID] | None:
     """A judgement that stands; "waiting" is in the queue, "none" was never chosen for it."""
-    if verdict == "none":
-        return ~_item(low, top).exists()
+    items = select(ReviewItem.interaction_id).where(ReviewItem.project_id == project_id)
     if verdict == "waiting":
-        return _item(low, top).where(ReviewItem.state.in_(("open", "escalated", "disputed"))).exists()
-    judged = _item(low, top).join(Annotation, Annotation.review_item_id == ReviewItem.id)
-    return judged.where(Annotation.verdict == verdict, standing()).exists()
+        return items.where(ReviewItem.state.in_(("open", "escalated", "disputed")))
+    if verdict not in ("", "none"):
+        judged = items.join(Annotation, Annotation.review_item_id == ReviewItem.id)
+        return judged.where(Annotation.verdict == verdict, standing())
+    return items if verdict else None
 
 
 def start_of(search: Search) -> datetime | None:

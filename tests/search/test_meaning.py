@@ -14,8 +14,8 @@ from starlette.testclient import TestClient
 from engine.client import EngineGone
 from engine.messages import Pooled
 from services.settings import Settings
-from services.store import embeddings, jobs, search
-from services.store.base import Sessions
+from services.store import embeddings, feedback, jobs, search
+from services.store.base import Sessions, uuid7
 from services.store.models import InteractionEmbedding, Job, Project
 from services.store.search import Meaning, Search
 from tests.console import seed
@@ -41,6 +41,27 @@ def test_the_nearest_come_first_and_others_are_not_asked(sessions: Sessions, pro
     assert near == [mine["east"], mine["between"]]
     with sessions() as session:
         assert search.nearest(session, project.id, Search(words="x", finish="error"), Meaning([1, 0], MODEL)) == []
+
+
+def test_of_what_people_said_something_of_the_nearest_come_first(
+    sessions: Sessions, project: Project, other: Project
+) -> None:
+    """Opinions come twice, of answers without a vector, of none that has landed, and in another project."""
+    mine = with_vectors(sessions, project, {"east": [1, 0], "north": [0, 1], "between": [0.6, 0.8]})
+    theirs = with_vectors(sessions, other, {"theirs": [1, 0]})
+    with sessions.begin() as session:
+        bare = seed.interaction(session, project.id, output="no vector")
+        said = [(project, mine["north"]), (project, mine["between"]), (project, mine["between"]), (project, bare.id),
+                (project, uuid7()), (other, theirs["theirs"])]  # fmt: skip
+        for number, (owner, one) in enumerate(said):
+            feedback.add(session, owner.id, one, str(number), feedback.Opinion(rating=-1))
+    with sessions() as session:
+        east = Meaning([1, 0], MODEL)
+        near = search.nearest(session, project.id, Search(words="x", feedback="negative"), east)
+        assert near == [mine["between"], mine["north"]]
+        assert search.nearest(session, project.id, Search(words="x", feedback="none"), east) == [mine["east"]]
+        both = Search(words="x", feedback="negative", window="day")
+        assert search.nearest(session, project.id, both, east) == near
 
 
 def test_fusion_puts_what_both_lists_hold_before_what_one_does() -> None:
