@@ -11,8 +11,8 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from services.store import gold, reviews
-from services.store.models import Interaction, Project, ReviewItem, Revision, Run
-from tests.console import seed, seed_speed
+from services.store.models import Artifact, Deployment, Example, Interaction, Project, ReviewItem, Revision, Run
+from tests.console import seed, seed_learning, seed_speed
 
 HERE = "/p/entities"
 ANSWER = '{"people": ["Anna Reed", "Ivy Stone"], "places": ["Oslo"], "organisations": ["Northwind"], "dates": []}'
@@ -55,8 +55,45 @@ def build(session: Session) -> list[Scene]:
         Scene("runs", f"{HERE}/runs"),
         *(Scene(f"run-{place}", f"{HERE}/runs/{run}") for place, run in enumerate(runs)),
         Scene("deployment", f"{HERE}/deployment"),
+        *_learning(session, project),
         *REVIEW,
     ]
+
+
+def _learning(session: Session, project: Project) -> list[Scene]:
+    """Lineage both ways, quality earned over several deployments, and who is told of it."""
+    learned = seed_learning.experienced(session)
+    webhook = seed_learning.told(session, project)[0]
+    taught = session.scalars(
+        select(Example.interaction_id).where(Example.project_id == project.id, Example.split == "train").limit(1)
+    ).one()
+    live = session.get_one(Deployment, project.id)
+    rolled_back = session.scalars(
+        select(Artifact.digest).where(Artifact.project_id == learned.id, Artifact.state == "rolled_back")
+    ).one()
+    return [
+        Scene("overview-learned", "/p/learned"),
+        Scene("deployment-learned", "/p/learned/deployment", lambda page: page.locator("summary").last.click()),
+        Scene("lineage", f"{HERE}/interactions/{taught}/lineage"),
+        Scene("artifact", f"{HERE}/artifacts/{live.active_digest}"),
+        Scene("artifact-heads", f"{HERE}/artifacts/{live.speculator_digest}"),
+        Scene("artifact-rolled-back", f"/p/learned/artifacts/{rolled_back}"),
+        Scene("webhooks", f"{HERE}/webhooks"),
+        Scene("webhooks-none", "/p/young/webhooks"),
+        Scene("webhooks-once", "/p/learned/webhooks", _added),
+        Scene("webhook", f"{HERE}/webhooks/{webhook.id}"),
+        Scene("webhook-rotate", f"{HERE}/webhooks/{webhook.id}", _rotating),
+    ]
+
+
+def _added(page: Page) -> None:
+    page.get_by_label("Address").fill("https://hook.example/in")
+    page.get_by_role("button", name="Add the webhook").click()
+    page.locator("[data-once-shown]").wait_for()
+
+
+def _rotating(page: Page) -> None:
+    page.get_by_role("button", name="Rotate secret").click()
 
 
 # --- review -----------------------------------------------------------------------------------------------
