@@ -36,7 +36,7 @@ def _edges(columns: list[Column]) -> list[tuple[Place, Place]]:
 def _source(here: str, about: About) -> Node:
     if about.revision is None or about.dataset is None:
         said = "the log" if about.artifact.kind == "speculator" else "not known"
-        return Node(said, "answers of this project" if said == "the log" else "made elsewhere")
+        return Node(said, "logged answers" if said == "the log" else "made elsewhere")
     href = f"{here}/datasets/{about.dataset.name}/{about.revision.digest}"
     return Node(f"{about.dataset.name} {about.revision.digest[:8]}", f"{about.revision.train_count:,} to train", href)
 
@@ -57,9 +57,6 @@ def _evaluation(here: str, one: Evaluation, digest: str) -> Node:
 
 
 def _span(here: str, span: Span) -> Node:
-    now = span.until is None
-    until = "still" if now else f"to {span.until:%d %b %H:%M}"
-    mood = "live" if now and span.how == "live" else "bad" if span.ended_by == "roll_back" else ""
-    return Node(
-        f"{span.how}, generation {span.generation}", f"{span.since:%d %b %H:%M} {until}", f"{here}/deployment", mood
-    )
+    when = f"since {span.since:%d %b %H:%M}" if span.until is None else f"{span.since:%d %b} to {span.until:%d %b}"
+    mood = "live" if span.until is None and span.how == "live" else "bad" if span.ended_by == "roll_back" else ""
+    return Node(f"{span.how}, generation {span.generation}", when, f"{here}/deployment", mood)

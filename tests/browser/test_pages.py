@@ -7,12 +7,12 @@ import pytest
 from playwright.sync_api import Page, expect
 from sqlalchemy import select
 
-from services.store import deployments
+from services.store import deployments, webhook_deliveries
 from services.store.base import Sessions
-from services.store.models import Interaction, Revision, Run
+from services.store.models import Deployment, Interaction, Revision, Run
 from tests.browser.conftest import OpenAs
 from tests.browser.test_review_session import HOSTILE
-from tests.console import seed, seed_instant, seed_speed
+from tests.console import seed, seed_instant, seed_learning, seed_speed
 
 LONG = "supercalifragilistic" * 40
 NAMELESS = """
@@ -40,13 +40,18 @@ def paths(sessions: Sessions) -> list[str]:
         run_ids = [str(one) for one in session.scalars(select(Run.id))]
         digest = session.scalars(select(Revision.digest).limit(1)).one()
         interaction = logged.id
+        live = session.get_one(Deployment, project.id).active_digest
+        learned = seed_learning.experienced(session)
+        hook = seed_learning.told(session, project)[0]
+        webhook_deliveries.send(session, hook, "run.finished", {"said": LONG + "".join(HOSTILE)})
     here = "/p/entities"
     return [
         "/", here, f"{here}/review", f"{here}/interactions", f"{here}/interactions?q=nothing-like-it",
         f"{here}/interactions/{interaction}", f"{here}/datasets", f"{here}/datasets/golden/{digest}", f"{here}/runs",
         *(f"{here}/runs/{one}" for one in run_ids), f"{here}/deployment", "/sign-in",
         f"{here}/interactions/{baseline}", "/p/young", "/p/young/deployment", f"{here}/pins", f"{here}/erasure",
-        "/p/young/pins",
+        "/p/young/pins", f"{here}/interactions/{interaction}/lineage", f"{here}/artifacts/{live}", f"{here}/webhooks",
+        f"{here}/webhooks/{hook.id}", f"/p/{learned.slug}", f"/p/{learned.slug}/deployment", "/p/young/webhooks",
     ]  # fmt: skip
 
 

@@ -10,10 +10,10 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from services.store import gold, reviews
-from services.store.models import Interaction, Project, ReviewItem, Revision, Run
+from services.store.models import Artifact, Deployment, Example, Interaction, Project, ReviewItem, Revision, Run
 from tests.browser import world_data, world_people
 from tests.browser.scene import HERE, Scene
-from tests.console import seed, seed_evaluation, seed_rollout, seed_runs, seed_speed
+from tests.console import seed, seed_evaluation, seed_learning, seed_rollout, seed_runs, seed_speed
 
 ANSWER = '{"people": ["Anna Reed", "Ivy Stone"], "places": ["Oslo"], "organisations": ["Northwind"], "dates": []}'
 BETTER = '{"people": ["Anna Reed", "Ivy Stone"], "places": ["Oslo"], "organisations": [], "dates": ["2021-03-04"]}'
@@ -61,6 +61,7 @@ def build(session: Session) -> list[Scene]:
         Scene("deployment", f"{HERE}/deployment"),
         Scene("deployment-young", "/p/young/deployment"),
         *_rollout(session),
+        *_learning(session, project),
         *world_data.build(session, project),
         *REVIEW,
         *world_people.build(session, project),
@@ -85,6 +86,42 @@ def _rollout(session: Session) -> list[Scene]:
         *(Scene(f"deployment-{project.slug}", f"/p/{project.slug}/deployment") for project in made),
         Scene("deployment-one-key", path, lambda page: page.keyboard.press("r")),
     ]
+
+
+def _learning(session: Session, project: Project) -> list[Scene]:
+    """Lineage both ways, quality earned over several deployments, and who is told of it."""
+    learned = seed_learning.experienced(session)
+    webhook = seed_learning.told(session, project)[0]
+    taught = session.scalars(
+        select(Example.interaction_id).where(Example.project_id == project.id, Example.split == "train").limit(1)
+    ).one()
+    live = session.get_one(Deployment, project.id)
+    rolled_back = session.scalars(
+        select(Artifact.digest).where(Artifact.project_id == learned.id, Artifact.state == "rolled_back")
+    ).one()
+    return [
+        Scene("overview-learned", "/p/learned"),
+        Scene("deployment-learned", "/p/learned/deployment", lambda page: page.locator("summary").last.click()),
+        Scene("lineage", f"{HERE}/interactions/{taught}/lineage"),
+        Scene("artifact", f"{HERE}/artifacts/{live.active_digest}"),
+        Scene("artifact-heads", f"{HERE}/artifacts/{live.speculator_digest}"),
+        Scene("artifact-rolled-back", f"/p/learned/artifacts/{rolled_back}"),
+        Scene("webhooks", f"{HERE}/webhooks"),
+        Scene("webhooks-none", "/p/young/webhooks"),
+        Scene("webhooks-once", "/p/learned/webhooks", _added),
+        Scene("webhook", f"{HERE}/webhooks/{webhook.id}"),
+        Scene("webhook-rotate", f"{HERE}/webhooks/{webhook.id}", _rotating),
+    ]
+
+
+def _added(page: Page) -> None:
+    page.get_by_label("Address").fill("https://hook.example/in")
+    page.get_by_role("button", name="Add the webhook").click()
+    page.locator("[data-once-shown]").wait_for()
+
+
+def _rotating(page: Page) -> None:
+    page.get_by_role("button", name="Rotate secret").click()
 
 
 # --- review -----------------------------------------------------------------------------------------------

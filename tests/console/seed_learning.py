@@ -3,14 +3,29 @@
 import random
 import uuid
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from services.store import datasets, deployments, evaluations, examples, revisions
-from services.store.models import Artifact, DeploymentEvent, Evaluation, EvaluationRow, Example, Project, Revision, Run
+from services.store import datasets, deployments, evaluations, examples, revisions, webhook_deliveries, webhooks
+from services.store.base import uuid7
+from services.store.models import (
+    Annotation,
+    Artifact,
+    DeploymentEvent,
+    Evaluation,
+    EvaluationRow,
+    Example,
+    Project,
+    ReviewItem,
+    Revision,
+    Run,
+    Webhook,
+)
+from services.store.webhook_deliveries import Outcome
+from tests.console import seed
 from tests.console.seed import BASE
 
 
@@ -98,3 +113,64 @@ def dated(session: Session, project: Project, at: datetime) -> None:
     newest = deployments.events(session, project.id, limit=1)[0].id
     session.execute(update(DeploymentEvent).where(DeploymentEvent.id == newest).values(at=at))
     session.expire_all()
+
+
+def judged(session: Session, project: Project, at: datetime, right: int, wrong: int) -> None:
+    """A closed window of an audit."""
+    window = f"{at:%Y-%m-%dT%H:%M:%SZ}/{at + timedelta(hours=1):%Y-%m-%dT%H:%M:%SZ}"
+    person = seed.person(session, "judge@example.org", "reviewer", project.id).user
+    for place in range(right + wrong):
+        identity = uuid7(at.timestamp())
+        item = ReviewItem(
+            project_id=project.id, interaction_id=identity, strategy="uniform", window=window, stratum_size=500,
+            probability=0.1, priority=0, order_hash=str(identity), split="train", group_key=str(identity), state="done",
+        )  # fmt: skip
+        session.add(item)
+        session.flush()
+        session.add(
+            Annotation(
+                project_id=project.id, review_item_id=item.id, interaction_id=identity, author_id=person.id,
+                idempotency_key=str(identity), verdict="accept" if place < right else "reject", tags=[],
+                created_at=at + timedelta(hours=2),
+            )
+        )  # fmt: skip
+    session.flush()
+
+
+def experienced(session: Session, slug: str = "learned", name: str = "Ledger entries") -> Project:
+    """A project that has learned, gone back and learned again, whose answers are right less often of late."""
+    project, now = seed.project(session, slug, name), datetime.now(UTC)
+    first = held_out(session, project, 240, name=slug)
+    learned(session, project, first, share=0.46, before=0.08, at=now - timedelta(days=40))
+    learned(session, project, first, share=0.71, before=0.46, at=now - timedelta(days=33))
+    more = [*first, *held_out(session, project, 90, name=f"{slug} more")]
+    learned(session, project, more, share=0.66, before=0.71, at=now - timedelta(days=28))
+    deployments.roll_back(session, project.id, actor="lead@example.org", reason="worse on dates")
+    dated(session, project, now - timedelta(days=27))
+    learned(session, project, more, share=0.83, before=0.71, at=now - timedelta(days=20))
+    judged(session, project, now - timedelta(days=18), 92, 8)
+    judged(session, project, now - timedelta(days=1), 58, 42)
+    return project
+
+
+def told(session: Session, project: Project) -> list[Webhook]:
+    """Two webhooks: one with every sort of delivery, one disabled."""
+    first, second = (
+        webhooks.create(session, project, url=url, events=list(webhooks.EVENTS), actor="user:1")
+        for url in ("https://hooks.chat.example/services/T0/B1/abcdef", "https://ci.example/whet")
+    )
+    back = {"said": "worse on dates", "generation": 4, "kind": "roll_back", "from_digest": None, "to_digest": None}
+    events = [
+        ("run.finished", {"said": "The sft run has ended: live."}, Outcome(204, None, 84.0)),
+        ("gate.decided", {"said": "The candidate was refused: what serves stays."}, Outcome(503, "answered 503", 41.0)),
+        ("deployment.rolled_back", back, Outcome(None, "hooks.chat.example did not answer in time", 10_000.0)),
+    ]
+    for place, (event, payload, outcome) in enumerate(events):
+        delivery = webhook_deliveries.send(session, first, event, {"project": project.slug, **payload})
+        delivery.attempts = webhook_deliveries.TRIES - 1 if place == 2 else 0
+        webhook_deliveries.record(session, delivery.id, delivery.job_id, outcome)
+    webhook_deliveries.send(
+        session, first, "run.finished", {"project": project.slug, "said": "The dpo run was cancelled."}
+    )
+    webhooks.disable(session, project.id, second.id, "user:1", "the build system has moved")
+    return [first, second]

@@ -10,13 +10,13 @@ from sqlalchemy.orm import Session
 from benchmarks import drift_simulation
 from benchmarks.drift_simulation import World, input_looks, quality_looks
 from services.store import deployments, drift, partitions
-from services.store.base import Sessions, uuid7
+from services.store.base import Sessions
 from services.store.drift_rules import LEAST_PROMPTS, Prompt, apart, dropped, features, moved, stability
-from services.store.models import Annotation, Artifact, Project, ReviewItem
+from services.store.models import Artifact, Project
 from services.store.quality import Estimate
 from tests.console import seed
 from tests.console.conftest import SignIn
-from tests.console.seed_learning import dated
+from tests.console.seed_learning import dated, judged
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 DAY = timedelta(days=1)
@@ -183,28 +183,6 @@ def test_only_live_answers_count_and_a_session_counts_once(sessions: Sessions, p
         traffic(session, project, NOW - 3 * DAY, NOW, 400, says="Summarise", tokens=80, origin="evaluation")
         traffic(session, project, NOW - 3 * DAY, NOW, 200, says="Loop", tokens=900, group_key="one session")
         assert drift.drifted(session, project.id, now=NOW) is None
-
-
-def judged(session: Session, project: Project, at: datetime, right: int, wrong: int) -> None:
-    """A closed window of an audit."""
-    window = f"{at:%Y-%m-%dT%H:%M:%SZ}/{at + timedelta(hours=1):%Y-%m-%dT%H:%M:%SZ}"
-    person = seed.person(session, "judge@example.org", "reviewer", project.id).user
-    for place in range(right + wrong):
-        identity = uuid7(at.timestamp())
-        item = ReviewItem(
-            project_id=project.id, interaction_id=identity, strategy="uniform", window=window, stratum_size=500,
-            probability=0.1, priority=0, order_hash=str(identity), split="train", group_key=str(identity), state="open",
-        )  # fmt: skip
-        session.add(item)
-        session.flush()
-        session.add(
-            Annotation(
-                project_id=project.id, review_item_id=item.id, interaction_id=identity, author_id=person.id,
-                idempotency_key=str(identity), verdict="accept" if place < right else "reject", tags=[],
-                created_at=at + timedelta(hours=2),
-            )
-        )  # fmt: skip
-    session.flush()
 
 
 def test_answers_that_are_right_less_often_are_called_with_both_figures(
