@@ -20,7 +20,7 @@ TAIL_BYTES = 8000
 ROOT = Path(__file__).parents[2]
 LORA, HEADS = "worker.training.lora", "worker.training.heads"
 # The trainer gets what it needs and no secret: it reads text that strangers wrote.
-PASSED_ON = ("PATH", "HOME", "LANG", "TMPDIR", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
+PASSED_ON = ("PATH", "HOME", "LANG", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
 
 
 class TrainerRefused(RuntimeError):
@@ -73,7 +73,7 @@ def _started(module: str, spec_file: Path, errors: IO[bytes]) -> Iterator[subpro
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=errors,
-        env=_environment(),
+        env=_environment() | {"TMPDIR": str(spec_file.parent)},  # what a killed trainer leaves is swept with its work
         cwd=spec_file.parent,
         process_group=0,  # not a new session: that would leave the worker's autogroup, and with it its niceness
     )

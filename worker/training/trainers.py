@@ -95,16 +95,18 @@ def _common(spec: Spec, rows: int, *, on_gpu: bool) -> Columns:
 
 
 def _own(spec: Spec) -> Columns:
-    """What only one kind is told."""
+    """What only one kind is told. What the base says of each answer is computed once, not in every epoch."""
     if spec.kind == "sft":
         return {"dataset_kwargs": {"skip_prepare_dataset": True}}
     if spec.kind == "kto":
-        return {"beta": spec.beta, "desirable_weight": spec.good_weight, "undesirable_weight": spec.bad_weight}
+        weights = {"desirable_weight": spec.good_weight, "undesirable_weight": spec.bad_weight}
+        return {"beta": spec.beta, "precompute_ref_log_probs": True, **weights}
     # "robust" is the sigmoid loss when nothing is believed to be the wrong way round.
     losses = ["robust"] + (["sft"] if spec.sft_weight else [])
     weights = [1.0] + ([spec.sft_weight] if spec.sft_weight else [])
     return {
-        "beta": spec.beta, "label_smoothing": spec.label_smoothing, "loss_type": losses, "loss_weights": weights,
+        "beta": spec.beta, "precompute_ref_log_probs": True, "label_smoothing": spec.label_smoothing,
+        "loss_type": losses, "loss_weights": weights,
     }  # fmt: skip
 
 
