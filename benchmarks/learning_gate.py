@@ -24,7 +24,8 @@ SEED = 6
 
 
 class World(NamedTuple):
-    """How the candidates of one sort of project come about. `groups` 0 is a group a row."""
+    """How the candidates of one sort of project come about. `groups` 0 is a group a row; the smaller `evenness`, the
+    more their sizes differ."""
 
     what: str
     rows: int = TARGET_PAIRS
@@ -32,6 +33,7 @@ class World(NamedTuple):
     shared: float = 0.0
     guards: tuple[int, ...] = ()
     graded: bool = False
+    evenness: float = 2.0
 
 
 WORLDS = (
@@ -39,6 +41,7 @@ WORLDS = (
     World("candidates that share four fifths of their changes", shared=0.8),
     World("rows in 60 groups that win and lose together", groups=60),
     World("graded scores, 40 groups of uneven size, candidates alike", rows=300, groups=40, shared=0.5, graded=True),
+    World("30 groups of which a few hold most rows", rows=300, groups=30, evenness=0.4),
     World("two guards of 2,400 pairs", guards=(GUARD_PAIRS, GUARD_PAIRS)),
 )
 
@@ -49,7 +52,7 @@ WORLDS = (
 def null_candidates(world: World, dice: np.random.Generator) -> Iterator[dict[str, Table]]:
     """Candidates on one frozen held-out set, none of which is better or worse than what serves in truth."""
     sizes = {"target": world.rows} | {f"guard {place}": rows for place, rows in enumerate(world.guards)}
-    groups = {name: _groups(world.groups, rows, dice) for name, rows in sizes.items()}
+    groups = {name: _groups(world, rows, dice) for name, rows in sizes.items()}
     baselines = {name: _baseline(world, found, dice) for name, found in groups.items()}
     lineage = {name: _changes(world, groups[name], dice) for name in sizes}
     for _ in range(CANDIDATES):
@@ -62,12 +65,12 @@ def null_candidates(world: World, dice: np.random.Generator) -> Iterator[dict[st
         yield tables
 
 
-def _groups(groups: int, rows: int, dice: np.random.Generator) -> NDArray[Any]:
+def _groups(world: World, rows: int, dice: np.random.Generator) -> NDArray[Any]:
     """Groups of uneven size: some have many times the rows of others."""
-    if not groups:
+    if not world.groups:
         return np.arange(rows)
-    shares = dice.dirichlet(np.full(groups, 2.0))
-    return np.concatenate([np.arange(groups), dice.choice(groups, rows - groups, p=shares)])
+    shares = dice.dirichlet(np.full(world.groups, world.evenness))
+    return np.concatenate([np.arange(world.groups), dice.choice(world.groups, rows - world.groups, p=shares)])
 
 
 def _baseline(world: World, groups: NDArray[Any], dice: np.random.Generator) -> Floats:

@@ -91,4 +91,16 @@ def test_bounds_of_anything_hold_the_mean_and_stay_in_range(rows: list[tuple[flo
 
     assert -1 <= low <= high <= 1
     assert list(mirrored) == pytest.approx([-high, -low], abs=1e-6)
-    assert bounds(clusters, alpha / 2).low <= low + 1e-9
+    assert bounds(clusters, alpha / 2).low <= low + 1e-7
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_few_groups_that_win_alike_are_luck_however_many_rows_they_have(seed: int) -> None:
+    """Four of forty groups win, with ten rows each: a coin gives that one time in sixteen."""
+    sizes = np.random.default_rng(seed).integers(5, 15, 40).astype(float)
+
+    def won(groups: int) -> Clusters:
+        return Clusters(np.where(np.arange(40) < groups, 0.3 * sizes, 0.0), sizes)
+
+    assert bounds(won(4), 0.025).low < 0
+    assert bounds(won(14), 0.025).low > 0
