@@ -13,7 +13,15 @@ FLOOR = ("services.settings", "services.errors", "services.store")
 ENGINE_DOOR = ("engine.messages", "engine.client", "engine.text")
 HTTP = (*FLOOR, "services.app", *ENGINE_DOOR)
 WORKER_PACKAGES = ("worker.curation", "worker.training", "worker.gate", "worker.indexing", "worker.rollout")
-TOP = ("worker.tasks", "worker.dispatcher", "worker.main", "worker.schedule", "worker.watchdog", "worker.logs")
+TOP = (
+    "worker.tasks",
+    "worker.dispatcher",
+    "worker.main",
+    "worker.schedule",
+    "worker.cadence",
+    "worker.watchdog",
+    "worker.logs",
+)
 
 # The longest prefix that fits a module decides. Each may also import itself.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
