@@ -16,7 +16,7 @@ from sqlalchemy import select
 from engine.digest import base_digest, file_digest
 from services.settings import Settings
 from services.store import datasets, failpoints, jobs, runs
-from services.store.jobs import JobCancelled, JobFailed, Lease
+from services.store.jobs import JobCancelled, JobFailed, Lease, LostLease
 from services.store.models import Artifact, Job, Revision, Run, RunEvent
 from tests.curation.world import World
 from worker.curation.build import build_revision
@@ -183,6 +183,26 @@ def test_cancelling_ends_the_trainer_and_the_run(world: World, tiny_settings: Se
     assert children() == []
     with world.sessions() as session:
         assert session.get_one(Run, run.id).state == "cancelled"
+        assert session.scalars(select(Artifact)).all() == []
+
+
+def test_a_lost_lease_ends_the_trainer(world: World, tiny_settings: Settings) -> None:
+    run = start(world, **ENDLESS)
+
+    def take_away() -> None:
+        wait_for(lambda: events(world, run.id, "progress"))
+        with world.sessions.begin() as session:
+            session.get_one(Job, run.job_id).fence += 1
+
+    thief = threading.Thread(target=take_away)
+    thief.start()
+    with claim(world, run) as lease, pytest.raises(LostLease):
+        train_job(lease, tiny_settings)
+    thief.join()
+
+    assert children() == []
+    with world.sessions() as session:
+        assert session.get_one(Run, run.id).state == "running", "whoever holds the newer fence goes on with it"
         assert session.scalars(select(Artifact)).all() == []
 
 
