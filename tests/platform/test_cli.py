@@ -16,7 +16,8 @@ from services.platform import lock
 
 COMMANDS = [
     "up", "migrate", "engine", "gateway", "shipper", "console", "worker", "dispatcher", "doctor", "train", "runs",
-    "deployments", "rollback", "speculator", "sample", "dataset", "artifact", "user", "key", "project",
+    "deployments", "rollback", "promote", "canary", "speculator", "sample", "dataset", "artifact", "user", "key",
+    "project",
 ]  # fmt: skip
 
 
