@@ -164,8 +164,9 @@ def peeking(scale: float) -> Cell:
     promoted = [ending for ending in endings if ending.action == "promote"]
     needed = median(ending.canary for ending in promoted)
     measured = (
-        f"{wrong:.1%} of {runs:,} wrongly ended ({lasting:.1%} of {len(patient):,} watched for {UNPROMOTED.longest:,} requests "
-        f"without promotion); {len(promoted) / runs:.1%} promoted, median after {needed:,.0f} requests of the candidate"
+        f"{wrong:.1%} of {runs:,} wrongly ended ({lasting:.1%} of {len(patient):,} that nobody promotes, within "
+        f"{UNPROMOTED.longest:,} requests); {len(promoted) / runs:.1%} promoted, median after {needed:,.0f} "
+        "requests of the candidate"
     )
     raw = {"no difference": summary(endings), "no difference, never promoted": summary(patient)}
     return Cell(

@@ -17,7 +17,8 @@ from services.platform import lock
 
 COMMANDS = [
     "up", "migrate", "engine", "gateway", "shipper", "console", "worker", "dispatcher", "doctor", "train", "runs",
-    "override", "deployments", "rollback", "speculator", "sample", "dataset", "artifact", "user", "key", "project",
+    "override", "deployments", "rollback", "promote", "canary", "speculator", "sample", "dataset", "artifact", "user",
+    "key", "project",
 ]  # fmt: skip
 
 
