@@ -2,6 +2,7 @@
 
 import unicodedata
 from collections.abc import Sequence
+from functools import cache
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, select
@@ -14,6 +15,7 @@ COUNTED = ("accept", "correct", "reject", "prefer")
 Said = tuple[str, str, str]
 
 
+@cache  # building it costs more than running what it is part of
 def unrevoked() -> ColumnElement[bool]:
     """True for annotations that are no undo and have not been undone, answers to hidden checks included."""
     undo = aliased(Annotation)
@@ -21,6 +23,7 @@ def unrevoked() -> ColumnElement[bool]:
     return (Annotation.verdict != "undo") & ~undone.correlate(Annotation).exists()
 
 
+@cache
 def standing() -> ColumnElement[bool]:
     """True for annotations that speak for their item: neither undone nor the answer to a hidden check."""
     return unrevoked() & ~Annotation.checked
