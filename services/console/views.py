@@ -29,7 +29,12 @@ def environment() -> Environment:
     )
     made.filters.update(wording.FILTERS)
     made.globals.update(
-        spark=charts.spark, line_chart=charts.line_chart, forest=charts.forest, diff=worddiff.diff, took=wording.took
+        review_modules=sorted(one.name for one in (WEB / "static" / "review").glob("*.js") if "worker" not in one.name),
+        spark=charts.spark,
+        line_chart=charts.line_chart,
+        forest=charts.forest,
+        diff=worddiff.diff,
+        took=wording.took,
     )
     return made
 

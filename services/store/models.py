@@ -352,6 +352,8 @@ class Annotation(Base):
         CheckConstraint("NOT again OR adjudicates OR verdict = 'skip'", name="again"),
         UniqueConstraint("author_id", "idempotency_key"),
         Index(None, "review_item_id"),
+        Index("ix_annotation_author", "author_id", "project_id", "created_at"),
+        Index("ix_annotation_decisions", "project_id", "created_at", postgresql_where=text("adjudicates")),
         Index("ix_annotation_supersedes", "supersedes", postgresql_where=text("supersedes IS NOT NULL")),
         Index(None, "project_id", "created_at"),
     )

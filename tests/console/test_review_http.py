@@ -1,5 +1,6 @@
 """The endpoints that browsers and simulated reviewers share."""
 
+import re
 import uuid
 from datetime import timedelta
 from typing import Any
@@ -8,6 +9,7 @@ from httpx import Response
 from sqlalchemy import func, select, update
 from starlette.testclient import TestClient
 
+from services.console.views import WEB
 from services.store.base import Sessions
 from services.store.models import Annotation, Interaction, InteractionBody, Project, ReviewItem
 from tests.console import seed
@@ -187,3 +189,13 @@ def test_reviewing_never_touches_the_log(sign_in: SignIn, sessions: Sessions, pr
     send(client, held(client)[0], verdict="correct", correction="two")
     with sessions() as session:
         assert session.execute(select(*Interaction.__table__.columns)).all() == before
+
+
+def test_the_page_names_every_module_its_script_imports(sign_in: SignIn, project: Project) -> None:
+    """What it leaves out the browser would find out about in turns."""
+    text = sign_in("ada@example.org", "reviewer").get("/p/entities/review").text
+    here = WEB / "static" / "review"
+    imported = {name for file in here.glob("*.js") for name in re.findall(r'from "\./([\w-]+\.js)"', file.read_text())}
+    assert len(imported) > 8
+    for name in imported:
+        assert f'<link rel="modulepreload" href="/static/review/{name}">' in text
