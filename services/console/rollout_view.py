@@ -101,7 +101,7 @@ def more(trial: Rollout) -> str:
 
 def _roughly(count: float) -> int:
     """To two digits: more would promise too much."""
-    size = 10 ** max(0, len(str(round(count))) - 2)
+    size = int(10 ** max(0, len(str(round(count))) - 2))
     return max(1, math.ceil(count / size) * size)
 
 
