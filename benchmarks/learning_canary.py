@@ -128,6 +128,7 @@ def trial(seed: int, world: World, config: RolloutConfig) -> Ending:
                 (requests[0], requests[1]), (len(seen[0]), len(seen[1])), world.share,
             ),
             config,
+            in_full=False,
         )  # fmt: skip
         if verdict.action in world.ends or sum(requests) >= world.longest:
             return Ending(verdict.action, verdict.reason, requests[0], requests[1])

@@ -7,7 +7,7 @@ from services.console.charts import Tick, label, ticks
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, FOOT = 680, 236, 52, 10, 12, 28
 # The first looks reach so far that what follows would be a line: they are cut off at so much of what is known now.
-SPREAD = 3.0
+SPREAD = 1.0
 
 
 class Gate(NamedTuple):

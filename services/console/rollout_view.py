@@ -93,10 +93,16 @@ def more(trial: Rollout) -> str:
     needed = trial.verdict.get("more")
     if not needed:
         return ""
-    mine = max(1, round(needed * trial.share))
+    needed, mine = _roughly(needed), _roughly(needed * trial.share)
     return (
         f"About {needed:,} more requests decide it if it stays like this, {mine:,} of them answered by the candidate."
     )
+
+
+def _roughly(count: float) -> int:
+    """To two digits: more would promise too much."""
+    size = int(10 ** max(0, len(str(round(count))) - 2))
+    return max(1, math.ceil(count / size) * size)
 
 
 def drawing(trial: Rollout, config: RolloutConfig) -> rollout_chart.Drawn | None:
@@ -120,7 +126,11 @@ def _guard_row(one: dict[str, Any]) -> GuardRow:
     def say(value: float) -> str:
         return points(value) if shares else f"{math.exp(value):.2f} ×"
 
-    tolerance = f"{100 * one['tolerance']:g} points" if shares else f"{math.exp(one['tolerance']):g} ×"
+    tolerance = (
+        f"{100 * one['tolerance']:g} point{'s' * (one['tolerance'] != 0.01)}"
+        if shares
+        else f"{math.exp(one['tolerance']):g} ×"
+    )
     interval = f"{say(found['low'])} to {say(found['high'])}" if found else ""
     return GuardRow(
         one["words"], say(found["estimate"]) if found else "–", interval, tolerance, one["state"],

@@ -201,7 +201,10 @@ def evidence(found: dict[str, Any]) -> list[tuple[str, str]]:
     return told
 
 
-EVIDENCE = {"before": "share before", "differ": "answers that differ", "share_seen": "share that came"}
+EVIDENCE = {
+    "before": "share before", "differ": "answers that differ", "share_seen": "share that came",
+    "golden_prompts": "golden prompts asked", "differing": "of them answered otherwise",
+}  # fmt: skip
 SHARES = (
     "share",
     "before",

@@ -30,10 +30,10 @@ TRANSITIONS: Mapping[str, frozenset[str]] = {
     "rolled_back": frozenset(),
 }
 WHY: Mapping[str, str] = {
-    "built": "trained and written",
-    "verified": "passed the gate",
+    "built": "written, and named by its digest",
+    "verified": "better on what was corrected, no worse on what was not",
     "staged": "loaded into a spare slot of the engine",
-    "rejected": "refused by the gate",
+    "rejected": "not shown to be better, or worse somewhere",
     "quarantined": "the artefact is at fault",
 }
 # Marks, among an event's evidence, which artefacts changed state with it.

@@ -1,5 +1,6 @@
 """Candidates on trial for pages to show: a canary with its figures, one in the shadow, and promotion frozen by two."""
 
+import hashlib
 import itertools
 import random
 from datetime import UTC, datetime, timedelta
@@ -24,7 +25,7 @@ WHY = Decision("rollout", "run 0193 passed the gate", {"golden_prompts": 8, "dif
 
 def adapter(session: Session, project: Project, name: str) -> str:
     """An artefact that was trained, passed the gate and is staged."""
-    digest = (uuid7().hex + name.encode().hex() * 64)[:64]
+    digest = hashlib.sha256(f"{project.id}/{name}".encode()).hexdigest()
     made = Artifact(digest=digest, kind="adapter", project_id=project.id, base_digest=seed.BASE, manifest={})
     session.add(made)
     session.flush()

@@ -186,3 +186,17 @@ def test_a_brownian_motion_ever_leaves_the_boundary_as_rarely_as_it_says() -> No
         fixed += naive
     assert crossed / 400 <= 0.05
     assert fixed / 400 > 0.3
+
+
+def test_the_short_cut_judges_as_the_whole() -> None:
+    dice = random.Random(4)
+    for _ in range(300):
+        size = dice.choice([8, 60, 400, 3000])
+        metrics = {
+            name: (arm(size, 1, dice.random() * most), arm(9 * size, 1, dice.random() * most))
+            for name, most in (("errors", 0.05), ("latency", 0.2), ("refusals", 0.1), ("acceptance", 1.0))
+        }
+        found = evidence(arm(size, 1, 0.9 + dice.gauss(0, 0.02)), arm(9 * size, 1, 0.9), **metrics)
+        whole, short = judge(found, CONFIG), judge(found, CONFIG, in_full=False)
+        assert (whole.action, whole.reason) == (short.action, short.reason)
+        assert [guard.state for guard in whole.guards] == [guard.state for guard in short.guards]

@@ -87,9 +87,12 @@ class Verdict(NamedTuple):
         }  # fmt: skip
 
 
-def judge(evidence: Evidence, config: RolloutConfig) -> Verdict:
-    """What the figures so far say. May be asked as often as one likes: every bound holds at all times at once."""
-    guards = _guards(evidence, config)
+def judge(evidence: Evidence, config: RolloutConfig, *, in_full: bool = True) -> Verdict:
+    """What the figures so far say. May be asked as often as one likes: every bound holds at all times at once.
+
+    Not `in_full`: guardrails that are fine by their means alone come without an interval. The judgement is the same.
+    """
+    guards = _guards(evidence, config, in_full=in_full)
     split = ratio.check(*evidence.users, evidence.share)
     arms = evidence.metrics.get(SIGNAL)
     signal = difference(arms, ALPHA, share=config.signal in SHARES) if arms else None
@@ -149,28 +152,35 @@ def _more(signal: Interval, bar: float, evidence: Evidence) -> int | None:
 # --- guardrails --------------------------------------------------------------------------------------------
 
 
-def _guards(evidence: Evidence, config: RolloutConfig) -> tuple[Guard, ...]:
+def _guards(evidence: Evidence, config: RolloutConfig, *, in_full: bool) -> tuple[Guard, ...]:
     wanted = {name: limit for name in RAILS if (limit := getattr(config.guardrails, name)) is not None}
     alpha = GUARDS_ALPHA / max(1, len(wanted))
-    return tuple(_guard(name, limit, evidence.metrics.get(name), alpha) for name, limit in wanted.items())
+    return tuple(
+        _guard(name, limit, evidence.metrics.get(name), alpha, in_full=in_full) for name, limit in wanted.items()
+    )
 
 
-def _guard(name: str, limit: float, arms: Arms | None, alpha: float) -> Guard:
+def _guard(name: str, limit: float, arms: Arms | None, alpha: float, *, in_full: bool) -> Guard:
     rail = RAILS[name]
     tolerance = math.log(limit) if rail.bad == 0 else limit
     if name == "errors" and arms is not None and _is_dead(arms):
         return Guard(name, "tripped", tolerance, Interval(1 - arms.control.y / arms.control.w, 0.0, 1.0, 0.0))
     if arms is None or min(arms.canary.users, arms.control.users) < GUARD_USERS:
         return Guard(name, "few", tolerance, None)
+    if not in_full and _worst(rail, arms.canary.y / arms.canary.w - arms.control.y / arms.control.w) <= tolerance:
+        return Guard(name, "fine", tolerance, None)
     found = difference(arms, alpha, share=rail.share)
     if found is None:
         return Guard(name, "few", tolerance, None)
-    sides = [found.low, found.estimate] if rail.bad >= 0 else []
-    against = [-found.high, -found.estimate] if rail.bad <= 0 else []
-    least = max(side[0] for side in (sides, against) if side)
-    middle = max(side[1] for side in (sides, against) if side)
-    state: GuardState = "tripped" if least > tolerance else "worse" if middle > tolerance else "fine"
+    least = {1: found.low, -1: -found.high, 0: max(found.low, -found.high)}[rail.bad]
+    worse = _worst(rail, found.estimate) > tolerance
+    state: GuardState = "tripped" if least > tolerance else "worse" if worse else "fine"
     return Guard(name, state, tolerance, found)
+
+
+def _worst(rail: Rail, difference: float) -> float:
+    """A difference in the direction that is bad."""
+    return abs(difference) if rail.bad == 0 else rail.bad * difference
 
 
 def _is_dead(arms: Arms) -> bool:
