@@ -20,7 +20,7 @@ DAYS_BEFORE = 14
 DAYS_NOW = 3
 # Prompts are looked at a few every so often, so that a burst does not stand for a day.
 SLOTS = 96
-OF_A_SLOT = 8
+OF_A_SLOT = 4
 OPENING = 24
 
 
