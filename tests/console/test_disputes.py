@@ -345,3 +345,18 @@ def test_the_database_knows_a_second_voice_only_by_its_mark(sessions: Sessions, 
         session.execute(insert(Annotation).values(marked))
     with pytest.raises(IntegrityError, match="judges an item once"), sessions.begin() as session:
         session.execute(insert(Annotation).values(marked | {"id": uuid7(), "idempotency_key": "another"}))
+
+
+def test_nobody_speaks_a_third_time(sessions: Sessions, project: Project) -> None:
+    with sessions.begin() as session:
+        lead, ada, _ = led_by(session, project, 1)
+        item = dispute(session, project, lead, ada)
+        said = session.scalars(select(Annotation.id).where(Annotation.author_id == ada)).one()
+    with sessions.begin() as session:
+        assert say(session, only(session, project, lead, "disputed"), lead, "skip", comment="cannot say").again
+    with sessions.begin() as session:
+        reviews.undo(session, project.id, ada, said)
+        say(session, only(session, project, ada), ada, "reject")  # disputed anew, after the skip
+    with sessions.begin() as session:
+        assert session.get_one(ReviewItem, item.id).state == "disputed"
+        assert reviews.lease(session, project.id, lead, queue="disputed") == []
