@@ -98,7 +98,7 @@ def many(what: str, projects: int, look: Callable[[random.Random], int | None], 
 
 def run(scale: float) -> list[Found]:
     """Every line of the table."""
-    size, worlds = max(5, round(200 * scale)), max(20, round(1000 * scale))
+    size, worlds = max(5, round(100 * scale)), max(20, round(1000 * scale))
     table = [
         many("input: nothing changes, 400 prompts a day", size, lambda dice: input_looks(dice, World(), 400)),
         many("input: nothing changes, 110 prompts a day", size, lambda dice: input_looks(dice, World(), 110)),

@@ -57,7 +57,7 @@ GAIN_SECONDS = 60.0
 VERDICT_SECONDS = 30.0
 QUALITY_SECONDS = 20.0
 # Some thousand prompts are read, and days are compared.
-DRIFT_SECONDS = 300.0
+DRIFT_SECONDS = 900.0
 log = structlog.get_logger()
 ROUTERS: tuple[APIRouter, ...] = (
     home.router, sign_in.router, review.router, queue.router, bulk.router, exporting.router, browsing.router,

@@ -16,7 +16,7 @@ from services.store.drift_rules import Drop, Prompt, Shift, dropped, moved
 from services.store.pages import first_id
 
 DAY = timedelta(days=1)
-DAYS_BEFORE = 14
+DAYS_BEFORE = 7
 DAYS_NOW = 3
 # Prompts are looked at a few every so often, so that a burst does not stand for a day.
 SLOTS = 96
