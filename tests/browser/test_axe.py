@@ -18,6 +18,7 @@ def test_the_checker_is_the_published_one() -> None:
         assert hashlib.sha256((axe.VENDOR / name).read_bytes()).hexdigest() == digest
 
 
+@pytest.mark.timeout(900)  # eighty pages
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_no_page_shuts_anybody_out(sessions: Sessions, open_as: OpenAs, theme: str) -> None:
     with sessions.begin() as session:
