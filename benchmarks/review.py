@@ -67,6 +67,7 @@ def measure(name: str, platform: Served, sessions: Sessions, scale: float) -> di
     if name in ("next_item", "first_load"):
         felt = review_cells.felt(platform, times(100), times(20))
         return {"next_item": felt.next_item | {"load": load}, "first_load": felt.first_load | {"load": load}}
+    taught = review_cells.kept_revision(sessions, TAUGHT) if name == "revision" else ""
     cells: dict[str, Callable[[], Cell]] = {
         "submit": lambda: review_cells.submits(platform, times(40)),
         "search_words": lambda: review_cells.search(platform, sessions, "words", times(300)),
@@ -79,9 +80,7 @@ def measure(name: str, platform: Served, sessions: Sessions, scale: float) -> di
         "queue_page": lambda: review_cells.page(platform, "/queue", times(60)),
         "overview": lambda: review_cells.page(platform, "", times(60)),
         "datasets": lambda: review_cells.page(platform, "/datasets", times(60), TAUGHT),
-        "revision": lambda: review_cells.page(
-            platform, review_cells.kept_revision(sessions, TAUGHT), times(60), TAUGHT
-        ),
+        "revision": lambda: review_cells.page(platform, taught, times(60), TAUGHT),
     }
     return {name: cells[name]() | {"load": load}}
 
