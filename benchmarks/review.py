@@ -20,7 +20,7 @@ from benchmarks import machine, review_cells
 from benchmarks import publish as pages
 from benchmarks.review_cells import Cell
 from benchmarks.review_platform import Served, home_database, served
-from benchmarks.review_world import GOLDEN, bars, fill_golden
+from benchmarks.review_world import GOLDEN, TAUGHT, bars, fill_golden
 from services.store.base import Sessions
 
 BEGIN, END = "<!-- review:begin -->", "<!-- review:end -->"
@@ -50,7 +50,8 @@ GOALS: dict[str, Goal] = {
     "one_page": Goal("one interaction's page", 300),
     "queue_page": Goal("queue page", 500),
     "overview": Goal("overview", 500),
-    "datasets": Goal("datasets page", 500),
+    "datasets": Goal("datasets page, over 50,000 examples", 500),
+    "revision": Goal("page of a revision of 50,000 examples", 500),
     "build": Goal("revision of 50,000 examples", 60, "seconds", "s"),
 }
 
@@ -66,6 +67,7 @@ def measure(name: str, platform: Served, sessions: Sessions, scale: float) -> di
     if name in ("next_item", "first_load"):
         felt = review_cells.felt(platform, times(100), times(20))
         return {"next_item": felt.next_item | {"load": load}, "first_load": felt.first_load | {"load": load}}
+    taught = review_cells.kept_revision(sessions, TAUGHT) if name == "revision" else ""
     cells: dict[str, Callable[[], Cell]] = {
         "submit": lambda: review_cells.submits(platform, times(40)),
         "search_words": lambda: review_cells.search(platform, sessions, "words", times(300)),
@@ -77,7 +79,8 @@ def measure(name: str, platform: Served, sessions: Sessions, scale: float) -> di
         "newest": lambda: review_cells.page(platform, "/interactions", times(100)),
         "queue_page": lambda: review_cells.page(platform, "/queue", times(60)),
         "overview": lambda: review_cells.page(platform, "", times(60)),
-        "datasets": lambda: review_cells.page(platform, "/datasets", times(60)),
+        "datasets": lambda: review_cells.page(platform, "/datasets", times(60), TAUGHT),
+        "revision": lambda: review_cells.page(platform, taught, times(60), TAUGHT),
     }
     return {name: cells[name]() | {"load": load}}
 
@@ -139,6 +142,10 @@ def main(
         raise typer.BadParameter(f"no cell is called {', '.join(unknown)}; there are {', '.join(GOALS)}")
     with home_database(home) as sessions:
         rows = review_cells.rows(sessions)
+        if {"datasets", "revision"} & set(wanted):
+            with bars() as progress:
+                fill_golden(sessions, slug=TAUGHT, examples=examples, seed=2, progress=progress)
+            review_cells.kept_revision(sessions, TAUGHT)
         with served(home, sessions) as platform:
             for name in wanted:
                 if name != "build" and not (name == "first_load" and "next_item" in wanted):

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from benchmarks.review_platform import Served, ids_on
 from benchmarks.review_world import REVIEWERS, reviewer_email
 from services.store.base import Base, Sessions
-from services.store.models import Interaction, InteractionBody, Project
+from services.store.models import Dataset, Interaction, InteractionBody, Project, Revision
 from worker.curation.build import build_revision
 
 SLUG = "chat"
@@ -93,11 +93,11 @@ def search(served: Served, sessions: Sessions, mode: str, count: int, **filters:
 # --- pages ------------------------------------------------------------------------------------------------
 
 
-def page(served: Served, path: str, count: int) -> Cell:
-    """One page of SLUG, again and again; `first` is with no figure kept by the console, though not its first page."""
+def page(served: Served, path: str, count: int, slug: str = SLUG) -> Cell:
+    """One page again and again; `first` is with no figure kept by the console, though not the first page it makes."""
     with served.client(reviewer_email(0)) as client:
-        client.get(f"/p/{OTHER}{path}").raise_for_status()
-        times = [timed(lambda: client.get(f"/p/{SLUG}{path}").raise_for_status()) for _ in range(count)]
+        client.get(f"/p/{OTHER}{path if slug == SLUG else '/datasets'}").raise_for_status()
+        times = [timed(lambda: client.get(f"/p/{slug}{path}").raise_for_status()) for _ in range(count)]
     return summary(times, first=round(times[0], 1))
 
 
@@ -252,6 +252,16 @@ def build(sessions: Sessions, slug: str) -> Cell:
         examples = revision.train_count + revision.held_out_count
         session.rollback()
     return {"seconds": round(seconds, 1), "examples": examples}
+
+
+def kept_revision(sessions: Sessions, slug: str) -> str:
+    """The address of a project's newest revision, behind the project's; built when it has none."""
+    with sessions.begin() as session:
+        project = session.scalars(select(Project).where(Project.slug == slug)).one()
+        own = select(Revision.digest).join(Dataset, Dataset.id == Revision.dataset_id)
+        newest = own.where(Dataset.project_id == project.id).order_by(Revision.id.desc()).limit(1)
+        digest = session.scalar(newest) or build_revision(session, project.id, "golden").digest
+        return f"/datasets/golden/{digest}"
 
 
 def rows(sessions: Sessions) -> dict[str, int]:

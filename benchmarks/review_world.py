@@ -37,7 +37,8 @@ SHARES = {"chat": 0.7, "entities": 0.2, "match": 0.1}
 VARIETY = {"chat": 60_000, "entities": 2_500, "match": 4_000}
 DAYS = 30
 REVIEWERS = 8
-GOLDEN = "golden"
+# All judged: one where builds are measured and rolled back, one that keeps its revision for the pages to show.
+GOLDEN, TAUGHT = "golden", "taught"
 EMBEDDED = 100_000
 CHUNK = 2_000
 
@@ -92,11 +93,12 @@ def reviewer_email(number: int) -> str:
     return f"reviewer{number}@example.org"
 
 
-def fill_golden(sessions: Sessions, *, examples: int, seed: int, progress: Progress) -> None:
-    """A project GOLDEN in which so many different answers were all judged: what a large revision is built of."""
+def fill_golden(sessions: Sessions, *, slug: str = GOLDEN, examples: int, seed: int, progress: Progress) -> None:
+    """A project in which so many different answers were all judged: what a large revision is built of."""
     with sessions.begin() as session:
-        found = session.scalar(select(Project).where(Project.slug == GOLDEN))
-        made = found or projects.create(session, GOLDEN, "Golden", config={"tags": TAGS, "accepted_share": 1.0})
+        found = session.scalar(select(Project).where(Project.slug == slug))
+        config = {"tags": TAGS, "accepted_share": 1.0}
+        made = found or projects.create(session, slug, slug.capitalize(), config=config)
         if session.scalar(select(ReviewItem.id).where(ReviewItem.project_id == made.id).limit(1)) is not None:
             return
         reviewers = _reviewers(session)
