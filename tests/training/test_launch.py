@@ -247,8 +247,7 @@ def test_nothing_of_a_held_out_group_and_nothing_erased_is_replayed(world: World
     run_id = run_on(world, revised(world, "same", 6, "blind", split="held_out"))
     assert drawn(world, run_id, 40, replay=0.2, replay_from="golden")[0] == []
 
-    other = world
-    revised(other, "gone", 6, "gone")
+    revised(world, "gone", 6, "gone")
     with world.sessions.begin() as session:
         for one in session.query(Example).filter(Example.group_key.like("gone%")):
             one.content_hash = f"{examples.ERASED}{one.content_hash}"
