@@ -57,9 +57,7 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_webhook_delivery")),
     )
-    op.create_index(
-        op.f("ix_webhook_delivery_webhook_id_created_at"), "webhook_delivery", ["webhook_id", "created_at"]
-    )
+    op.create_index(op.f("ix_webhook_delivery_webhook_id_created_at"), "webhook_delivery", ["webhook_id", "created_at"])
     op.create_index(
         "ix_webhook_delivery_pending", "webhook_delivery", ["created_at"],
         postgresql_where=sa.text("state = 'pending'"),
