@@ -25,9 +25,11 @@ SLUG = "chat"
 OTHER = "match"
 FILTERS = (
     "feedback=negative", "feedback=none", "verdict=correct", "verdict=waiting", "verdict=skip", "split=held_out",
-    "finish=error", "digest=base", "user=user-77", "session=session-1234", "tag=app", "tag=nothing", "confidence=low",
-    "drafted=no", "origin=cached", "window=day", "window=week&feedback=positive",
+    "finish=error", "user=user-77", "session=session-1234", "tag=app", "drafted=no", "window=day",
+    "window=week&feedback=positive",
 )  # fmt: skip
+# Nothing fits, or only what is weeks old, and no index knows: the list stops looking and says how far it came.
+RARE = ("digest=base", "tag=nothing", "confidence=low", "origin=cached")
 # How long a simulated reviewer looks at an item: shorter than any person.
 LOOK_SECONDS = 0.25
 # The page takes no verdict of an item that was shown for less.
@@ -101,12 +103,12 @@ def page(served: Served, path: str, count: int, slug: str = SLUG) -> Cell:
     return summary(times, first=round(times[0], 1))
 
 
-def filtered(served: Served, count: int) -> Cell:
-    """The list narrowed without words, by each of FILTERS in turn; `slowest` says which took longest."""
+def filtered(served: Served, filters: Sequence[str], count: int) -> Cell:
+    """The list narrowed without words, by each of `filters` in turn; `slowest` says which took longest."""
     taken: dict[str, list[float]] = {}
     with served.client(reviewer_email(0)) as client:
         for number in range(count):
-            chosen = FILTERS[number % len(FILTERS)]
+            chosen = filters[number % len(filters)]
             spent = timed(lambda chosen=chosen: client.get(f"/p/{SLUG}/interactions?{chosen}").raise_for_status())
             taken.setdefault(chosen, []).append(spent)
     slowest = max(taken, key=lambda name: max(taken[name]))
