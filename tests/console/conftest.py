@@ -19,7 +19,8 @@ SignIn = Callable[..., TestClient]
 NO_PAGES = {
     "/health", "/live", "/oidc/start", "/oidc/callback", "/audit/verdict", "/audit/export", "/p/{slug}/live",
     "/p/{slug}/audit/export",
-    "/p/{slug}/queue/live", "/p/{slug}/runs/live", "/p/{slug}/runs/{run_id}/live", "/p/{slug}/deployment/live", "/p/{slug}/webhooks/{webhook_id}/live",
+    "/p/{slug}/queue/live", "/p/{slug}/runs/live", "/p/{slug}/runs/{run_id}/live", "/p/{slug}/deployment/live",
+    "/p/{slug}/webhooks/{webhook_id}/live",
     "/p/{slug}/erasure/live", "/p/{slug}/erasure/{request_id}/certificate", "/p/{slug}/review/progress",
     "/p/{slug}/review/history", "/p/{slug}/datasets/{name}/{digest}/export",
     "/p/{slug}/interactions/bulk/{action_id}/live",
