@@ -14,7 +14,17 @@ from services.console.tokens import TokenReader
 from services.settings import Settings
 from services.store import deployments, people, reviews
 from services.store.base import Sessions, make_sessions
-from services.store.models import AuditEvent, Feedback, Interaction, InteractionBody, Job, Project, Revision, Run
+from services.store.models import (
+    AuditEvent,
+    Example,
+    Feedback,
+    Interaction,
+    InteractionBody,
+    Job,
+    Project,
+    Revision,
+    Run,
+)
 from services.web import create_app
 from tests.console import seed
 from tests.console.conftest import SignIn
@@ -154,7 +164,7 @@ def test_an_interaction_shows_what_was_done_with_it(sessions: Sessions, reader: 
             select(Interaction.id).where(Interaction.id.in_(select(seed.ReviewItem.interaction_id)))
         ).first()
         assert row is not None
-        example = session.scalars(select(seed.datasets.Example).limit(1)).one()
+        example = session.scalars(select(Example).limit(1)).one()
     text = text_of(reader, f"/p/entities/interactions/{example.interaction_id}")
     for expected in ("Chosen for review", "Copied into golden", str(taught.id), "of attention"):
         assert expected in text

@@ -14,6 +14,7 @@ import pytest
 from sqlalchemy import select
 
 from engine.digest import base_digest, file_digest
+from services.errors import InvalidRequest
 from services.settings import Settings
 from services.store import datasets, failpoints, jobs, runs
 from services.store.jobs import JobCancelled, JobFailed, Lease, LostLease
@@ -257,7 +258,8 @@ def test_a_prompt_that_transformers_renders_differently_is_refused_by_the_traine
 ) -> None:
     run = start(world, rows=4)
     monkeypatch.setattr(
-        "worker.training.run.ReferenceRow", lambda messages, ids: {"messages": messages, "ids": ids[:-1]}
+        "worker.training.run.ReferenceRow",
+        lambda messages, ids, tools: {"messages": messages, "ids": ids[:-1], "tools": tools},
     )
 
     with claim(world, run) as lease, pytest.raises(JobFailed, match="template drift"):
@@ -294,7 +296,7 @@ def test_one_unfinished_run_a_project_and_a_dead_one_does_not_block(world: World
     ],
 )
 def test_bad_parameters_are_named_and_leave_no_run(world: World, params: dict[str, object], message: str) -> None:
-    with world.sessions.begin() as session, pytest.raises(runs.InvalidRequest, match=message):
+    with world.sessions.begin() as session, pytest.raises(InvalidRequest, match=message):
         runs.start(session, world.project(session), params=params, created_by="ada")
 
     with world.sessions() as session:
