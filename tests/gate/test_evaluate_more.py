@@ -264,7 +264,7 @@ def test_a_person_may_override_a_refusal_once_with_a_reason_and_it_shows(
     with world.sessions() as session:
         done = session.get_one(Run, run.id)
         job = session.get_one(Job, done.job_id)
-        event = session.scalars(select(DeploymentEvent)).one()
+        event = session.scalars(select(DeploymentEvent).where(DeploymentEvent.kind == "override")).one()
         actions = session.scalars(select(AuditEvent.action)).all()
         evaluation = evaluations.of_run(session, run.id)
         assert session.get_one(Artifact, trained.adapter.digest).state == "verified"
