@@ -35,7 +35,7 @@ def build(session: Session, project: Project) -> list[Scene]:
         logins.of_user(session, ada.id)[0].last_seen_at = datetime.now(UTC) - timedelta(minutes=ago)
     _keys(session, project, boss, lea)
     token = _invitations(session, by, Authority.of_user(session, lea.id), project)
-    return _scenes(ada, shut, gone, token)
+    return _scenes(ada, lea, shut, gone, token)
 
 
 def _member(session: Session, by: Authority, project: Project, email: str, role: str) -> UserAccount:
@@ -105,13 +105,14 @@ def _verified(page: Page) -> None:
     page.get_by_text("chain verified").wait_for()
 
 
-def _scenes(ada: UserAccount, shut: UserAccount, gone: UserAccount, token: str) -> list[Scene]:
+def _scenes(ada: UserAccount, lea: UserAccount, shut: UserAccount, gone: UserAccount, token: str) -> list[Scene]:
     return [
         Scene("people-project", f"{HERE}/people"),
         Scene("people-project-remove", f"{HERE}/people", _press("Remove")),
         Scene("people-project-invited", f"{HERE}/people", _invited),
         Scene("people-everybody", "/people"),
         Scene("person", f"/people/{ada.id}"),
+        Scene("person-keys", f"/people/{lea.id}"),
         Scene("person-link", f"/people/{ada.id}", _press("New sign-in link")),
         Scene("person-delete", f"/people/{ada.id}", _press("Delete for good")),
         Scene("person-shut", f"/people/{shut.id}"),
