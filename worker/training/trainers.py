@@ -99,8 +99,8 @@ def _own(spec: Spec) -> Columns:
     if spec.kind == "sft":
         return {"dataset_kwargs": {"skip_prepare_dataset": True}}
     if spec.kind == "kto":
-        weights = {"desirable_weight": spec.good_weight, "undesirable_weight": spec.bad_weight}
-        return {"beta": spec.beta, "precompute_ref_log_probs": True, **weights}
+        marks = {"desirable_weight": spec.good_weight, "undesirable_weight": spec.bad_weight}
+        return {"beta": spec.beta, "precompute_ref_log_probs": True, **marks}
     # "robust" is the sigmoid loss when nothing is believed to be the wrong way round.
     losses = ["robust"] + (["sft"] if spec.sft_weight else [])
     weights = [1.0] + ([spec.sft_weight] if spec.sft_weight else [])
