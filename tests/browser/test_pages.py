@@ -12,7 +12,7 @@ from services.store.base import Sessions
 from services.store.models import Deployment, Interaction, Revision, Run
 from tests.browser.conftest import OpenAs
 from tests.browser.test_review_session import HOSTILE
-from tests.console import seed, seed_instant, seed_learning, seed_speed
+from tests.console import seed, seed_instant, seed_learning, seed_rollout, seed_speed
 
 LONG = "supercalifragilistic" * 40
 NAMELESS = """
@@ -172,3 +172,22 @@ def test_a_run_moves_on_its_page_without_a_reload(sessions: Sessions, open_as: O
     expect(page.locator(".step.now")).to_contain_text("Train", timeout=10_000)
     expect(page.locator(".chart").first).to_contain_text("0.3333")
     expect(page.locator("body")).to_contain_text("step 3 of 9")
+
+
+def test_one_key_takes_a_canary_back_and_never_under_somebodys_hands(sessions: Sessions, open_as: OpenAs) -> None:
+    with sessions.begin() as session:
+        project = seed_rollout.on_trial(session)
+    page = open_as("boss@example.org", f"/p/{project.slug}/deployment", "operator")
+    page.keyboard.press("r")
+    expect(page.get_by_role("dialog")).to_contain_text("off trial?")
+    page.keyboard.type("rrr")
+    assert page.get_by_label("Why").first.input_value() == "rrr"
+    page.keyboard.press("Escape")
+    with sessions() as session:
+        assert deployments.get(session, project.id).canary_digest is not None
+    page.keyboard.press("r")
+    page.keyboard.press("Enter")
+    expect(page.locator(".toast")).to_contain_text("Rolled back in")
+    expect(page.locator(".timeline")).to_contain_text("Canary rolled back")
+    with sessions() as session:
+        assert deployments.get(session, project.id).canary_digest is None

@@ -11,7 +11,7 @@ from sqlalchemy import func, select, update
 
 from engine.text.tokenizer import Tokenizer
 from services.settings import Settings
-from services.store import jobs, rollouts, shadow_answers
+from services.store import erasure, jobs, rollouts, shadow_answers
 from services.store.models import Interaction, InteractionBody, Job, Project, ReviewItem, ShadowAnswer
 from services.store.rollout_config import RolloutConfig, Shadowing
 from services.store.shadow_answers import Pair
@@ -166,6 +166,19 @@ def test_the_sampler_takes_what_the_shadow_said_for_its_pairs(
     assert items
     assert all(item.alternative and item.alternative["digest"] == pair[1] for item in items)
     assert {item.interaction_id for item in items} <= set(prompts), "a shadow answer is nobody's traffic"
+
+
+def test_an_erasure_takes_shadow_answers_with_the_user(
+    world: World, settings: Settings, pair: tuple[str, str], prompts: list[UUID]
+) -> None:
+    look(world)
+    run_job(world, settings)
+    with world.sessions.begin() as session:
+        mine = session.scalars(select(Interaction.id).where(Interaction.end_user == "user-0")).all()
+        assert len(mine) == 2, "what was served, and what the candidate said"
+        erasure.erase(session, mine)
+        left = session.scalars(select(ShadowAnswer.interaction_id)).all()
+    assert set(left) == set(prompts[1:])
 
 
 def test_a_few_more_failures_than_before_are_no_reason_to_refuse() -> None:

@@ -98,14 +98,16 @@ def _own(spec: Spec) -> Columns:
     """What only one kind is told. What the base says of each answer is computed once, not in every epoch."""
     if spec.kind == "sft":
         return {"dataset_kwargs": {"skip_prepare_dataset": True}}
+    # TRL keeps what it computed in a file of each rank's own, which the others do not find.
+    alone = spec.devices == 1
     if spec.kind == "kto":
         marks = {"desirable_weight": spec.good_weight, "undesirable_weight": spec.bad_weight}
-        return {"beta": spec.beta, "precompute_ref_log_probs": True, **marks}
+        return {"beta": spec.beta, "precompute_ref_log_probs": alone, **marks}
     # "robust" is the sigmoid loss when nothing is believed to be the wrong way round.
     losses = ["robust"] + (["sft"] if spec.sft_weight else [])
     weights = [1.0] + ([spec.sft_weight] if spec.sft_weight else [])
     return {
-        "beta": spec.beta, "precompute_ref_log_probs": True, "label_smoothing": spec.label_smoothing,
+        "beta": spec.beta, "precompute_ref_log_probs": alone, "label_smoothing": spec.label_smoothing,
         "loss_type": losses, "loss_weights": weights,
     }  # fmt: skip
 
