@@ -203,7 +203,7 @@ def evidence(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 EVIDENCE = {
     "before": "share before", "differ": "answers that differ", "share_seen": "share that came",
-    "golden_prompts": "golden prompts asked", "differing": "of them answered otherwise",
+    "golden_prompts": "golden prompts", "differing": "golden prompts that differ",
 }  # fmt: skip
 SHARES = (
     "share",

@@ -13,6 +13,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from engine.digest import file_digest
+from services.store import lifecycle
 from services.store.examples import canonical, digest_of
 from services.store.models import Artifact
 
@@ -106,12 +107,15 @@ def _sync(path: Path) -> None:
 
 
 def record(session: Session, built: Built, *, project_id: UUID, run_id: UUID) -> None:
-    """The artefact's row, once."""
+    """The artefact's row and the event it begins its history with, once."""
     values = {
         "digest": built.digest, "kind": built.manifest["kind"], "project_id": project_id, "run_id": run_id,
         "base_digest": built.manifest["base"], "manifest": built.manifest, "state": "built",
     }  # fmt: skip
-    session.execute(insert(Artifact).values(values).on_conflict_do_nothing(index_elements=["digest"]))
+    statement = insert(Artifact).values(values).on_conflict_do_nothing(index_elements=["digest"])
+    made = session.scalar(statement.returning(Artifact))
+    if made is not None:
+        lifecycle.born(session, made)
 
 
 def sweep_work(work: Path, keep: Collection[str]) -> list[str]:
