@@ -4,12 +4,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page
+from playwright.sync_api import Browser, BrowserContext, Page, expect
 
 from services.settings import Settings
 from services.store.base import Sessions
 from tests.browser import serving
 from tests.console import seed
+
+# A shared machine may take seconds for what is instant elsewhere; what never comes still fails.
+expect.set_options(timeout=20_000)
 
 WATCH_POLICY = """
 window.violations = [];

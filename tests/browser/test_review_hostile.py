@@ -53,7 +53,7 @@ SHOWS = """text => { const shown = document.querySelector("[data-response]").tex
 def shown(page: Page, output: str) -> None:
     """Every character at its place; of many unseen ones the later are shown as \ufffd, of a megabyte the start."""
     try:
-        page.wait_for_function(SHOWS, arg=output[:SHOWN], timeout=10_000)
+        page.wait_for_function(SHOWS, arg=output[:SHOWN], timeout=30_000)
     except TimeoutError:
         told = page.locator("[data-response]").evaluate(
             "area => [area.textContent.length, area.textContent.slice(0, 60)]"
