@@ -115,8 +115,8 @@ def test_progress_was_told_from_training_to_live(report: Report, told: list[Prog
 
 def test_a_revision_and_one_artefact_stand_behind_the_live_weights(report: Report, sessions: Sessions) -> None:
     with sessions() as session:
-        run = session.scalars(select(Run)).one()
-        artifact = session.scalars(select(Artifact)).one()
+        run = session.scalars(select(Run).where(Run.kind == "sft")).one()
+        artifact = session.scalars(select(Artifact).where(Artifact.kind == "adapter")).one()
         revision = session.get_one(Revision, run.revision_id)
     assert artifact.digest == report.digest_after == run.artifact_digest
     assert artifact.state == "live"
@@ -144,7 +144,7 @@ def test_a_killed_worker_and_an_emptied_redis_leave_one_more_artefact(
     started = whet(running, "train", "entities", "--no-follow", "--param", "seed=7", "--param", "epochs=2")
     assert started.returncode == 0, started.stderr
     with sessions() as session:
-        run_id = session.scalars(select(Run.id).order_by(Run.created_at.desc())).first()
+        run_id = session.scalars(select(Run.id).where(Run.kind == "sft").order_by(Run.created_at.desc())).first()
     eventually(lambda: _phase(sessions, run_id) == "training", 180)
 
     for pid in part_pids(running, "worker"):
