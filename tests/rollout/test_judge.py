@@ -4,6 +4,7 @@ import math
 import random
 
 import pytest
+from scipy import stats
 
 from services.store.rollout_config import Guardrails, RolloutConfig
 from services.store.rollout_counts import MOST_WEIGHT, Arms, Moments
@@ -164,11 +165,10 @@ def test_one_user_of_an_arm_decides_nothing() -> None:
 
 
 def test_the_boundary_is_the_papers_and_the_tail_students() -> None:
-    scipy = pytest.importorskip("scipy.stats")
     mixture = 250 * 7.9 / 250
     assert boundary(250, 0.05) == pytest.approx(math.sqrt((1 + 1 / mixture) * math.log((1 + mixture) / 0.0025)))
     for normal, freedom in ((3.0, 20.0), (3.4, 9.0), (2.6, 60.0)):
-        exact = scipy.t.isf(scipy.norm.sf(normal), freedom)
+        exact = stats.t.isf(stats.norm.sf(normal), freedom)
         assert heavier(normal, freedom) == pytest.approx(exact, rel=0.03)
 
 
