@@ -28,7 +28,7 @@ def test_vendored_files_are_the_published_ones() -> None:
 def test_every_static_file_a_page_names_exists() -> None:
     named = set()
     for template in (WEB / "templates").glob("*.html"):
-        named |= set(re.findall(r'"/static/([^"]+)"', template.read_text()))
+        named |= set(re.findall(r'"/static/([^"{]+)"', template.read_text()))
     for sheet in (WEB / "static").glob("*.css"):
         named |= set(re.findall(r'url\("([^"]+)"\)', sheet.read_text()))
     for module in (WEB / "static").rglob("[!v]*/*.js"):

@@ -11,7 +11,8 @@ from sqlalchemy import func, select, update
 
 from engine.text.tokenizer import Tokenizer
 from services.settings import Settings
-from services.store import erasure, jobs, rollouts, shadow_answers
+from services.store import erasure, erasure_rows, jobs, rollouts, shadow_answers
+from services.store.erasure_cover import Subject
 from services.store.models import Interaction, InteractionBody, Job, Project, ReviewItem, ShadowAnswer
 from services.store.rollout_config import RolloutConfig, Shadowing
 from services.store.shadow_answers import Pair
@@ -176,7 +177,8 @@ def test_an_erasure_takes_shadow_answers_with_the_user(
     with world.sessions.begin() as session:
         mine = session.scalars(select(Interaction.id).where(Interaction.end_user == "user-0")).all()
         assert len(mine) == 2, "what was served, and what the candidate said"
-        erasure.erase(session, mine)
+        asked = erasure.request(session, Subject(world.project_id, "end_user", "user-0"), "test")
+        erasure_rows.erase(session, asked, mine)
         left = session.scalars(select(ShadowAnswer.interaction_id)).all()
     assert set(left) == set(prompts[1:])
 
