@@ -1,6 +1,9 @@
 """The engine follows the deployment rows: after flips, after its own death, with broken files, under requests."""
 
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from datetime import UTC, datetime, timedelta
@@ -17,7 +20,7 @@ from engine.sync_client import SyncEngineClient
 from services.store import deployments, engine_reports, jobs, projects, rollouts
 from services.store.models import Deployment, DeploymentEvent, EngineReport
 from services.store.rollout_config import RolloutConfig
-from tests.rollout.conftest import EngineUnderTest, World
+from tests.rollout.conftest import ROOT, EngineUnderTest, World
 from tests.rollout.trials import BY_ADA
 from worker.rollout.reconcile import Reconciler
 
@@ -308,6 +311,35 @@ def test_a_live_artefact_that_cannot_be_loaded_gives_way_to_the_last_good_and_th
     assert (back.kind, back.to_digest) == ("roll_back", None)
     assert frozen.kind == "frozen", "it was the second one that nobody asked for"
     assert setting.world.state(good) == "quarantined"
+
+
+@pytest.mark.parametrize(
+    ("failpoint", "seed"), [("reconcile.loaded", 51), ("probe.confirmed", 53), ("reconcile.retreating", 55)]
+)
+def test_killed_at_any_point_the_next_step_ends_with_one_live_digest(
+    setting: Setting, failpoint: str, seed: int
+) -> None:
+    good, new = staged(setting, seed), staged(setting, seed + 1)
+    setting.serve(good)
+    setting.serve(new)
+    broken = failpoint == "reconcile.retreating"
+    if broken:
+        damage(setting.engine, new)
+    database = setting.world.sessions.kw["bind"].url.render_as_string(hide_password=False)
+    died = subprocess.run(
+        [sys.executable, "-m", "tests.rollout.reconciling", database, setting.engine.socket, setting.engine.artifacts],
+        cwd=ROOT, env={**os.environ, "WHET_FAILPOINT": failpoint}, capture_output=True, timeout=90,
+    )  # fmt: skip
+    assert died.returncode == 137, died.stderr.decode()
+    setting.settle()
+    setting.settle()
+    with setting.world.sessions() as session:
+        row = deployments.get(session, setting.world.project_id)
+        back = [event for event in deployments.events(session, setting.world.project_id) if event.kind == "roll_back"]
+    live = good if broken else new
+    assert (row.active_digest, row.probe_until, len(back)) == (live, None, int(broken))
+    assert setting.engine.digests() == {live}
+    assert setting.world.state(live) == "live"
 
 
 def damage(engine: EngineUnderTest, digest: str) -> None:
