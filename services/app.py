@@ -6,13 +6,15 @@ It stands on the floor beside `services.errors`: parts import it, it imports no 
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any, TypeVar
 
 import structlog
+from anyio import CancelScope
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, ExceptionHandler, Message, Receive, Scope, Send
 
@@ -105,6 +107,25 @@ def configure_logs(level: str) -> None:
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(processor=renderer, foreign_pre_chain=shared))
     # Libraries say on every start what we say once.
     logging.basicConfig(level=max(logging.WARNING, logging.getLevelName(level.upper())), handlers=[handler], force=True)
+
+
+class Streamed(StreamingResponse):
+    """A response from a generator that holds a transaction, which ends with the response, however that ends.
+
+    A client that goes away in the middle would leave it open until the generator is collected, and erasures wait for
+    every transaction that may have read what they erase.
+    """
+
+    def __init__(self, source: Generator[bytes], media_type: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(source, media_type=media_type, headers=headers)
+        self._source = source
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            with CancelScope(shield=True):
+                await run_in_threadpool(self._source.close)
 
 
 class Shell:

@@ -4,9 +4,9 @@ import json
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Path, Query, Request
-from fastapi.responses import StreamingResponse
 
 from services.admin.access import Caller, Trainer
+from services.app import Streamed
 from services.errors import InvalidRequest, Unprocessable
 from services.store import audit, dataset_export, datasets, imports, revision_diff, revisions
 from services.store.forms import Form
@@ -76,13 +76,13 @@ def _example(row: Example | None) -> dict[str, Any] | None:
 @router.get("/revisions/{digest}/rows")
 def rows(
     request: Request, caller: Trainer, digest: Digest, form: Form = "prompt-completion", split: Split = None
-) -> StreamingResponse:
+) -> Streamed:
     """The examples as lines of JSON in one of TRL's forms."""
     found = _found(caller, digest)
     detail = {"form": form, "split": split}
     audit.record(caller.session, caller.actor, "dataset.export", f"revision:{found.revision.digest}", detail)
     streamed = dataset_export.lines(request.app.state.sessions, found.revision.id, form, split)
-    return StreamingResponse(streamed, media_type="application/x-ndjson")
+    return Streamed(streamed, "application/x-ndjson")
 
 
 @router.post("/p/{slug}/datasets/{name}/imports", status_code=201)

@@ -5,10 +5,11 @@ from typing import Annotated, Any
 from uuid import UUID
 
 from fastapi import APIRouter, Path, Query, Request, Response
-from fastapi.responses import RedirectResponse, StreamingResponse
+from fastapi.responses import RedirectResponse
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from services.app import Streamed
 from services.console.access import Here, Lead, Viewer
 from services.console.lineage import draw
 from services.console.mask import masks
@@ -178,7 +179,7 @@ def diff_page(
 @router.get("/p/{slug}/datasets/{name}/{digest}/export")
 def export(
     request: Request, here: Lead, name: Name, digest: Digest, form: Form = "prompt-completion", split: Split = ""
-) -> StreamingResponse:
+) -> Streamed:
     """The examples as a JSONL file in one of TRL's forms."""
     dataset, revision = _found(here, name, digest)
     detail = {"form": form, "split": split or None}
@@ -186,7 +187,7 @@ def export(
     file_name = dataset_export.file_name(Located(here.project, dataset, revision), form, split or None)
     streamed = dataset_export.lines(request.app.state.sessions, revision.id, form, split or None)
     headers = {"content-disposition": f'attachment; filename="{file_name}"'}
-    return StreamingResponse(streamed, media_type="application/x-ndjson", headers=headers)
+    return Streamed(streamed, "application/x-ndjson", headers)
 
 
 @router.post("/p/{slug}/datasets/{name}/{digest}/rebuild")

@@ -1,7 +1,7 @@
 """A revision as lines of JSON in one of TRL's forms, streamed: what the page, the API and the command give alike."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 from uuid import UUID
 
@@ -11,7 +11,7 @@ from services.store.forms import Form, rows_of
 from services.store.revisions import Located
 
 
-def lines(sessions: Sessions, revision_id: UUID, form: Form, split: str | None = None) -> Iterator[bytes]:
+def lines(sessions: Sessions, revision_id: UUID, form: Form, split: str | None = None) -> Generator[bytes]:
     """One JSON object a line, each with the content hash and the split it came from, in manifest order.
 
     Opens a session of its own: a response is streamed after its request's transaction has ended.

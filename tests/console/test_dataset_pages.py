@@ -1,12 +1,18 @@
 """Dataset pages over HTTP: what a revision shows, exports, and imports that leave nothing behind when a row is bad."""
 
+import asyncio
+import contextlib
 import json
+from collections.abc import Generator
 from typing import Any
 
 import pytest
 from sqlalchemy import func, select
+from starlette.requests import ClientDisconnect
 from starlette.testclient import TestClient
+from starlette.types import Message
 
+from services.app import Streamed
 from services.store import datasets, imports, revisions
 from services.store.base import Sessions
 from services.store.models import AuditEvent, DatasetImport, Example, Project, Revision
@@ -144,3 +150,36 @@ def test_every_field_of_the_form_is_a_field_of_imports() -> None:
     from services.console.dataset_imports import MappingForm
 
     assert list(MappingForm.model_fields) == list(imports.FIELDS)
+
+
+def test_an_export_that_its_client_leaves_lets_go_of_its_transaction() -> None:
+    """Erasures wait for it, so it must not stay open until somebody collects it."""
+    closed: list[bool] = []
+
+    def rows() -> Generator[bytes]:
+        try:
+            while True:
+                yield b"{}\n"
+        finally:
+            closed.append(True)
+
+    async def leave(version: str) -> None:
+        going = asyncio.Event()
+
+        async def send(message: Message) -> None:
+            if message.get("body"):
+                going.set()
+                if version == "2.4":
+                    raise OSError("gone")
+
+        async def receive() -> Message:
+            await going.wait()
+            return {"type": "http.disconnect"}
+
+        held = Streamed(rows(), "application/x-ndjson")
+        with contextlib.suppress(ClientDisconnect):
+            await held({"type": "http", "asgi": {"spec_version": version}}, receive, send)
+
+    for version in ("2.0", "2.4"):  # a server of before says by a message that nobody listens, one of today by an error
+        asyncio.run(leave(version))
+    assert closed == [True, True]
