@@ -116,7 +116,9 @@ class Streamed(StreamingResponse):
     every transaction that may have read what they erase.
     """
 
-    def __init__(self, source: Generator[bytes], media_type: str, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, source: Generator[bytes] | Generator[str], media_type: str, headers: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(source, media_type=media_type, headers=headers)
         self._source = source
 

@@ -1,17 +1,17 @@
 """The admin API's part on people: accounts, roles, invitations, sessions, key rotation, the audit log."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from datetime import timedelta
 from typing import Annotated, Any, cast
 from uuid import UUID
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import StreamingResponse
 from pydantic import Field
 
 from services.admin import shapes
 from services.admin.access import Admin, Caller
+from services.app import Streamed
 from services.errors import NotFound
 from services.settings import Settings
 from services.store import audit, audit_view, departure, invitations, keys, logins, people, roles
@@ -236,15 +236,15 @@ def audit_verdict(caller: Admin) -> dict[str, Any]:
 
 
 @router.get("/audit/export")
-def audit_export(request: Request, caller: Admin) -> StreamingResponse:
+def audit_export(request: Request, caller: Admin) -> Streamed:
     """The log as hashed, oldest first, one JSON object a line."""
     caller.everywhere()
     audit.record(caller.session, caller.actor, "audit.export", "audit")
     sessions = cast(Sessions, request.app.state.sessions)
 
-    def lines() -> Iterator[str]:
+    def lines() -> Generator[str]:
         with sessions() as session:
             for row in audit_view.export(session, audit_view.Search()):
                 yield json.dumps(row, ensure_ascii=False) + "\n"
 
-    return StreamingResponse(lines(), media_type="application/jsonl")
+    return Streamed(lines(), "application/jsonl")

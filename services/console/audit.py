@@ -1,14 +1,14 @@
 """The audit log: who did what, whether the chain of hashes holds, and an export to check it elsewhere."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from datetime import UTC, datetime
 from typing import Annotated, NamedTuple, cast
 from urllib.parse import urlencode
 
 from fastapi import APIRouter, Depends, Query, Request, Response
-from fastapi.responses import StreamingResponse
 
+from services.app import Streamed
 from services.console.access import Administrator, Here, Lead
 from services.console.memo import Memo
 from services.console.views import fragment, page
@@ -98,10 +98,10 @@ def export_project(request: Request, here: Lead, asked: Asked) -> Response:
 def _file(request: Request, search: Search, name: str) -> Response:
     sessions = cast(Sessions, request.app.state.sessions)
 
-    def lines() -> Iterator[str]:
+    def lines() -> Generator[str]:
         with sessions() as session:  # the request's own transaction is over when the stream begins
             for row in audit_view.export(session, search):
                 yield json.dumps(row, ensure_ascii=False) + "\n"
 
     headers = {"content-disposition": f'attachment; filename="{name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.jsonl"'}
-    return StreamingResponse(lines(), media_type="application/jsonl", headers=headers)
+    return Streamed(lines(), "application/jsonl", headers)

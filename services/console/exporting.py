@@ -4,8 +4,8 @@ from datetime import UTC, datetime
 from typing import Annotated, cast
 
 from fastapi import APIRouter, Form, Request, Response
-from fastapi.responses import StreamingResponse
 
+from services.app import Streamed
 from services.console.access import Lead
 from services.console.browsing import pairs, results, told
 from services.store import audit, export
@@ -34,8 +34,5 @@ def export_interactions(
     audit.record(here.session, here.user.email, "interactions.export", f"project:{here.project.id}", said)
     name = f"{here.project.slug}-{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}.{kind}"
     sessions = cast(Sessions, request.app.state.sessions)
-    return StreamingResponse(
-        export.pages(sessions, here.project.id, wanted, kind, ids=ids, before=before),
-        media_type=TYPES[kind],
-        headers={"Content-Disposition": f'attachment; filename="{name}"'},
-    )
+    pages = export.pages(sessions, here.project.id, wanted, kind, ids=ids, before=before)
+    return Streamed(pages, TYPES[kind], {"content-disposition": f'attachment; filename="{name}"'})

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Literal
 from uuid import UUID
 
@@ -32,7 +32,7 @@ Row = dict[str, Any]
 def pages(
     sessions: Sessions, project_id: UUID, search: Search, format_: Format, *, ids: Sequence[UUID] | None = None,
     before: UUID | None = None,
-) -> Iterator[bytes]:  # fmt: skip
+) -> Generator[bytes]:  # fmt: skip
     """The file in pieces of a page, each read in a transaction of its own: memory stays bounded, vacuum goes on.
 
     Newest first, or `ids` in their order. `before` leaves out what has landed since.
