@@ -93,6 +93,8 @@ def main(
     for name, measure in chosen(cells(), only).items():
         began = time.monotonic()
         cell = measure(scale)
+        if keep:  # another run may have stored its own meanwhile
+            measured = stored()
         measured[name] = record(cell, scale=scale, seconds=time.monotonic() - began)
         print(f"{'met ' if cell.met else 'MISSED'} {name}: {cell.measured}  (goal: {cell.goal})", flush=True)
         if keep:

@@ -266,7 +266,7 @@ def _judge(blocks: Sequence[Block], right: Mapping[tuple[str, int], str], wanted
         "not_logged": lost, "overlapping_streams": len(near), "control_streams": len(control),
         "p99_gap_ms": p99, "p99_gap_control_ms": p99_control,
         "swap_ms": {"p50": statistics.median(took), "most": took[-1]},
-        "engine_mb": {"first": memory[0], "last": memory[-1], "most": max(memory)},
+        "engine_mb": [round(one, 1) for one in memory],
     }  # fmt: skip
     measured = (
         f"{len(swapped):,} swaps, {len(heard):,} streams: {len(failed)} failed, {wrong} with wrong tokens, {lost} not "

@@ -84,12 +84,15 @@ FILLERS = (
 )
 LEADS = ("Text:", "Note:", "Article:", "From the news:", "Report:", "Message:")
 
+# Every name begins with a capital and every date with a digit: the thousands of names are tried nowhere else.
 _PATTERN = re.compile(
+    r"(?=[A-Z\d])(?:"
     rf"(?P<P>(?:{'|'.join(FIRST_NAMES)}) (?:{'|'.join(SURNAMES)}))\b"
     rf"|(?P<O>{'|'.join(ORGANISATIONS)})\b"
     rf"|(?P<L>\b(?:{'|'.join(PLACES)}))\b"
     rf"|(?P<E>{'|'.join(EVENTS)})\b"
     r"|(?P<D>\b\d\d/\d\d/\d\d\d\d)\b"
+    r")"
 )
 _BASE_KEYS = ["people", "organisations", "places", "other"]
 
