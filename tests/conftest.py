@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,10 +53,17 @@ def _own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
+def _memory() -> Path | None:
+    """A directory in memory: a database is made there in a tenth of the time. None where there is too little."""
+    shared = Path("/dev/shm")
+    roomy = shared.is_dir() and os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > 4 << 30
+    return shared if roomy else None
+
+
 @pytest.fixture(scope="session")
 def server_home() -> Iterator[Path]:
     """Home of this test process's servers."""
-    with temporary_home("whet-test-") as home:
+    with temporary_home("whet-test-", _memory()) as home:
         prepare_home(home, home / "run", server_account())
         yield home
 

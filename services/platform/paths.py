@@ -76,9 +76,9 @@ def _check_reachable(directory: Path, account: Account) -> None:
 
 
 @contextmanager
-def temporary_home(prefix: str = "whet-") -> Iterator[Path]:
-    """A short home in the system's temporary directory, removed at the end; for tests and the demo."""
-    home = Path(tempfile.mkdtemp(prefix=prefix))
+def temporary_home(prefix: str = "whet-", parent: Path | None = None) -> Iterator[Path]:
+    """A short home in `parent`, else among the temporary files; removed at the end. For tests and the demo."""
+    home = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     try:
         yield home
     finally:

@@ -12,8 +12,8 @@ from playwright.sync_api import Page
 VENDOR = Path(__file__).parent / "vendor"
 GRAVE = ("serious", "critical")
 ASK = """
-async ([impacts, tags]) => {
-  const runOnly = tags.length ? { runOnly: tags } : {};
+async ([impacts, rules]) => {
+  const runOnly = rules.length ? { runOnly: { type: "rule", values: rules } } : {};
   const { violations } = await axe.run(document, { resultTypes: ["violations"], ...runOnly });
   return violations.filter((one) => impacts.includes(one.impact)).flatMap((one) => one.nodes.map(
     (node) => `${one.impact} ${one.id} at ${node.target.join(" ")}: ${node.any[0]?.message ?? one.help}`));
@@ -27,12 +27,12 @@ def source() -> str:
     return (VENDOR / "axe.min.js").read_text()
 
 
-def grave(page: Page, *tags: str) -> list[str]:
+def grave(page: Page, *rules: str) -> list[str]:
     """The serious and critical findings on the page as it stands, in words; none when it is fine.
 
-    With `tags` only what axe's rules of these tags find.
+    With `rules` only what these of axe's rules find.
     """
     if not page.evaluate("typeof window.axe === 'object'"):
         page.evaluate(source())
-    found: list[str] = page.evaluate(ASK, [list(GRAVE), list(tags)])
+    found: list[str] = page.evaluate(ASK, [list(GRAVE), list(rules)])
     return found
