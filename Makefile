@@ -27,8 +27,9 @@ up: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/python -m examples.demo $(ARGS)
 
+# Many tests wait for processes of their own, so three take turns on two cores; a file's tests share what it sets up.
 test: $(STAMP) chromium
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
