@@ -37,7 +37,7 @@ def promote(project: Project, reason: Annotated[str, typer.Option(help="Why; kep
 def canary(
     project: Project,
     action: Annotated[str, typer.Argument(help="status, begin, stop, share, start or looked.")] = "status",
-    reason: Reason = "whet canary",
+    reason: Annotated[str, typer.Option(help="Why; kept in the history. `looked` asks for it.")] = "",
     share: Annotated[float | None, typer.Option(help="Of the users, 0.01 to 0.5.")] = None,
     digest: Annotated[str | None, typer.Option(help="The artefact to start with.")] = None,
 ) -> None:

@@ -6,6 +6,7 @@ from fastapi import APIRouter
 
 from services.admin import shapes
 from services.admin.access import Caller, Trainer
+from services.errors import InvalidRequest
 from services.store import deployments, engine_reports, rollouts, trials
 from services.store.rollout_config import read_rollout
 from services.store.rollouts import Decision
@@ -45,8 +46,11 @@ def roll_back(caller: Trainer, slug: str, sent: shapes.Back) -> dict[str, Any]:
 
 @router.post("/promote")
 def promote(caller: Trainer, slug: str, sent: shapes.RollBack) -> dict[str, Any]:
-    """Make the candidate on trial live without waiting for its figures; 409 when there is none, and while frozen."""
-    decision = _decision(caller, sent, "promoted through the API")
+    """Make the candidate on trial live without waiting for its figures, and say why.
+
+    409 when there is none, and while frozen.
+    """
+    decision = _decision(caller, sent)
     return shapes.deployment(rollouts.promote(caller.session, caller.project(slug).id, decision))
 
 
@@ -84,11 +88,21 @@ def start(caller: Trainer, slug: str, sent: shapes.Start) -> dict[str, Any]:
 
 @router.post("/looked")
 def looked(caller: Trainer, slug: str, sent: shapes.RollBack) -> dict[str, Any]:
-    """A person has looked at the automatic roll-backs: promotion is open again. 409 when it is not frozen."""
-    project = caller.project(slug)
-    reason = sent.reason.strip() or "looked at through the API"
-    return shapes.deployment(deployments.unfreeze(caller.session, project.id, actor=caller.actor, reason=reason))
+    """A person has looked at the automatic roll-backs and says what they saw: promotion is open again.
+
+    409 when it is not frozen.
+    """
+    decision = _decision(caller, sent)
+    after = deployments.unfreeze(
+        caller.session, caller.project(slug).id, actor=decision.actor, reason=decision.reason,
+        expected_generation=decision.generation,
+    )  # fmt: skip
+    return shapes.deployment(after)
 
 
-def _decision(caller: Caller, sent: shapes.RollBack, reason: str) -> Decision:
-    return Decision(caller.actor, sent.reason.strip() or reason, {}, sent.generation)
+def _decision(caller: Caller, sent: shapes.RollBack, reason: str | None = None) -> Decision:
+    """Without a default somebody has to say why."""
+    said = sent.reason.strip() or reason
+    if said is None:
+        raise InvalidRequest("say why: it is kept in the history", param="reason")
+    return Decision(caller.actor, said, {}, sent.generation)

@@ -79,7 +79,10 @@ def start(request: Request, here: Operator, wish: Wished, digest: Annotated[str,
 def looked(request: Request, here: Operator, wish: Wished) -> Response:
     """A person has looked at the automatic roll-backs, and says what they saw."""
     decision = _decision(here, wish)
-    deployments.unfreeze(here.session, here.project.id, actor=decision.actor, reason=decision.reason)
+    deployments.unfreeze(
+        here.session, here.project.id, actor=decision.actor, reason=decision.reason,
+        expected_generation=wish.generation,
+    )  # fmt: skip
     return _changed(request, here)
 
 

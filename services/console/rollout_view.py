@@ -13,7 +13,8 @@ from services.console.access import Here
 from services.console.rollout_chart import Gate
 from services.console.wording import duration, milliseconds, percent, points, short
 from services.store import engine_reports, shadow_answers, trials
-from services.store.models import Artifact, Deployment, DeploymentEvent, EngineReport, Interaction, Rollout
+from services.store.lifecycle import way_back
+from services.store.models import Artifact, Deployment, DeploymentEvent, EngineReport, Interaction, Job, Rollout
 from services.store.pages import first_id
 from services.store.rollout_config import SHARES, RolloutConfig, read_rollout
 from services.store.rollouts import STARTABLE
@@ -57,7 +58,12 @@ def context(here: Here, deployment: Deployment, events: Sequence[DeploymentEvent
     config = trials.config_of(trial) if trial else read_rollout(here.project.config)
     under_way = trial is not None and trial.stage in trials.OPEN
     pairs = shadow_answers.pairs(session, trial.id) if trial else []
+    ordered = session.scalars(
+        select(Job).where(Job.project_id == here.project.id, Job.kind == "deploy").order_by(Job.id.desc()).limit(1)
+    ).one_or_none()
     return {
+        "ordered": ordered if ordered and ordered.state not in ("succeeded", "cancelled") else None,
+        "way_back": way_back(session, here.project.id, deployment.active_digest),
         "trial": trial, "under_way": under_way, "rollout": config, "signal_words": SIGNALS[config.signal],
         "shadow": shadow_answers.figures(pairs) if pairs else None,
         "told": told(trial, config) if trial else "",
@@ -150,9 +156,12 @@ def split_words(trial: Rollout) -> str:
             f"{percent(seen)} of {users:,} users came to the candidate where {percent(ratio['share'])} were to: that "
             "is no chance. Something loses requests of one arm, so nothing is decided by the signal."
         )
-    return (
-        f"{percent(seen)} of {users:,} users came to the candidate, {percent(ratio['share'])} were to: as it should be."
+    told = (
+        f"{percent(seen)} of {users:,} users came to the candidate, {percent(ratio['share'])} were to: as it should be"
     )
+    if trial.verdict.get("action") == "hold":
+        return f"{told} by now. It was not before, so nothing is decided by the signal until somebody acts."
+    return f"{told}."
 
 
 def engines(session: Session, deployment: Deployment) -> list[Engine]:

@@ -22,7 +22,7 @@ CURVES = (
     ("Memory, MB", "progress", "memory_mb"),
 )
 # Endings are moments, not stretches.
-ENDINGS = ("cancelled", "failed", "refused", "live", "quarantined", "superseded")
+ENDINGS = ("cancelled", "failed", "refused", "shadow", "canary", "live", "quarantined", "superseded")
 
 
 class Span(NamedTuple):
@@ -118,7 +118,8 @@ def going_on(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 def timeline(events: Sequence[RunEvent], until: datetime, width: int = 880) -> Timeline | None:
     """How long each phase took; None before there are two moments to speak of. The last one ends at `until`."""
-    told = [(str(event.payload.get("phase")), event.at) for event in events if event.kind == "phase"]
+    phases = [event for event in events if event.kind == "phase" and event.at <= until]
+    told = [(str(event.payload.get("phase")), event.at) for event in phases]
     if not told or (until - told[0][1]).total_seconds() <= 0:
         return None
     started, left, row, right = told[0][1], 150, 24, 62

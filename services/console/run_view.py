@@ -10,6 +10,9 @@ from services.console import charts, run_charts, run_form
 from services.store import evaluations, revisions, runs
 from services.store.models import Artifact, Dataset, Evaluation, EvaluationRow, Project, Revision, Run, RunEvent
 
+# What became of the candidate of a run that is over: on trial still, or taken back.
+TRYING = ("shadow", "canary")
+TAKEN_BACK = ("rolled back", "rejected")
 # The path of a run that succeeds, and the words in `run.phase` that belong to each step.
 STEPS: Mapping[str, tuple[str, ...]] = {
     "Queued": ("queued",),
@@ -18,6 +21,7 @@ STEPS: Mapping[str, tuple[str, ...]] = {
     "Train": ("training",),
     "Evaluate": ("evaluating", "refused"),
     "Deploy": ("deploying", "staging", "quarantined", "superseded"),
+    "Try": (*TRYING, "stopped", *TAKEN_BACK),
     "Live": ("live",),
 }
 # The same for heads, which learn from the log and are compared on held-out requests of it.
@@ -116,7 +120,8 @@ def _steps(run: Run, events: Sequence[RunEvent]) -> list[Step]:
         name = step_of(str(event.payload.get("phase", "")), path) if event.kind == "phase" else None
         if name is not None:
             reached.setdefault(name, event.at)
-    names = list(path)
+    # A project that swaps directly tries nothing.
+    names = [name for name in path if name != "Try" or run.phase != "live" or name in reached]
     furthest = max((names.index(name) for name in reached), default=0)
     steps = []
     for index, name in enumerate(names):
@@ -125,9 +130,16 @@ def _steps(run: Run, events: Sequence[RunEvent]) -> list[Step]:
         elif index > furthest:
             state = "ahead"
         else:
-            state = "now" if run.state in runs.UNFINISHED else "failed" if run.state == "failed" else "done"
+            state = _state_of(run)
         steps.append(Step(name, state, reached.get(name)))
     return steps
+
+
+def _state_of(run: Run) -> str:
+    """How far the furthest step is."""
+    if run.state in runs.UNFINISHED or (run.state == "succeeded" and run.phase in TRYING):
+        return "now"
+    return "failed" if run.state == "failed" or run.phase in (*TAKEN_BACK, "quarantined") else "done"
 
 
 def _latest(events: Sequence[RunEvent]) -> dict[str, Any] | None:

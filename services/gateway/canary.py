@@ -17,13 +17,17 @@ def placed(target: Target, ask: Ask, key_id: UUID) -> Target:
     trial = target.project.trial
     if trial is None or target.pinned:
         return target
-    if draw(trial.salt, unit_of(ask, key_id)) >= trial.share:
+    unit = unit_of(ask, key_id)
+    if unit is None:
+        return target
+    if draw(trial.salt, unit) >= trial.share:
         return target._replace(arm="control")
     return target._replace(candidates=tuple(dict.fromkeys((trial.digest, *target.candidates))), arm="canary")
 
 
-def unit_of(ask: Ask, key_id: UUID) -> str:
-    """Whom a request belongs to: its end user, else its session, else its key and what it is about.
+def unit_of(ask: Ask, key_id: UUID) -> str | None:
+    """Whom a request belongs to: its end user, else its session, else its key and what it is about. None for several
+    prompts of nobody in particular, which are about as many things.
 
     `services.store.rollout_counts` adds requests up by the same.
     """
@@ -31,6 +35,8 @@ def unit_of(ask: Ask, key_id: UUID) -> str:
         return f"u:{ask.user}"
     if ask.extra.session is not None:
         return f"s:{ask.extra.session}"
+    if ask.extra.group is None and len(ask.prompts) > 1:
+        return None
     about = ask.extra.group or hashlib.sha256(msgspec.json.encode(ask.messages or ask.prompts)).hexdigest()
     return f"k:{key_id}:{about}"
 

@@ -1,7 +1,7 @@
 """Which digests a project serves: changed only by compare-and-set on `generation`, each change with its event.
 
 Writers lock the deployment row first, so two of them never interleave; readers of an old generation get Conflict.
-The generation counts what may answer: the live weights, a canary beside them, its share. Heads change no answer, so
+The generation counts what may answer: the live weights, a candidate beside them, its share. Heads change no answer, so
 `speculators` leaves it alone; but they draft for one adapter only, so a change of adapter here takes its heads with it.
 """
 
@@ -23,6 +23,7 @@ from services.store.lifecycle import locked as locked
 from services.store.lifecycle import record_change as record_change
 from services.store.lifecycle import require_own as require_own
 from services.store.lifecycle import short as short
+from services.store.lifecycle import way_back as way_back
 from services.store.models import Artifact, Deployment, DeploymentEvent, Project
 from services.store.rollout_config import read_rollout
 
@@ -124,13 +125,13 @@ def roll_back(
     condemned = deployment.active_digest
     if condemned is None:
         raise Conflict("the base model serves already: there is nothing to roll back")
-    target = _untainted(session, deployment.last_good_digest)
+    target = way_back(session, project_id, condemned)
     moves = [move(session, condemned, condemned_state)]
     if target is not None:
         moves.append(move(session, target, "live"))
     deployment.probe_until = None
     _commit_change(
-        session, deployment, to=target, last_good=_predecessor(session, project_id, target), kind="roll_back",
+        session, deployment, to=target, last_good=way_back(session, project_id, target), kind="roll_back",
         actor=actor, reason=reason, evidence={**(evidence or {}), **({"automatic": True} if automatic else {})},
         moves=moves,
     )  # fmt: skip
@@ -154,9 +155,12 @@ def count_automatic(session: Session, deployment: Deployment, actor: str) -> Non
     )  # fmt: skip
 
 
-def unfreeze(session: Session, project_id: UUID, *, actor: str, reason: str) -> Deployment:
+def unfreeze(
+    session: Session, project_id: UUID, *, actor: str, reason: str, expected_generation: int | None = None
+) -> Deployment:
     """A person has looked: promotion is open again, and automatic roll-backs are counted anew. Raises Conflict."""
     deployment = locked(session, project_id)
+    require_generation(deployment, expected_generation)
     if not deployment.frozen:
         raise Conflict("promotion is not frozen")
     deployment.frozen = False
@@ -188,33 +192,6 @@ def require_open(deployment: Deployment) -> None:
     """Raises Conflict while promotion is frozen."""
     if deployment.frozen:
         raise Conflict("promotion is frozen after automatic roll-backs: a person has to look first")
-
-
-def _untainted(session: Session, digest: str | None) -> str | None:
-    """Weights trained on what has been erased since are deployed nowhere anew, not even by a roll-back."""
-    artifact = session.get(Artifact, digest, populate_existing=True) if digest else None
-    return digest if artifact is not None and artifact.tainted_at is None else None
-
-
-def _predecessor(session: Session, project_id: UUID, digest: str | None) -> str | None:
-    """What `digest` replaced when it went live, if that may still serve; the next roll-back goes there."""
-    if digest is None:
-        return None
-    replaced = (
-        select(DeploymentEvent.from_digest)
-        .where(
-            DeploymentEvent.project_id == project_id,
-            DeploymentEvent.to_digest == digest,
-            DeploymentEvent.kind == "flip",
-        )
-        .order_by(DeploymentEvent.id.desc())
-        .limit(1)
-        .scalar_subquery()
-    )
-    kept = select(Artifact.digest).where(
-        Artifact.digest == replaced, Artifact.state == "retired", Artifact.tainted_at.is_(None)
-    )
-    return session.scalar(kept)
 
 
 def _commit_change(

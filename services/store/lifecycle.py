@@ -3,7 +3,7 @@
 Events are the deployment's: its history tells everything that ever happened to what a project serves or might serve.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -21,8 +21,8 @@ TRANSITIONS: Mapping[str, frozenset[str]] = {
     "built": frozenset({"verified", "rejected", "quarantined"}),
     "verified": frozenset({"staged", "rejected", "quarantined"}),
     "staged": frozenset({"shadow", "canary", "live", "rejected", "quarantined"}),
-    "shadow": frozenset({"canary", "live", "retired", "rejected", "quarantined"}),
-    "canary": frozenset({"live", "retired", "rejected", "quarantined", "rolled_back"}),
+    "shadow": frozenset({"canary", "live", "retired", "quarantined"}),
+    "canary": frozenset({"live", "retired", "quarantined", "rolled_back"}),
     "live": frozenset({"retired", "quarantined", "rolled_back"}),
     "retired": frozenset({"staged", "live", "quarantined"}),
     "rejected": frozenset(),
@@ -36,6 +36,8 @@ WHY: Mapping[str, str] = {
     "rejected": "not shown to be better, or worse somewhere",
     "quarantined": "the artefact is at fault",
 }
+# What is in one of these never goes live again.
+CONDEMNED = ("rejected", "quarantined", "rolled_back")
 # Marks, among an event's evidence, which artefacts changed state with it.
 STATES = "states"
 
@@ -61,6 +63,8 @@ def move(session: Session, digest: str, state: str) -> Move | None:
     step = Move(digest, artifact.state, state)
     artifact.state = state
     session.flush()
+    if state in CONDEMNED:
+        mend_last_good(session, [digest])
     return step
 
 
@@ -120,6 +124,35 @@ def locked(session: Session, project_id: UUID) -> Deployment:
     if deployment is None:
         raise NotFound(f"no deployment for project {project_id}")
     return deployment
+
+
+def way_back(session: Session, project_id: UUID, digest: str | None) -> str | None:
+    """Where a roll-back of `digest` goes: what it replaced, else what that had replaced, the first that may serve.
+
+    None is the base. Weights on trial are undecided, and those trained on what has been erased since serve nobody anew.
+    """
+    may_serve = Artifact.state.in_(("retired", "staged")) & Artifact.tainted_at.is_(None)
+    flips = session.execute(
+        select(DeploymentEvent.from_digest, DeploymentEvent.to_digest, may_serve)
+        .outerjoin(Artifact, Artifact.digest == DeploymentEvent.from_digest)
+        .where(DeploymentEvent.project_id == project_id, DeploymentEvent.kind == "flip")
+        .order_by(DeploymentEvent.id.desc())
+    )
+    for replaced, by, usable in flips:
+        if by != digest:
+            continue
+        if replaced is None or usable:
+            return replaced
+        digest = replaced
+    return None
+
+
+def mend_last_good(session: Session, digests: Collection[str]) -> None:
+    """Gateways fall back to the last good weights, so these, condemned or tainted, are last good nowhere any more."""
+    named = select(Deployment).where(Deployment.last_good_digest.in_(digests)).with_for_update()
+    for deployment in session.scalars(named.execution_options(populate_existing=True)).all():
+        deployment.last_good_digest = way_back(session, deployment.project_id, deployment.active_digest)
+    session.flush()
 
 
 def require_own(session: Session, project_id: UUID, digest: str, kind: str) -> Artifact:

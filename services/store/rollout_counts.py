@@ -73,7 +73,7 @@ FEEDBACK = f"""
                          WHEN f.rating IS NOT NULL THEN (f.rating + 1) / 2.0
                          ELSE least(1, greatest(0, (f.score - :worst) / (:best - :worst))) END AS value) m
     WHERE f.project_id = :project AND f.created_at >= :since AND f.created_at < :until
-      AND i.id >= :floor AND i.project_id = :project AND i.origin = 'live' AND i.generation = :generation
+      AND i.id >= :began AND i.project_id = :project AND i.origin = 'live' AND i.generation = :generation
       AND i.arm IN ('canary', 'control') AND m.value IS NOT NULL
       AND (i.arm = 'control' OR i.adapter_digest IS NOT DISTINCT FROM :digest)
     GROUP BY 1, 2
@@ -151,12 +151,7 @@ def fold(session: Session, rollout: Rollout, span: Span, read: Iterable[tuple[Ou
 
     Raises Conflict when another dispatcher was faster: then nothing of this transaction may stay.
     """
-    signal = str(rollout.config.get("signal", "feedback"))
-    _add(session, rollout, ANSWERS, _given(rollout, span) | {"signal": signal, "refusal": REFUSAL})
-    if signal == "feedback":
-        worst, best = rollout.config.get("score_range") or (0.0, 1.0)
-        _add(session, rollout, FEEDBACK, _given(rollout, span) | {"worst": worst, "best": best})
-    _add_read(session, rollout, read)
+    # First, as whoever ends the trial holds its row before its counts go.
     moved = session.scalar(
         update(Rollout)
         .where(Rollout.id == rollout.id, Rollout.folded_until.is_not_distinct_from(rollout.folded_until))
@@ -167,6 +162,12 @@ def fold(session: Session, rollout: Rollout, span: Span, read: Iterable[tuple[Ou
     )
     if moved is None:
         raise Conflict("another look at this canary was faster")
+    signal = str(rollout.config.get("signal", "feedback"))
+    _add(session, rollout, ANSWERS, _given(rollout, span) | {"signal": signal, "refusal": REFUSAL})
+    if signal == "feedback":
+        worst, best = rollout.config.get("score_range") or (0.0, 1.0)
+        _add(session, rollout, FEEDBACK, _given(rollout, span) | {"worst": worst, "best": best})
+    _add_read(session, rollout, read)
 
 
 def outputs(session: Session, rollout: Rollout, span: Span) -> list[Output]:
@@ -221,11 +222,12 @@ def reference(session: Session, project_id: UUID, adapter: str | None) -> dict[s
 
 
 def _given(rollout: Rollout, span: Span) -> dict[str, Any]:
-    began = rollout.canary_at or span.since
+    began = (rollout.canary_at or span.since) - timedelta(seconds=1)
     return {
         "project": rollout.project_id, "generation": rollout.generation, "digest": rollout.digest,
         "salt": rollout.salt, "since": span.since, "until": span.until,
-        "floor": first_id(max(began - timedelta(seconds=1), span.since - LONGEST)),
+        # What is said of an answer may come long after it; answers themselves are no older than the longest one.
+        "began": first_id(began), "floor": first_id(max(began, span.since - LONGEST)),
         "latency": rollout.reference.get("latency"), "ttft": rollout.reference.get("ttft"),
     }  # fmt: skip
 

@@ -11,7 +11,7 @@ from uuid import UUID
 from sqlalchemy.orm import Session
 
 from services.errors import Conflict
-from services.store import audit, deployments, jobs, rollout_counts, trials
+from services.store import audit, deployments, jobs, rollout_counts, runs, trials
 from services.store.lifecycle import Move, locked, move, record_change, require_own, short
 from services.store.models import Deployment, Job, Project, Rollout
 from services.store.rollout_config import RolloutConfig
@@ -54,6 +54,9 @@ def begin(
     session.flush()
     if not config.shadow.requests:
         return _serve(session, deployment, rollout, decision, config.share)
+    # Nothing else answers yet, but whoever looked before has not seen this candidate.
+    deployment.generation += 1
+    rollout.generation = deployment.generation
     step = move(session, digest, "shadow")
     _record(session, deployment, "shadow", None, digest, decision, step, {"requests": config.shadow.requests})
     return rollout
@@ -91,7 +94,8 @@ def promote(session: Session, project_id: UUID, decision: Decision) -> Deploymen
 
 
 def end(session: Session, project_id: UUID, stage: str, decision: Decision, *, automatic: bool = False) -> Deployment:
-    """Take the candidate off trial: "stopped" (it may come back), "rolled_back", "rejected" or "quarantined".
+    """Take the candidate off trial: "stopped", "rejected" (by the shadow; both may come back), "rolled_back" or
+    "quarantined".
 
     What is live goes on serving everybody. Needs only Postgres. `automatic` ones count towards a freeze.
     Raises Conflict when there is none, or for a stale look.
@@ -156,6 +160,7 @@ def _serve(session: Session, deployment: Deployment, rollout: Rollout, decision:
     rollout.salt = _salt()
     rollout.generation = deployment.generation
     rollout.canary_at = datetime.now(UTC)
+    runs.went_on(session, rollout.run_id, "canary")
     rollout.folded_until = rollout.looked_at = None
     rollout.verdict, rollout.track = {}, []
     rollout.reference = dict(rollout_counts.reference(session, deployment.project_id, deployment.active_digest))

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 from uuid import UUID
 
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -159,6 +159,13 @@ def finish(
     run.finished_at = datetime.now(UTC)
     add_event(session, run.id, "phase", {"phase": phase, "error": error} if error else {"phase": phase})
     webhooks.run_finished(session, run)
+
+
+def went_on(session: Session, run_id: UUID | None, phase: str) -> None:
+    """What has become of the candidate since its run succeeded, which is over with the candidate on trial."""
+    over = update(Run).where(Run.id == run_id, Run.state == "succeeded").values(phase=phase).returning(Run.id)
+    if run_id is not None and session.scalar(over) is not None:
+        add_event(session, run_id, "phase", {"phase": phase})
 
 
 def resume(session: Session, run: Run, phase: str, why: str) -> None:

@@ -11,6 +11,8 @@ from services.store.models import DeploymentEvent
 
 LIVE_KINDS = ("flip", "roll_back")
 CANARY = "canary"
+# Says something of a canary that goes on.
+HELD = "canary_held"
 
 
 class Span(NamedTuple):
@@ -43,6 +45,8 @@ def read(events: list[DeploymentEvent]) -> list[Span]:
     live: DeploymentEvent | None = None
     trial: DeploymentEvent | None = None
     for event in events:
+        if event.kind == HELD:
+            continue
         if trial is not None:
             done.append(_span(trial, "canary", event))
             trial = None

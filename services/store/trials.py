@@ -9,14 +9,15 @@ from pydantic import ValidationError
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
+from services.store import runs
 from services.store.models import Rollout, RolloutCount
 from services.store.rollout_config import RolloutConfig
 
 OPEN = ("shadow", "canary")
-# A canary that is stopped is retired, and may be tried again; one that is condemned never serves again.
+# What has served nobody, or only was stopped, is retired and may be tried again; a condemned one never goes live again.
 STATE_OF_ENDING: Mapping[str, str] = {
-    "promoted": "live", "rolled_back": "rolled_back", "rejected": "rejected", "quarantined": "quarantined",
-    "stopped": "retired", "superseded": "retired",
+    "promoted": "live", "rolled_back": "rolled_back", "quarantined": "quarantined",
+    "rejected": "retired", "stopped": "retired", "superseded": "retired",
 }  # fmt: skip
 
 
@@ -53,6 +54,7 @@ def close(session: Session, rollout: Rollout, stage: str, ending: str) -> None:
     rollout.stage = stage
     rollout.ending = ending
     rollout.ended_at = datetime.now(UTC)
+    runs.went_on(session, rollout.run_id, "live" if stage == "promoted" else stage.replace("_", " "))
     forget_counts(session, rollout)
 
 

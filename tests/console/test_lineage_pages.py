@@ -243,8 +243,8 @@ def history(*steps: tuple[str, str | None]) -> list[DeploymentEvent]:
 
 def test_spans_begin_and_end_as_the_history_says() -> None:
     told = served.read(
-        history(("flip", "a"), ("canary", "b"), ("canary", "b"), ("canary_rolled_back", "a"), ("canary", "c"),
-                ("flip", "c"), ("roll_back", "a"), ("canary", "d"))
+        history(("flip", "a"), ("canary", "b"), ("canary", "b"), ("canary_held", "b"), ("canary_rolled_back", "a"),
+                ("canary", "c"), ("flip", "c"), ("roll_back", "a"), ("canary", "d"))
     )  # fmt: skip
     assert [(one.digest, one.how, one.ended_by) for one in told] == [
         ("a", "live", "flip"), ("b", "canary", "canary"), ("b", "canary", "canary_rolled_back"),

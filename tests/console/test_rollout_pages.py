@@ -1,7 +1,7 @@
 """The deployment page while a candidate is on trial: what it says, and what people may do there, by API too."""
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import func, select, update
 from starlette.testclient import TestClient
 
 from benchmarks.learning_canary import World
@@ -78,6 +78,7 @@ def test_a_freeze_is_told_and_opened_only_with_a_reason(sessions: Sessions, oper
         project = seed_rollout.frozen(session)
     assert "Promotion is frozen" in shown(operator, "frozen")
     assert act(operator, "looked", sessions, "frozen", reason=" ") == 400
+    assert act(operator, "looked", sessions, "frozen", generation=1, reason="another page") == 409
     assert act(operator, "looked", sessions, "frozen", reason="the form was broken") == 200
     with sessions() as session:
         assert not deployments.get(session, project.id).frozen
@@ -132,6 +133,10 @@ def test_an_artefact_that_passed_can_be_put_on_trial_from_the_page(sessions: Ses
     with sessions() as session:
         [job] = session.scalars(select(Job).where(Job.kind == "deploy"))
     assert job.payload["digest"] == digest
+    assert "is being loaded and verified" in shown(operator, "canary")
+    with sessions.begin() as session:
+        session.execute(update(Job).values(state="failed", error="the record is gone"))
+    assert "was not deployed: the record is gone" in shown(operator, "canary")
 
 
 @pytest.mark.parametrize("role", ["viewer", "reviewer", "lead"])
@@ -152,6 +157,16 @@ def test_a_project_that_never_tried_anything_says_what_will_happen(sessions: Ses
         seed.project(session, "direct", "Direct", rollout={"mode": "direct"})
     assert "first serves 10 % of the users" in shown(operator, "canary")
     assert "swaps directly" in shown(operator, "direct")
+
+
+def test_the_page_offers_the_way_back_that_there_is(sessions: Sessions, operator: TestClient) -> None:
+    with sessions.begin() as session:
+        project = seed.project(session, "canary", "Canary")
+        first, _ = seed_rollout.live(session, project, "first"), seed_rollout.live(session, project, "second")
+    assert f"Roll back to {first[:8]}" in shown(operator, "canary")
+    with sessions.begin() as session:
+        session.execute(update(Artifact).where(Artifact.digest == first).values(tainted_at=func.now()))
+    assert "Roll back to the base model?" in shown(operator, "canary")
 
 
 def test_a_promotion_and_its_history_stand_on_the_page_in_words(sessions: Sessions, operator: TestClient) -> None:
@@ -218,10 +233,12 @@ def test_the_api_tells_the_trial_and_carries_out_a_persons_word(
     assert api.post(f"{path}/canary/share", json={"share": 0.2}).json()["canary_share"] == 0.2
     assert api.post(f"{path}/canary/share", json={"share": 0.9}).status_code == 422
     assert api.post(f"{path}/canary/begin", json={}).status_code == 409
-    assert api.post(f"{path}/looked", json={}).status_code == 409
+    assert api.post(f"{path}/looked", json={}).status_code == 400
+    assert api.post(f"{path}/looked", json={"reason": "seen"}).status_code == 409
     stopped = api.post(f"{path}/canary/stop", json={"reason": "enough"}).json()
     assert stopped["canary_digest"] is None
-    assert api.post(f"{path}/promote", json={}).status_code == 409
+    assert api.post(f"{path}/promote", json={}).status_code == 400
+    assert api.post(f"{path}/promote", json={"reason": "sure"}).status_code == 409
     with sessions() as session:
         digest = session.scalars(select(Artifact.digest).where(Artifact.state == "retired")).one()
     assert api.post(f"{path}/start", json={"digest": digest}).json()["state"] == "queued"

@@ -196,7 +196,7 @@ def test_a_curve_goes_on_where_the_checkpoint_was() -> None:
 
 def test_the_timeline_adds_up() -> None:
     start = datetime(2027, 1, 1, tzinfo=UTC)
-    told = [("queued", 0), ("training", 10), ("live", 40)]
+    told = [("queued", 0), ("training", 10), ("canary", 40), ("live", 90)]
     events = [RunEvent(kind="phase", payload={"phase": name}, at=start + timedelta(seconds=at)) for name, at in told]
 
     drawn = run_charts.timeline(events, start + timedelta(seconds=40))

@@ -159,7 +159,10 @@ def learned(session: Session, project_id: UUID, revision: Revision) -> None:
     session.flush()
     replaying(session, project_id, revision)
     generation = deployments.get(session, project_id).generation
-    deployments.flip(session, project_id, expected_generation=generation, digest="a" * 64, actor="me", reason="test")
+    for place, digest in enumerate(("b" * 64, "a" * 64)):
+        deployments.flip(
+            session, project_id, expected_generation=generation + place, digest=digest, actor="me", reason="test"
+        )
     evaluation = Evaluation(project_id=project_id, run_id=run.id, revision_id=revision.id, candidate_digest="a" * 64)
     session.add(evaluation)
     session.flush()

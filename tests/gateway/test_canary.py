@@ -67,6 +67,16 @@ def test_without_any_of_them_equal_prompts_stay_together_and_others_are_spread()
     assert len(set(units)) == 500
 
 
+def test_many_prompts_of_nobody_in_particular_are_in_no_arm() -> None:
+    several = {"model": "entities", "prompt": ["one", "two"]}
+    arms = [
+        placed(Target(TRYING, (LIVE, None)), parse_text(json.dumps(several | said).encode()), KEY).arm
+        for said in ({}, {"user": "mia"}, {"whet": {"group": "g"}})
+    ]
+    assert arms[0] == "active"
+    assert set(arms[1:]) <= {"canary", "control"}
+
+
 def test_who_names_certain_weights_gets_them() -> None:
     pinned = Target(TRYING, (LIVE,), pinned=True)
     assert placed(pinned, parse_chat(json.dumps(CHAT).encode()), KEY) == pinned

@@ -6,12 +6,15 @@ from uuid import UUID
 
 import pytest
 from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
 
 from services.errors import Conflict, NotFound
-from services.store import audit, deployments, projects
+from services.store import audit, deployments, lifecycle, projects, rollouts
 from services.store.base import make_sessions, uuid7
 from services.store.models import Artifact, Deployment, DeploymentEvent
+from services.store.rollout_config import RolloutConfig
 from tests.rollout.conftest import World
+from tests.rollout.trials import BY_ADA
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64
 
@@ -27,6 +30,12 @@ def flip(world: World, digest: str | None, generation: int) -> Deployment:
 def back(world: World) -> Deployment:
     with world.sessions.begin() as session:
         return deployments.roll_back(session, world.project_id, actor="ada", reason="worse")
+
+
+def try_again(session: Session, world: World, digest: str) -> None:
+    """As the deploy job does with what a person puts on trial."""
+    deployments.advance(session, digest, "staged")
+    rollouts.begin(session, world.project_id, digest, RolloutConfig(), BY_ADA, None)
 
 
 def now(world: World) -> Deployment:
@@ -81,6 +90,30 @@ def test_roll_back_goes_to_the_last_good_then_to_what_that_had_replaced_then_to_
     assert [world.state(digest) for digest in (A, B, C)] == ["rolled_back"] * 3
     with pytest.raises(Conflict, match="nothing to roll back"):
         back(world)
+
+
+@pytest.mark.parametrize("fate", ["rolled_back", "quarantined", "tainted"])
+def test_condemned_or_tainted_meanwhile_the_last_good_is_passed_over(world: World, fate: str) -> None:
+    for generation, digest in enumerate((A, B, C), start=1):
+        flip(world, world.artifact(digest, "staged"), generation)
+    with world.sessions.begin() as session:
+        if fate == "tainted":
+            session.execute(update(Artifact).where(Artifact.digest == B).values(tainted_at=func.now()))
+            lifecycle.mend_last_good(session, [B])
+        else:
+            try_again(session, world, B)
+            rollouts.end(session, world.project_id, fate, BY_ADA)
+    assert (now(world).active_digest, now(world).last_good_digest) == (C, A)
+    assert (back(world).active_digest, now(world).last_good_digest) == (A, None)
+
+
+def test_a_last_good_on_trial_is_undecided_and_not_gone_back_to(world: World) -> None:
+    for generation, digest in enumerate((A, B), start=1):
+        flip(world, world.artifact(digest, "staged"), generation)
+    with world.sessions.begin() as session:
+        try_again(session, world, A)
+    assert back(world).active_digest is None
+    assert (world.state(A), world.state(B)) == ("retired", "rolled_back")
 
 
 def test_a_rolled_back_artefact_never_goes_live_again(world: World) -> None:
@@ -162,16 +195,25 @@ def test_an_artefact_skips_no_station(world: World, old: str, new: str) -> None:
 def test_after_any_history_exactly_what_serves_is_live(world: World) -> None:
     choose = random.Random(5)
     digests: list[str] = []
-    for step in range(60):
+    for step in range(80):
         deployment = now(world)
+        going_back = deployment.active_digest is not None and choose.random() < 0.25
         try:
-            if choose.random() < 0.4:
+            if going_back:
                 back(world)
+            elif digests and choose.random() < 0.5:
+                with world.sessions.begin() as session:
+                    if deployment.canary_digest is None:
+                        try_again(session, world, choose.choice(digests))
+                    else:
+                        stage = choose.choice(["stopped", "rejected", "rolled_back", "quarantined"])
+                        rollouts.end(session, world.project_id, stage, BY_ADA)
             else:
                 digests.append(world.artifact(f"{step:064x}", "staged"))
                 stale = choose.random() < 0.2
                 flip(world, choose.choice([*digests, None]), deployment.generation - stale)
         except Conflict:
+            assert not going_back, "there is always a way back"
             assert now(world).generation == deployment.generation
         else:
             assert now(world).generation == deployment.generation + 1
@@ -183,7 +225,8 @@ def check_invariants(world: World, project_id: UUID) -> None:
         deployment = deployments.get(session, project_id)
         live = session.scalars(select(Artifact.digest).where(Artifact.state == "live")).all()
         assert live == ([deployment.active_digest] if deployment.active_digest else [])
-        events = session.scalar(select(func.count()).select_from(DeploymentEvent))
+        changes = DeploymentEvent.kind.in_(("flip", "roll_back")) | DeploymentEvent.kind.like("canary%")
+        events = session.scalar(select(func.count()).select_from(DeploymentEvent).where(changes))
         assert events == deployment.generation - 1
         if deployment.last_good_digest:
-            assert session.get_one(Artifact, deployment.last_good_digest).state == "retired"
+            assert session.get_one(Artifact, deployment.last_good_digest).state in ("retired", "staged", "canary")

@@ -16,9 +16,8 @@ ALLOWED = {
     ("built", "verified"), ("built", "rejected"), ("built", "quarantined"),
     ("verified", "staged"), ("verified", "rejected"), ("verified", "quarantined"),
     ("staged", "shadow"), ("staged", "canary"), ("staged", "live"), ("staged", "rejected"), ("staged", "quarantined"),
-    ("shadow", "canary"), ("shadow", "live"), ("shadow", "retired"), ("shadow", "rejected"), ("shadow", "quarantined"),
-    ("canary", "live"), ("canary", "retired"), ("canary", "rejected"), ("canary", "quarantined"),
-    ("canary", "rolled_back"),
+    ("shadow", "canary"), ("shadow", "live"), ("shadow", "retired"), ("shadow", "quarantined"),
+    ("canary", "live"), ("canary", "retired"), ("canary", "quarantined"), ("canary", "rolled_back"),
     ("live", "retired"), ("live", "quarantined"), ("live", "rolled_back"),
     ("retired", "staged"), ("retired", "live"), ("retired", "quarantined"),
 }  # fmt: skip

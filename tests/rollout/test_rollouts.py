@@ -4,11 +4,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
+from services.console import run_view
 from services.errors import Conflict
-from services.store import deployments, projects, rollouts
+from services.store import deployments, projects, rollouts, runs
 from services.store.base import make_sessions
-from services.store.models import Artifact, Job, Project, RolloutCount
+from services.store.models import Artifact, Job, Project, RolloutCount, Run
 from services.store.rollout_config import RolloutConfig, Shadowing
 from services.store.rollouts import Decision
 from tests.rollout.conftest import World
@@ -43,7 +45,7 @@ def test_a_canary_serves_its_share_beside_what_is_live(world: World) -> None:
 def test_in_the_shadow_nobody_is_served_until_the_canary_begins(world: World) -> None:
     serve(world)
     rollout = begin(world, shadow=Shadowing(requests=20).model_dump())
-    assert (deployment(world).canary_share, deployment(world).generation, world.state(NEW)) == (0.0, 2, "shadow")
+    assert (deployment(world).canary_share, deployment(world).generation, world.state(NEW)) == (0.0, 3, "shadow")
     salt = rollout.salt
     with world.sessions.begin() as session:
         rollouts.begin_canary(session, world.project_id, BY_ADA)
@@ -70,7 +72,7 @@ def test_a_promoted_candidate_is_live_and_its_counts_are_gone(world: World) -> N
 
 @pytest.mark.parametrize(
     ("stage", "state"),
-    [("stopped", "retired"), ("rolled_back", "rolled_back"), ("rejected", "rejected"), ("quarantined", "quarantined")],
+    [("stopped", "retired"), ("rolled_back", "rolled_back"), ("rejected", "retired"), ("quarantined", "quarantined")],
 )
 def test_a_canary_that_ends_leaves_what_is_live_alone(world: World, stage: str, state: str) -> None:
     serve(world)
@@ -201,6 +203,44 @@ def test_a_decision_from_an_older_look_changes_nothing(world: World) -> None:
         with world.sessions() as session, pytest.raises(Conflict, match="moved from generation 2 to 3"):
             change(session)
     assert (deployment(world).generation, current(world).stage) == (3, "canary")
+
+
+def test_a_word_on_one_candidate_in_the_shadow_is_none_on_the_next(world: World) -> None:
+    serve(world)
+    begin(world, NEW, shadow={"requests": 5})
+    seen = Decision("ada", "because", {}, generation=deployment(world).generation)
+    begin(world, NEWER, shadow={"requests": 5})
+    with world.sessions() as session, pytest.raises(Conflict, match="moved from generation"):
+        rollouts.promote(session, world.project_id, seen)
+    assert (world.state(NEW), world.state(NEWER)) == ("retired", "shadow")
+
+
+@pytest.mark.parametrize(
+    ("ending", "phase", "steps"),
+    [("promoted", "live", ["done", "done"]), ("rolled_back", "rolled back", ["failed", "ahead"]),
+     ("stopped", "stopped", ["done", "ahead"])],
+)  # fmt: skip
+def test_a_run_says_what_became_of_its_candidate(world: World, ending: str, phase: str, steps: list[str]) -> None:
+    serve(world)
+    run_id = world.run(world.artifact(NEW, "staged"), outputs=[])
+    with world.sessions.begin() as session:
+        rollout = rollouts.begin(
+            session, world.project_id, NEW, RolloutConfig(shadow=Shadowing(requests=5)), BY_ADA, run_id
+        )
+        run = runs.get(session, run_id)
+        runs.finish(session, run, "succeeded", rollout.stage)
+        assert path(session, run)[-2:] == ["now", "ahead"]
+        rollouts.begin_canary(session, world.project_id, BY_ADA)
+        assert (run.phase, path(session, run)[-2:]) == ("canary", ["now", "ahead"])
+        if ending == "promoted":
+            rollouts.promote(session, world.project_id, BY_ADA)
+        else:
+            rollouts.end(session, world.project_id, ending, BY_ADA)
+        assert (run.phase, path(session, run)[-2:]) == (phase, steps)
+
+
+def path(session: Session, run: Run) -> list[str]:
+    return [step.state for step in run_view.describe(session, run)["steps"]]
 
 
 def test_of_eight_people_who_end_it_at_once_one_does(world: World, database_url: str) -> None:

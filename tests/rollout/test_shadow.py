@@ -3,15 +3,19 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import pytest
+from msgspec import structs
 from sqlalchemy import func, select, update
 
+from engine.client import Completion
+from engine.sync_client import SyncEngineClient
 from engine.text.tokenizer import Tokenizer
 from services.settings import Settings
-from services.store import erasure, erasure_rows, jobs, rollouts, shadow_answers
+from services.store import erasure, erasure_rows, failpoints, jobs, rollouts, shadow_answers
 from services.store.erasure_cover import Subject
 from services.store.models import Interaction, InteractionBody, Job, Project, ReviewItem, ShadowAnswer
 from services.store.rollout_config import RolloutConfig, Shadowing
@@ -21,7 +25,7 @@ from tests.rollout.trials import BY_ADA, answer, current, deployment, kinds, loo
 from worker.curation.sample import sample
 from worker.curation.second import shadowed
 from worker.rollout import shadow
-from worker.rollout.shadow import shadow_job
+from worker.rollout.shadow import ShadowInterrupted, shadow_job
 
 WANTED = 6
 
@@ -113,8 +117,8 @@ def test_answers_that_break_their_form_are_refused_before_anybody_is_served(
         session.execute(update(ShadowAnswer).values(live=good, candidate=bad))
     look(world)
     assert (world.state(pair[1]), current(world).stage, deployment(world).canary_digest) == (
-        "rejected", "rejected", None,
-    )  # fmt: skip
+        "retired", "rejected", None,
+    ), "nobody was served by it, so a person may try it again"  # fmt: skip
     assert kinds(world)[-1] == "canary_rejected"
     assert deployment(world).automatic_rollbacks == 0, "nobody was served by it"
 
@@ -181,6 +185,58 @@ def test_an_erasure_takes_shadow_answers_with_the_user(
         erasure_rows.erase(session, asked, mine)
         left = session.scalars(select(ShadowAnswer.interaction_id)).all()
     assert set(left) == set(prompts[1:])
+
+
+@pytest.mark.parametrize("when", ["before it is asked", "while it is answered"])
+def test_who_asked_to_be_erased_is_not_asked_for_again(
+    world: World, settings: Settings, prompts: list[UUID], monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    def ask_to_be_erased(*_: object) -> None:
+        with world.sessions.begin() as session:
+            made = erasure.request(session, Subject(world.project_id, "end_user", "user-0"), "test")
+            # One was erased by then, the other is only meant.
+            erasure_rows.erase(session, made, prompts[1:2])
+
+    look(world)
+    if when == "before it is asked":
+        ask_to_be_erased()
+    else:
+        monkeypatch.setattr(failpoints, "reach", lambda name: ask_to_be_erased() if name == "shadow.answered" else None)
+    run_job(world, settings)
+    with world.sessions() as session:
+        assert set(session.scalars(select(ShadowAnswer.interaction_id))) == set(prompts[2:])
+        shadows = session.scalars(select(Interaction).where(Interaction.origin == "shadow")).all()
+        asked = dict(session.execute(select(Interaction.id, Interaction.started_at)).all())
+    assert {row.end_user for row in shadows} == {f"user-{place}" for place in range(2, WANTED)}
+    for row in shadows:
+        assert row.started_at == asked[UUID(row.tags["shadow_of"])], "an erasure asked for later covers both"
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [{"reason": "error", "code": "overloaded"}, {"reason": "error", "code": "deadline"}, {"adapter": None}],
+    ids=str,
+)
+def test_what_a_busy_engine_leaves_unanswered_is_asked_again_and_counts_against_nobody(
+    world: World, settings: Settings, prompts: list[UUID], monkeypatch: pytest.MonkeyPatch, ending: dict[str, str]
+) -> None:
+    real = SyncEngineClient.generate_many
+
+    def busy(client: SyncEngineClient, *given: object, **named: object) -> list[Completion]:
+        first, *others = real(client, *given, **named)  # type: ignore[arg-type]
+        return [replace(first, finished=structs.replace(first.finished, **ending)), *others]
+
+    look(world)
+    with monkeypatch.context() as patch:
+        patch.setattr(SyncEngineClient, "generate_many", busy)
+        with pytest.raises(ShadowInterrupted, match="1 of 6"):
+            run_job(world, settings)
+    with world.sessions() as session:
+        kept = shadow_answers.pairs(session, current(world).id)
+    assert {pair.interaction_id for pair in kept} == set(prompts[:-1]), "the newest was asked first"
+    assert not any(pair.candidate["error"] for pair in kept)
+    with world.sessions() as session:
+        assert [one.interaction.id for one in shadow.to_ask(session, current(world), limit=9)] == prompts[-1:]
 
 
 def test_a_few_more_failures_than_before_are_no_reason_to_refuse() -> None:

@@ -6,16 +6,19 @@ import sys
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import select, text, update
+from sqlalchemy.exc import OperationalError
 
 from services.errors import Conflict
 from services.settings import Settings
-from services.store import engine_reports, rollout_counts, trials
+from services.store import engine_reports, rollout_counts, rollouts, trials
+from services.store.base import make_sessions
 from services.store.engine_reports import Report
 from services.store.models import EngineReport, Project, Rollout
 from tests.rollout.conftest import ROOT, World
 from tests.rollout.trials import (
     AT_ONCE,
+    BY_ADA,
     LIVE,
     NEW,
     answer,
@@ -116,6 +119,19 @@ def test_feedback_counts_when_it_comes_and_as_what_it_says(world: World) -> None
     assert arms(world, "signal")[0] == (6, pytest.approx(1 + 0.5 + 0 + 0.8 + 1 + 0))
 
 
+def test_feedback_that_comes_long_after_its_answer_counts(world: World) -> None:
+    serve(world)
+    rollout = begin(world)
+    late = answer(world, rollout, "canary", "late", ago=25 * 60)
+    answer(world, rollout, "control", "now", ago=0.0)
+    look(world)
+    with world.sessions.begin() as session:
+        session.execute(update(Rollout).values(folded_until=datetime.now(UTC) - timedelta(seconds=60)))
+    say(world, late, rating=1, ago=30.0)
+    look(world)
+    assert arms(world, "signal")[0] == (1, 1.0)
+
+
 def test_implicit_needs_no_word_from_anybody(world: World) -> None:
     serve(world)
     rollout = begin(world, signal="implicit")
@@ -192,6 +208,13 @@ def test_a_split_that_is_off_is_told_once_and_decides_nothing(world: World) -> N
     answer(world, rollout, "canary", "one more", ago=0.5)
     look(world)
     assert current(world).verdict["action"] == "hold"
+    with world.sessions.begin() as session:
+        # By now the split is right again; what came before is still among the counts.
+        session.execute(update(Rollout).values(share=0.5))
+    answer(world, rollout, "canary", "another", ago=0.2)
+    look(world)
+    assert not current(world).verdict["ratio"]["off"]
+    assert current(world).verdict["action"] == "hold"
     assert kinds(world).count("canary_held") == 1
     assert deployment(world).canary_digest == NEW
 
@@ -227,6 +250,23 @@ def test_a_look_that_was_overtaken_counts_nothing(world: World) -> None:
             rollout_counts.fold(first, mine, span)
         first.rollback()
     assert arms(world, "errors")[0][0] == 1
+
+
+def test_who_counts_waits_for_who_ends_it_before_touching_a_count(world: World, database_url: str) -> None:
+    serve(world)
+    rollout = begin(world)
+    answer(world, rollout, "canary", "ada")
+    look(world)
+    answer(world, rollout, "canary", "ada", ago=0.0)
+    world.sessions = make_sessions(database_url, pool_size=3)
+    with world.sessions.begin() as ending, world.sessions() as counting:
+        rollouts.end(ending, world.project_id, "stopped", BY_ADA)
+        counting.execute(text("SET LOCAL lock_timeout = '50ms'"))
+        mine = counting.get_one(Rollout, rollout.id)
+        span = rollout_counts.next_span(counting, mine, datetime.now(UTC), lands_within=AT_ONCE, quiet=AT_ONCE)
+        with pytest.raises(OperationalError, match='relation "rollout"'):
+            rollout_counts.fold(counting, mine, span)
+    world.sessions.kw["bind"].dispose()
 
 
 @pytest.mark.parametrize("failpoint", ["canary.counted", "canary.deciding", "canary.decided"])

@@ -8,12 +8,13 @@ from sqlalchemy import Select, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from services.errors import Conflict
-from services.store import revisions, runs
+from services.store import lifecycle, revisions, runs
 from services.store.erasure_rows import noted
 from services.store.models import (
     Artifact,
     AuditEvent,
     Dataset,
+    Deployment,
     ErasureRequest,
     Revision,
     RevisionExample,
@@ -91,6 +92,8 @@ def rebuild(session: Session, made: ErasureRequest) -> list[dict[str, Any]]:
 
 def taint(session: Session, made: ErasureRequest, projects: list[UUID]) -> list[dict[str, Any]]:
     """Adapters trained on such a revision and heads trained on that part of the log: deployed nowhere any more."""
+    # Whoever changes a deployment locks its row before its artefacts.
+    session.execute(select(Deployment.project_id).where(Deployment.project_id.in_(projects)).with_for_update())
     reading = or_(Run.revision_id.in_(_holding(made, "train")), Run.id.in_(_replaying(made)))
     trained = select(Run.id).where(reading)
     untainted = select(Artifact).where(Artifact.project_id.in_(projects), Artifact.tainted_at.is_(None))
@@ -101,6 +104,7 @@ def taint(session: Session, made: ErasureRequest, projects: list[UUID]) -> list[
     session.execute(
         update(Artifact).where(Artifact.digest.in_([one.digest for one in found])).values(tainted_at=func.now())
     )
+    lifecycle.mend_last_good(session, [one.digest for one in found])
     return [{"digest": one.digest, "kind": one.kind, "state": one.state} for one in found]
 
 

@@ -87,9 +87,10 @@ class Verdict(NamedTuple):
         }  # fmt: skip
 
 
-def judge(evidence: Evidence, config: RolloutConfig, *, in_full: bool = True) -> Verdict:
+def judge(evidence: Evidence, config: RolloutConfig, *, in_full: bool = True, held: str | None = None) -> Verdict:
     """What the figures so far say. May be asked as often as one likes: every bound holds at all times at once.
 
+    `held`: why an earlier look held it. That stands, as what came while the split was off is still among the counts.
     Not `in_full`: guardrails that are fine by their means alone come without an interval. The judgement is the same.
     """
     guards = _guards(evidence, config, in_full=in_full)
@@ -99,8 +100,8 @@ def judge(evidence: Evidence, config: RolloutConfig, *, in_full: bool = True) ->
     tripped = [guard for guard in guards if guard.state == "tripped"]
     if tripped:
         return Verdict("roll_back", f"guardrail: {' and '.join(map(_told, tripped))}", signal, guards, split)
-    if split.off:
-        return Verdict("hold", _told_split(split), signal, guards, split)
+    if split.off or held:
+        return Verdict("hold", _told_split(split) if split.off else str(held), signal, guards, split)
     lacking = _lacking(arms, config)
     if signal is None or lacking:
         return Verdict("wait", lacking or "not enough users yet", signal, guards, split)

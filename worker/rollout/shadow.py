@@ -16,13 +16,14 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from engine.client import Completion
-from engine.messages import Generate, Grammar, Sampling
+from engine.messages import Finished, Generate, Grammar, Sampling
 from engine.sync_client import SyncEngineClient
 from engine.text.stops import StopStrings
 from engine.text.tokenizer import Tokenizer
 from services.settings import Settings
 from services.store import failpoints, trials
 from services.store.base import uuid7
+from services.store.erasure_cover import is_erased
 from services.store.jobs import JobCancelled, Lease
 from services.store.models import Interaction, InteractionBody, Project, Rollout, ShadowAnswer
 from services.store.pages import first_id
@@ -37,10 +38,16 @@ ANSWER_SECONDS = 120.0
 # What was asked longer ago may no longer be what apps ask.
 RECENT = timedelta(days=7)
 ANSWERED = ("stop", "length")
+# Endings that another attempt may mend.
+PASSING = ("adapter_not_loaded", "overloaded", "deadline", "internal")
 # One look at a number fixed beforehand: an ordinary one-sided 95 % bound.
 BOUND = NormalDist().inv_cdf(0.95)
 
 log = structlog.get_logger()
+
+
+class ShadowInterrupted(RuntimeError):
+    """The engine could not answer everything this time; the job is worth another attempt."""
 
 
 class Compared(NamedTuple):
@@ -61,7 +68,7 @@ class Prompt(NamedTuple):
 def shadow_job(lease: Lease, settings: Settings) -> None:
     """Handler of "shadow": a batch of prompts. What is answered twice by two attempts is kept once.
 
-    Raises EngineGone; another attempt goes on.
+    Raises EngineGone, ShadowInterrupted; another attempt goes on.
     """
     rollout_id = UUID(lease.payload["rollout_id"])
     with lease.sessions() as session:
@@ -76,14 +83,21 @@ def shadow_job(lease: Lease, settings: Settings) -> None:
     with SyncEngineClient(settings.engine_socket, connect_seconds=CONNECT_SECONDS) as client:
         client.load_adapter(rollout.digest, str(settings.artifacts / rollout.digest))
         completions = client.generate_many([_request(one, rollout) for one in prompts], concurrency=AT_ONCE)
+    both = zip(prompts, completions, strict=True)
+    answered = [(prompt, completion) for prompt, completion in both if not _passes(completion.finished, rollout.digest)]
     failpoints.reach("shadow.answered")
     if lease.cancelled():
         raise JobCancelled
     with lease.transaction() as session:
-        for prompt, completion in zip(prompts, completions, strict=True):
-            _keep(session, rollout, project, prompt, completion, tokenizer)
-        lease.succeed(session)
-    log.info("shadow answers", rollout=str(rollout_id), answered=len(prompts))
+        there = still_there(session, rollout, prompts)
+        for prompt, completion in answered:
+            if prompt.interaction.id in there:
+                _keep(session, rollout, project, prompt, completion, tokenizer)
+        if len(answered) == len(prompts):
+            lease.succeed(session)
+    log.info("shadow answers", rollout=str(rollout_id), answered=len(answered))
+    if len(answered) < len(prompts):
+        raise ShadowInterrupted(f"the engine could not answer {len(prompts) - len(answered)} of {len(prompts)} prompts")
 
 
 def to_ask(session: Session, rollout: Rollout, *, limit: int) -> list[Prompt]:
@@ -107,11 +121,23 @@ def to_ask(session: Session, rollout: Rollout, *, limit: int) -> list[Prompt]:
             ~InteractionBody.parameters.has_key("tools"),
             InteractionBody.parameters["model"].as_string().not_like("%@%"),
             ~asked.exists(),
+            ~is_erased(rollout.project_id),
         )
         .order_by(Interaction.id.desc())
         .limit(limit)
     )
     return [Prompt(row[0], row[1]) for row in rows]
+
+
+def still_there(session: Session, rollout: Rollout, prompts: Sequence[Prompt]) -> set[UUID]:
+    """Those of the prompts that nobody has erased meanwhile, nor asked to.
+
+    Held until the transaction ends: an erasure that comes later deletes them only then, and sees what was made of them.
+    """
+    query = select(Interaction.id).where(
+        Interaction.id.in_([one.interaction.id for one in prompts]), ~is_erased(rollout.project_id)
+    )
+    return set(session.scalars(query.with_for_update(read=True, key_share=True, skip_locked=True, of=Interaction)))
 
 
 def judge(compared: Sequence[Pair], config: RolloutConfig) -> Compared:
@@ -124,6 +150,13 @@ def judge(compared: Sequence[Pair], config: RolloutConfig) -> Compared:
     if mean > config.shadow.most_worse and mean - BOUND * error > 0:
         return Compared(False, f"the shadow comparison: {told} than of those that were served", evidence)
     return Compared(True, f"the shadow comparison is fine: {told}", evidence)
+
+
+def _passes(finished: Finished, digest: str) -> bool:
+    """Whether the engine had no time for it, or answered with other weights: no fault of the candidate."""
+    if finished.reason == "error":
+        return finished.code in PASSING
+    return finished.reason == "cancelled" or finished.adapter != digest
 
 
 def _request(prompt: Prompt, rollout: Rollout) -> Generate:
@@ -191,7 +224,7 @@ def _figures(
 
 
 def _logged(rollout: Rollout, prompt: Prompt, completion: Completion, output: str) -> Prompt:
-    """As the gateway would have logged it, of the same user, so that an erasure finds it."""
+    """As the gateway would have logged it, of the same user and as of when they asked, so that an erasure finds it."""
     live, body, finished, now = prompt.interaction, prompt.body, completion.finished, datetime.now(UTC)
     identity, logprobs = uuid7(), completion.logprobs
     interaction = Interaction(
@@ -205,7 +238,7 @@ def _logged(rollout: Rollout, prompt: Prompt, completion: Completion, output: st
         mean_logprob=fmean(logprobs) if logprobs else None, min_logprob=min(logprobs, default=None),
         session_key=live.session_key, end_user=live.end_user, group_key=live.group_key,
         tags={"shadow_of": str(live.id)}, config_hash=live.config_hash,
-        started_at=now - timedelta(seconds=finished.total_seconds), finished_at=now,
+        started_at=live.started_at, finished_at=now,
     )  # fmt: skip
     wide = InteractionBody(
         id=identity, project_id=live.project_id, messages=body.messages, parameters=body.parameters, output=output,

@@ -15,7 +15,7 @@ from engine.sync_client import SyncEngineClient
 from engine.text.tokenizer import Tokenizer
 from services.errors import Conflict, NotFound
 from services.settings import Settings
-from services.store import deployments, evaluations, failpoints, rollouts, runs
+from services.store import deployments, evaluations, failpoints, rollouts, runs, trials
 from services.store.jobs import JobCancelled, JobFailed, Lease
 from services.store.models import Artifact, Job, Project, Run
 from services.store.rollout_config import read_rollout
@@ -76,7 +76,8 @@ def _begin(lease: Lease, order: Order) -> int | None:
     with lease.transaction() as session:
         deployment = deployments.get(session, order.project_id)
         if order.digest in (deployment.active_digest, deployment.canary_digest):
-            _finish_run(session, order, "live" if order.digest == deployment.active_digest else "canary")
+            trial = trials.open_of(session, order.project_id)
+            _finish_run(session, order, trial.stage if trial and order.digest == trial.digest else "live")
             lease.succeed(session)
             return None
         deployments.require_open(deployment)
@@ -140,10 +141,11 @@ def _release(lease: Lease, order: Order, generation: int, comparison: Comparison
                 session, order.project_id, expected_generation=generation, digest=order.digest, actor=ACTOR,
                 reason=reason, evidence=evidence,
             )  # fmt: skip
+            phase = "live"
         else:
             decision = Decision(ACTOR, reason, evidence, generation)
-            rollouts.begin(session, order.project_id, order.digest, config, decision, order.run_id)
-        _finish_run(session, order, "live" if config.mode == "direct" else "canary")
+            phase = rollouts.begin(session, order.project_id, order.digest, config, decision, order.run_id).stage
+        _finish_run(session, order, phase)
         lease.succeed(session)
         failpoints.reach("deploy.before_flip")
     log.info("adapter released", digest=order.digest, mode=config.mode)
@@ -152,6 +154,7 @@ def _release(lease: Lease, order: Order, generation: int, comparison: Comparison
 def _give_up(lease: Lease, order: Order, phase: str, reason: str) -> None:
     """End the run with the reason; a broken artefact is quarantined, a superseded one keeps its state."""
     with lease.transaction() as session:
+        deployments.locked(session, order.project_id)
         artifact = session.get(Artifact, order.digest)
         if phase == "quarantined" and artifact is not None:
             deployments.advance(session, order.digest, "quarantined", actor=ACTOR, reason=reason)

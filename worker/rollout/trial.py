@@ -84,16 +84,17 @@ def _decide(sessions: Sessions, rollout_id: UUID, now: datetime) -> None:
         if rollout is None or rollout.id != rollout_id or rollout.generation != deployment.generation:
             return
         found = evidence(rollout_counts.moments(session, rollout.id), rollout.share)
-        verdict = judge(found, trials.config_of(rollout))
+        held = rollout.verdict.get("reason") if rollout.verdict.get("action") == "hold" else None
+        verdict = judge(found, trials.config_of(rollout), held=held)
         lagging = engine_reports.lagging(session, project_id, deployment.generation, now)
         if verdict.action == "promote" and lagging:
             reason = f"{verdict.reason}; promotion waits for {', '.join(lagging)} to load the candidate"
             verdict = verdict._replace(action="wait", reason=reason)
-        held = verdict.action == "hold" and rollout.verdict.get("action") != "hold"
+        newly_held = verdict.action == "hold" and held is None
         remember(rollout, verdict, found, now)
         rollout.verdict = {**rollout.verdict, "lagging": lagging}
         session.flush()
-        if held:
+        if newly_held:
             _hold(session, project_id, rollout, verdict)
         else:
             _carry_out(session, project_id, verdict, deployment.generation)
@@ -154,19 +155,22 @@ def _hold(session: Session, project_id: UUID, rollout: Rollout, verdict: Verdict
 
 def _look_at_shadow(sessions: Sessions, rollout_id: UUID) -> None:
     with sessions.begin() as session:
-        rollout = session.get_one(Rollout, rollout_id)
+        project_id = session.get_one(Rollout, rollout_id).project_id
+        generation = locked(session, project_id).generation
+        rollout = trials.open_of(session, project_id)
+        if rollout is None or rollout.id != rollout_id or rollout.stage != "shadow":
+            return
         config = trials.config_of(rollout)
         pairs = shadow_answers.pairs(session, rollout_id)
         if len(pairs) < config.shadow.requests:
             _ask_for_more(session, rollout)
             return
         verdict = shadow.judge(pairs, config)
-        generation = locked(session, rollout.project_id).generation
         decision = Decision(ACTOR, verdict.reason, verdict.evidence, generation)
         if verdict.passed:
-            rollouts.begin_canary(session, rollout.project_id, decision)
+            rollouts.begin_canary(session, project_id, decision)
         else:
-            rollouts.end(session, rollout.project_id, "rejected", decision)
+            rollouts.end(session, project_id, "rejected", decision)
         failpoints.reach("shadow.deciding")
     failpoints.reach("shadow.decided")
     log.info("shadow compared", rollout=str(rollout_id), passed=verdict.passed, reason=verdict.reason)

@@ -32,7 +32,7 @@ class Deployment(Base):
     speculator_share: Mapped[float] = mapped_column(default=0.0, server_default="0")
     speculator_last_good_digest: Mapped[str | None] = mapped_column(ForeignKey("artifact.digest"))
     frozen: Mapped[bool] = mapped_column(default=False, server_default="false")
-    # Since somebody last looked, or a promotion last went through; so many freeze promotion.
+    # Since somebody last looked; so many freeze promotion.
     automatic_rollbacks: Mapped[int] = mapped_column(default=0, server_default="0")
     # What went live is unconfirmed until an engine has said that it serves it; past this moment it is rolled back.
     probe_until: Mapped[datetime | None]
