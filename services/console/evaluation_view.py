@@ -136,13 +136,13 @@ def _scale(drawn: charts.Forest, lowest: float | None) -> Any:  # noqa: ANN401 -
 
 
 def verdict(name: str, row: Mapping[str, Any]) -> str:
-    """What a slice's interval says: better, kept, weak, or short of what it had to show."""
+    """What a slice's interval says: better, kept, weak, worse, or short of what it had to show."""
     if name == TARGET:
         return "better" if row["low"] > 0 else "not shown"
     margin = row.get("margin")
     if margin is None or row["low"] > -margin:
         return "kept"
-    return "weak" if row.get("weak") else "at risk"
+    return "worse" if row.get("harmed") else "weak" if row.get("weak") else "at risk"
 
 
 def metric_lines(summary: Mapping[str, Any]) -> list[MetricLine]:
