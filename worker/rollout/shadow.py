@@ -26,6 +26,7 @@ from services.store.base import uuid7
 from services.store.jobs import JobCancelled, Lease
 from services.store.models import Interaction, InteractionBody, Project, Rollout, ShadowAnswer
 from services.store.pages import first_id
+from services.store.refusals import refuses
 from services.store.rollout_config import RolloutConfig
 from services.store.shadow_answers import Pair, figures, stands
 from worker.rollout import checks
@@ -183,7 +184,7 @@ def _figures(
     return {
         "error": not answered,
         "valid": checks.passes(body.output, body.parameters, config, schema) if answered else None,
-        "refuses": checks.refuses(body.output) if answered else None,
+        "refuses": refuses(body.output) if answered else None,
         "tokens": row.completion_tokens if answered else None,
         "logprob": row.mean_logprob,
         "latency": row.latency_ms,
