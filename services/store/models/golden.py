@@ -58,7 +58,8 @@ class Dataset(Base):
 class Revision(Base):
     """An immutable state of a dataset. `digest` is the SHA-256 of its canonical manifest, `held_out_digest` that of the
     held-out entries alone (NULL on revisions of older releases); `looks` counts gate looks, `look_carry` is the level
-    that a promotion handed on to the next one."""
+    that a promotion handed on to the next one. Revisions with the same `look_budget` share both; it is the id of the
+    first of them, and NULL on that one."""
 
     __tablename__ = "revision"
     __table_args__ = (UniqueConstraint("dataset_id", "digest"),)
@@ -72,6 +73,7 @@ class Revision(Base):
     report: Mapped[dict[str, Any]] = mapped_column(default=dict)
     looks: Mapped[int] = mapped_column(default=0, server_default="0")
     look_carry: Mapped[float] = mapped_column(default=0.0, server_default="0")
+    look_budget: Mapped[UUID | None]
     created_at: Mapped[Now]
 
 
