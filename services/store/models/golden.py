@@ -6,7 +6,7 @@ from uuid import UUID
 
 from pgvector.sqlalchemy import Vector
 from sqlalchemy import BigInteger, ForeignKey, Index, LargeBinary, UniqueConstraint, text
-from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import Mapped, mapped_column
 
 from services.store.base import Base, Key, Now, one_of
@@ -41,6 +41,8 @@ class Example(Base):
     reviewers: Mapped[list[Any]]
     # Kinds of personal data found when it was written; masked or not, as the project chose then.
     pii: Mapped[list[str]] = mapped_column(default=list, server_default=text("'{}'"))
+    # What the request said beside its messages, of the tools it offered; NULL where it offered none.
+    asked: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
     created_at: Mapped[Now]
 
 
