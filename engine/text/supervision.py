@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from engine.messages import Grammar
+from engine.messages import Grammar, logged_grammar
 from engine.text.detokenizer import Detokenizer
 from engine.text.stream import TextStream
 from engine.text.tokenizer import Tokenizer
@@ -39,8 +39,7 @@ NOTHING = Asked()
 def asked_in(kept: Mapping[str, Any] | None) -> Asked:
     """From what an example keeps of its request."""
     said = kept or {}
-    grammar = said.get("grammar")
-    return Asked(tuple(said.get("tools") or ()), bool(said.get("forced")), Grammar(**grammar) if grammar else None)
+    return Asked(tuple(said.get("tools") or ()), bool(said.get("forced")), logged_grammar(said))
 
 
 class MaskPiece(NamedTuple):

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 from sqlalchemy.orm import Session
 
 from services.console import charts
-from services.store import evaluations
+from services.store import evaluations, power
+from services.store.evaluation_config import BASE_ABILITY, TARGET
 from services.store.models import Artifact, Dataset, Evaluation, EvaluationRow, Revision, Run
 
-TARGET, BASE_ABILITY = "target", "base-ability"
 SLICES = {
     TARGET: "what was corrected",
     "accepted": "what was right already",
@@ -168,11 +168,10 @@ def outcomes(summary: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 def next_level(evaluation: Evaluation, revision: Revision | None) -> float | None:
-    """What the next look at this held-out part may spend: the gate's own rule (`worker/gate/looks.py`)."""
+    """What the next look at this held-out part may spend."""
     if revision is None or not evaluation.summary.get("alpha"):
         return None
-    look = revision.looks + 1
-    return evaluations.ALPHA / (look * (look + 1)) + revision.look_carry
+    return power.level(revision.looks + 1, revision.look_carry)
 
 
 def row_lines(session: Session, evaluation: Evaluation, chosen: Chosen) -> list[RowLine]:

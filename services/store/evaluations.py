@@ -12,8 +12,6 @@ from services.errors import Conflict, InvalidRequest, NotFound
 from services.store import deployments, revisions, runs, webhooks
 from services.store.models import Evaluation, EvaluationRow, Example, Revision, Run
 
-# What gates may spend on one held-out part, as in `worker.gate.decide`; a test compares the two.
-ALPHA = 0.05
 LEAST_REASON = 10
 LONGEST_REASON = 1000
 

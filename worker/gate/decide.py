@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from services.store.evaluation_config import ALPHA, TARGET
 from worker.gate.looks import Budget, z_of
 from worker.gate.saddlepoint import bounds
 from worker.gate.statistics import Clusters, cluster, groups_needed
 
-TARGET = "target"
-BASE_ABILITY = "base-ability"
 HARM_ALPHA = 0.05
 PLANNED_EFFECT = 0.05  # the gain to plan labels for while none has been seen
 
@@ -52,7 +51,7 @@ class Policy:
 
     margin: float = 0.03
     margins: Mapping[str, float] = field(default_factory=dict)
-    alpha: float = 0.05
+    alpha: float = ALPHA
     min_groups: int = 30
     guard_rows: int = 1000
     guard_groups: int = 100

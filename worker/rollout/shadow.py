@@ -12,13 +12,12 @@ from statistics import NormalDist, fmean
 from typing import Any, NamedTuple
 from uuid import UUID
 
-import msgspec
 import structlog
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from engine.client import Completion
-from engine.messages import Generate, Grammar, Sampling
+from engine.messages import Generate, logged_grammar, logged_sampling
 from engine.sync_client import SyncEngineClient
 from engine.text.stops import StopStrings
 from engine.text.tokenizer import Tokenizer
@@ -148,20 +147,17 @@ def _evident(compared: Sequence[Pair], worse: Sequence[float]) -> bool:
 def _request(prompt: Prompt, rollout: Rollout) -> Generate:
     """Exactly what the app asked, of other weights."""
     given = prompt.body.parameters
-    names = set(Sampling.__struct_fields__) - {"top_logprobs"}
-    sampling = msgspec.convert({name: given[name] for name in names if name in given}, Sampling, strict=False)
-    grammar = given.get("grammar")
     namespace = prompt.interaction.namespace
     return Generate(
         id=f"shadow-{rollout.id.hex}-{prompt.interaction.id.hex}",
         prompt=prompt.body.prompt_token_ids,
-        sampling=sampling,
+        sampling=logged_sampling(given),
         adapter=rollout.digest,
         namespace=namespace,
         cache_salt=namespace,
         priority="batch",
         choice=int(given.get("choice", 0)),
-        grammar=msgspec.convert(grammar, Grammar) if grammar else None,
+        grammar=logged_grammar(given),
         share="shadow",
         deadline_seconds=ANSWER_SECONDS,
         learn=False,
