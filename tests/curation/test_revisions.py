@@ -13,7 +13,7 @@ from services import cli
 from services.cli_datasets import to_parquet
 from services.store import dataset_export, evaluations, revision_diff, revisions
 from services.store.forms import FORMS, Form
-from services.store.models import Evaluation, Example, Revision
+from services.store.models import Artifact, Evaluation, Example, Revision
 from tests.curation.world import World
 from worker.curation.build import build_revision
 
@@ -107,6 +107,12 @@ def test_a_look_counts_for_every_revision_that_shares_most_of_the_held_out_part(
         revisions.count_look(session, first.id, 0.025)
         assert revisions.lock_looks(session, third.id) == (1, 0.025)
         revisions.count_look(session, third.id)
+        session.add(
+            Artifact(
+                digest="ab", kind="adapter", project_id=world.project_id, base_digest="base", manifest={}, state="built"
+            )
+        )
+        session.flush()
         looked = [
             Evaluation(project_id=world.project_id, revision_id=one.id, candidate_digest="ab", decision="refuse")
             for one in (first, third, fresh)

@@ -9,6 +9,7 @@ from worker.rollout.verify import golden_prompts
 
 
 def test_what_the_engine_refused_when_it_was_judged_is_not_asked_again(world: World) -> None:
+    world.artifact("ab" * 32, "verified")
     run_id = world.run("ab" * 32, outputs=["one", "", "three"])
     said = {"tools": [{"type": "function", "function": {"name": "weather"}}]}
     refused = {"candidate": {"finish": "error"}}
