@@ -119,7 +119,7 @@ def test_a_look_counts_for_every_revision_that_shares_most_of_the_held_out_part(
         ]
         session.add_all(looked)
         session.flush()
-        assert evaluations.looks_at(session, looked[1]) == looked[:2]
+        assert set(evaluations.looks_at(session, looked[1])) == set(looked[:2])
 
     assert first.held_out_digest == second.held_out_digest != third.held_out_digest
     with world.sessions() as session:
