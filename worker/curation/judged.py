@@ -134,7 +134,7 @@ def _texts(session: Session, ids: Sequence[UUID]) -> Iterator[tuple[UUID, Text]]
         .join(InteractionBody, InteractionBody.id == Interaction.id)
         .where(among(Interaction.id, ids))
     )  # fmt: skip
-    return ((row[0], Text(*row[1:6], beside(row[6]))) for row in rows)
+    return ((row[0], Text(row[1], row[2], row[3], row[4], row[5], beside(row[6]))) for row in rows)
 
 
 def _of_item(
