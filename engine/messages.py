@@ -8,7 +8,8 @@ The engine knows neither text nor projects. Prompts arrive as token ids; adapter
 their manifest; `namespace` and `cache_salt` are opaque strings that isolate tenants.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import msgspec
 
@@ -58,6 +59,20 @@ class Grammar(msgspec.Struct, frozen=True, kw_only=True):
 
     kind: Literal["json_schema", "regex", "lark"]
     text: str
+
+
+def logged_sampling(parameters: Mapping[str, Any], **changed: object) -> Sampling:
+    """How a request was sampled, from its logged parameters and what is `changed` of them. Nobody asks again for the
+    likely tokens."""
+    names = set(Sampling.__struct_fields__) - {"top_logprobs"}
+    known = {name: value for name, value in parameters.items() if name in names}
+    return msgspec.convert({**known, **changed}, Sampling, strict=False)
+
+
+def logged_grammar(parameters: Mapping[str, Any]) -> Grammar | None:
+    """What a logged request's answer had to be."""
+    found = parameters.get("grammar")
+    return msgspec.convert(found, Grammar) if found else None
 
 
 # --- client to engine -------------------------------------------------------------------------------------

@@ -4,10 +4,13 @@ The trainer makes its rows with this and the console draws its mask with it, so 
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from engine.messages import Grammar, logged_grammar
 from engine.text.detokenizer import Detokenizer
+from engine.text.stream import TextStream
 from engine.text.tokenizer import Tokenizer
 from engine.text.tools import CLOSE, FORCED_PREFIX, OPEN, style_of
 
@@ -22,13 +25,21 @@ class Supervised:
 
 
 class Asked(NamedTuple):
-    """What a request said beside its messages: the tools it offered, and whether one had to be called."""
+    """What a request said beside its messages: the tools it offered, and whether one had to be called, by which
+    grammar."""
 
     tools: tuple[dict[str, Any], ...] = ()
     forced: bool = False
+    grammar: Grammar | None = None
 
 
 NOTHING = Asked()
+
+
+def asked_in(kept: Mapping[str, Any] | None) -> Asked:
+    """From what an example keeps of its request."""
+    said = kept or {}
+    return Asked(tuple(said.get("tools") or ()), bool(said.get("forced")), logged_grammar(said))
 
 
 class MaskPiece(NamedTuple):
@@ -73,13 +84,26 @@ def prompt_ids(tokenizer: Tokenizer, messages: list[dict[str, Any]], asked: Aske
 def answer_ids(tokenizer: Tokenizer, answer: str, asked: Asked = NOTHING) -> list[int]:
     """An answer's tokens. Where tools may be called, the tags of a call are the control tokens the model has for them;
     any other control token that somebody typed stays text."""
-    tags = {name: token for token, name in tokenizer.control_ids(OPEN, CLOSE).items()} if asked.tools else {}
+    tags = {name: token for token, name in _tags(tokenizer, asked).items()}
     if not tags:
         return tokenizer.encode_plain(answer)
     ids: list[int] = []
     for piece in re.split(f"({'|'.join(map(re.escape, tags))})", answer):
         ids += [tags[piece]] if piece in tags else tokenizer.encode_plain(piece) if piece else []
     return ids
+
+
+def said_text(tokenizer: Tokenizer, token_ids: list[int], asked: Asked = NOTHING) -> str:
+    """A whole answer as the log would hold it: where tools may be called, the tags of a call show."""
+    tags = _tags(tokenizer, asked)
+    if not tags:
+        return tokenizer.decode(token_ids)
+    stream = TextStream(tokenizer, spell=tags)
+    return stream.push(token_ids) + stream.flush()
+
+
+def _tags(tokenizer: Tokenizer, asked: Asked) -> dict[int, str]:
+    return tokenizer.control_ids(OPEN, CLOSE) if asked.tools else {}
 
 
 def mask_pieces(tokenizer: Tokenizer, row: Supervised) -> list[MaskPiece]:

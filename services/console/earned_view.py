@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 from fastapi import Request
 
 from services.console.access import Here
+from services.console.evaluation_view import metric_name
 from services.console.memo import Memo
 from services.console.quality_view import measured
+from services.console.wording import points
 from services.store import earned
 from services.store.earned import Earned, Gain, Score, Step
 
@@ -57,7 +59,7 @@ def context(request: Request, here: Here) -> dict[str, Any]:
     known = memo.get(here.project.id, lambda: earned.earned(here.session, here.project.id))
     return {
         "earned": known, "earned_plot": plot(known.steps) if any(step.score for step in known.steps) else None,
-        "earned_in_words": in_words(known), "earned_changed": changes(known.steps),
+        "earned_in_words": in_words(known), "earned_changed": changes(known.steps), "earned_by": metrics(known.steps),
         "live_quality": measured(request, here).quality.recent,
     }  # fmt: skip
 
@@ -67,7 +69,7 @@ def in_words(known: Earned) -> str:
     gain = known.gain
     if gain is None:
         return known.why_not
-    interval = f"95 % interval {_points(gain.low)} to {_points(gain.high)}, on {_rows(gain)}"
+    interval = f"95 % interval {points(gain.low)} to {points(gain.high)}, on {_rows(gain)}"
     if gain.low > 0:
         return f"points earned since the base: {interval}."
     if gain.high < 0:
@@ -80,8 +82,9 @@ def _rows(gain: Gain) -> str:
     return f"{gain.rows:,} held-out rows{groups} that both have answered"
 
 
-def _points(share: float) -> str:
-    return f"{100 * share:+.1f}".replace("-", "−")
+def metrics(steps: Sequence[Step]) -> str:
+    """What the scores are of, the newest last."""
+    return ", ".join(dict.fromkeys(metric_name(step.metric) for step in steps if step.metric))
 
 
 def changes(steps: Sequence[Step]) -> str:
@@ -143,8 +146,8 @@ def _bases(shown: Sequence[Step], xs: Sequence[float], gap: float) -> list[tuple
 
 def _dot(x: float, found: Score, step: Step) -> Dot:
     who = step.digest[:10] if step.digest else "the base"
-    interval = f"{100 * found.low:.1f} to {100 * found.high:.1f}"
-    told = f"{who}: {100 * found.rate:.1f} % ({interval}) of {found.rows:,} held-out rows"
+    interval, name = f"{100 * found.low:.1f} to {100 * found.high:.1f}", metric_name(step.metric or "").lower()
+    told = f"{who}: {100 * found.rate:.1f} % ({interval}) by {name}, of {found.rows:,} held-out rows"
     return Dot(x, _y(found.rate), _y(found.low), _y(found.high), told, "back" if step.came_back else "")
 
 

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 from sqlalchemy.orm import Session
 
 from services.console import charts
-from services.store import evaluations
+from services.store import evaluations, power
+from services.store.evaluation_config import BASE_ABILITY, TARGET
 from services.store.models import Artifact, Dataset, Evaluation, EvaluationRow, Revision, Run
 
-TARGET, BASE_ABILITY = "target", "base-ability"
 SLICES = {
     TARGET: "what was corrected",
     "accepted": "what was right already",
@@ -136,13 +136,13 @@ def _scale(drawn: charts.Forest, lowest: float | None) -> Any:  # noqa: ANN401 -
 
 
 def verdict(name: str, row: Mapping[str, Any]) -> str:
-    """What a slice's interval says: better, kept, weak, or short of what it had to show."""
+    """What a slice's interval says: better, kept, weak, worse, or short of what it had to show."""
     if name == TARGET:
         return "better" if row["low"] > 0 else "not shown"
     margin = row.get("margin")
     if margin is None or row["low"] > -margin:
         return "kept"
-    return "weak" if row.get("weak") else "at risk"
+    return "worse" if row.get("harmed") else "weak" if row.get("weak") else "at risk"
 
 
 def metric_lines(summary: Mapping[str, Any]) -> list[MetricLine]:
@@ -168,11 +168,10 @@ def outcomes(summary: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 def next_level(evaluation: Evaluation, revision: Revision | None) -> float | None:
-    """What the next look at this held-out part may spend: the gate's own rule (`worker/gate/looks.py`)."""
+    """What the next look at this held-out part may spend."""
     if revision is None or not evaluation.summary.get("alpha"):
         return None
-    look = revision.looks + 1
-    return evaluations.ALPHA / (look * (look + 1)) + revision.look_carry
+    return power.level(revision.looks + 1, revision.look_carry)
 
 
 def row_lines(session: Session, evaluation: Evaluation, chosen: Chosen) -> list[RowLine]:

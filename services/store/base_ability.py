@@ -13,10 +13,11 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from services.store import datasets, imports
+from services.store.evaluation_config import BASE_ABILITY
 from services.store.forms import is_supervised
 from services.store.models import Dataset, DatasetImport, DatasetImportExample, Example
 
-NAME = "base-ability"
+NAME = BASE_ABILITY
 SHIPPED = "base_ability.jsonl"
 IMPORTER = "whet"
 

@@ -16,11 +16,10 @@ from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.orm import Session
 
 from services.store import served
+from services.store.evaluation_config import BASE_ABILITY
 from services.store.models import Artifact, Evaluation, EvaluationRow, Revision
 from services.store.quality import Z95, wilson
 
-# Every project's gates also ask questions of general ability, which no correction is about.
-GENERAL = "base-ability"
 ERASED = "erased"
 LEAST_GROUPS = 30
 STEPS_MOST = 16
@@ -34,7 +33,7 @@ class Cluster(NamedTuple):
 
 
 class Score(NamedTuple):
-    """A share of held-out rows right, with its 95 % interval clustered by group."""
+    """The mean score of held-out rows, with its 95 % interval clustered by group."""
 
     rate: float
     low: float
@@ -170,7 +169,7 @@ def _part(session: Session, evaluation: Evaluation) -> str:
 
 
 def _counted() -> ColumnElement[bool]:
-    return (EvaluationRow.slice != GENERAL) & (EvaluationRow.group_key != ERASED)
+    return (EvaluationRow.slice != BASE_ABILITY) & (EvaluationRow.group_key != ERASED)
 
 
 def _clusters(session: Session, evaluation_id: UUID, value: ColumnElement[float]) -> list[Cluster]:

@@ -62,6 +62,7 @@ PLACES: Mapping[str, Place] = {
             "messages": "'[]'",
             "completion": "NULL",
             "rejected": "NULL",
+            "asked": "NULL",
             "group_key": "'erased'",
         },
         {

@@ -7,6 +7,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from services.store import patterns, schemas
 
+# What gates may spend on one held-out part, all looks together.
+ALPHA = 0.05
+# The slice that has to get better, and the one that no correction is about.
+TARGET, BASE_ABILITY = "target", "base-ability"
 # The names in `worker.gate.metrics`, which the store may not import; a test compares them.
 Metric = Literal[
     "exact_match", "json_valid", "schema_valid", "field_f1", "similarity", "likelihood", "checks", "judge"

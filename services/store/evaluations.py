@@ -12,8 +12,6 @@ from services.errors import Conflict, InvalidRequest, NotFound
 from services.store import deployments, revisions, runs, webhooks
 from services.store.models import Evaluation, EvaluationRow, Example, Revision, Run
 
-# What gates may spend on one held-out part, as in `worker.gate.decide`; a test compares the two.
-ALPHA = 0.05
 LEAST_REASON = 10
 LONGEST_REASON = 1000
 
@@ -82,14 +80,11 @@ def list_(session: Session, project_id: UUID, *, limit: int = 50, offset: int = 
 
 
 def looks_at(session: Session, evaluation: Evaluation) -> list[Evaluation]:
-    """Every decided comparison on the same held-out part, in the dataset's revisions that have it, oldest first."""
-    revision = revisions.get(session, evaluation.revision_id)
-    same = Revision.id == revision.id
-    if revision.held_out_digest is not None:
-        same |= (Revision.dataset_id == revision.dataset_id) & (Revision.held_out_digest == revision.held_out_digest)
+    """Every decided comparison that shares its looks, oldest first."""
+    sharing = select(Revision.id).where(revisions.sharing(revisions.budget_of(session, evaluation.revision_id)))
     decided = (
         select(Evaluation)
-        .where(Evaluation.revision_id.in_(select(Revision.id).where(same)), Evaluation.decision != "undecided")
+        .where(Evaluation.revision_id.in_(sharing), Evaluation.decision != "undecided")
         .order_by(Evaluation.id)
     )
     return list(session.scalars(decided))

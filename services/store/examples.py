@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from services.store.models import Example
 ERASED = "erased:"
 EXAMPLE_COLUMNS = (
     "id", "project_id", "content_hash", "kind", "source", "split", "group_key", "slice", "messages", "completion",
-    "rejected", "interaction_id", "annotation_ids", "reviewers", "pii",
+    "rejected", "interaction_id", "annotation_ids", "reviewers", "pii", "asked",
 )  # fmt: skip
 
 
@@ -41,16 +41,16 @@ class Draft:
     reviewers: tuple[str, ...]
     weight: float = 1.0
     pii: tuple[str, ...] = ()
+    asked: dict[str, Any] | None = None
 
     @cached_property
     def content_hash(self) -> str:
-        return digest_of(
-            {
-                "kind": self.kind, "source": self.source, "split": self.split, "slice": self.slice,
-                "group_key": self.group_key, "messages": self.messages, "completion": self.completion,
-                "rejected": self.rejected, "reviewers": sorted(self.reviewers),
-            }
-        )  # fmt: skip
+        seen = {
+            "kind": self.kind, "source": self.source, "split": self.split, "slice": self.slice,
+            "group_key": self.group_key, "messages": self.messages, "completion": self.completion,
+            "rejected": self.rejected, "reviewers": sorted(self.reviewers),
+        }  # fmt: skip
+        return digest_of(seen if self.asked is None else {**seen, "asked": self.asked})
 
 
 class Entry(NamedTuple):
@@ -69,6 +69,17 @@ class Entry(NamedTuple):
             "content_hash": self.content_hash, "split": self.split, "source": self.source, "slice": self.slice,
             "reviewers": list(self.reviewers), "weight": self.weight,
         }  # fmt: skip
+
+
+def beside(parameters: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What an example keeps of its request beside the messages: its tools and, where one had to be called, the grammar
+    of the call. The log's retention takes the rest; without these the prompt would not be the one that was served."""
+    given = parameters or {}
+    tools, choice = given.get("tools"), given.get("tool_choice")
+    if not tools:
+        return None
+    forced = choice == "required" or isinstance(choice, dict)
+    return {"tools": tools, "forced": True, "grammar": given.get("grammar")} if forced else {"tools": tools}
 
 
 def is_erased(content_hash: str) -> bool:
@@ -91,7 +102,7 @@ def digest_of(value: object) -> str:
 
 
 def treated(draft: Draft, mode: pii.Mode, finder: pii.Finder = pii.find) -> Draft:
-    """Personal data marked or masked before anything is hashed or written."""
+    """Personal data marked or masked before anything is hashed or written. Tools are the app's own, and stay."""
     if mode == "off":
         return draft
     messages = pii.treat_document(draft.messages, mode, finder)
@@ -132,7 +143,7 @@ def _row(project_id: UUID, content_hash: str, draft: Draft) -> tuple[object, ...
     return (
         uuid7(), project_id, content_hash, draft.kind, draft.source, draft.split, draft.group_key, draft.slice,
         draft.messages, draft.completion, draft.rejected, draft.interaction_id, list(draft.annotation_ids),
-        list(draft.reviewers), list(draft.pii),
+        list(draft.reviewers), list(draft.pii), draft.asked,
     )  # fmt: skip
 
 
@@ -151,4 +162,5 @@ def draft_of(example: Example) -> Draft:
         annotation_ids=tuple(example.annotation_ids),
         reviewers=tuple(example.reviewers),
         pii=tuple(example.pii),
+        asked=example.asked,
     )

@@ -3,10 +3,10 @@
 from math import ceil, sqrt
 from statistics import NormalDist
 
+from services.store.evaluation_config import ALPHA
 from services.store.quality import Estimate
 
 POWER = 0.8
-ALPHA = 0.05
 # Share of pairs whose two answers score differently, while no comparison has measured it.
 ASSUMED_DISCORDANT = 0.1
 
@@ -14,15 +14,20 @@ ASSUMED_DISCORDANT = 0.1
 def pairs_needed(drop: float, spread: float, *, look: int = 1, carried: float = 0.0, power: float = POWER) -> int:
     """Held-out pairs with which the gate sees a drop of `drop` (0.02 is two points) with the given power.
 
-    The gate's own rule (`worker/gate/looks.py`): the one-sided bound of look k spends ALPHA/(k(k+1)) and what a
-    promotion handed on. `spread` is the standard deviation of one pair's difference. Raises ValueError for figures that
+    `spread` is the standard deviation of one pair's difference. Raises ValueError for figures that
     make no sense.
     """
     if not 0 < drop <= 1 or spread < 0 or look < 1 or not 0 < power < 1:
         raise ValueError("a drop is in (0, 1], a spread at least 0, looks are counted from 1, power is in (0, 1)")
     normal = NormalDist()
-    quantiles = normal.inv_cdf(1 - ALPHA / (look * (look + 1)) - carried) + normal.inv_cdf(power)
+    quantiles = normal.inv_cdf(1 - level(look, carried)) + normal.inv_cdf(power)
     return ceil((quantiles * spread / drop) ** 2)
+
+
+def level(look: int, carried: float) -> float:
+    """The gate's own rule (`worker/gate/looks.py`): the one-sided bound of look k spends ALPHA/(k(k+1)) and what a
+    promotion handed on."""
+    return ALPHA / (look * (look + 1)) + carried
 
 
 def spread_of(discordant: float, drop: float = 0.0) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import Select, func, select, update
+from sqlalchemy import ColumnElement, Select, func, select, update
 from sqlalchemy.orm import Session
 
 from services.errors import NotFound
@@ -17,6 +17,7 @@ from services.store.models import Dataset, Example, Project, Revision, RevisionE
 
 MANIFEST_FORMAT = 1
 LEAST_DIGEST = 8
+_budget = func.coalesce(Revision.look_budget, Revision.id)
 
 
 class Member(NamedTuple):
@@ -74,7 +75,7 @@ def create(
 ) -> Revision:
     """The revision holding exactly these entries; the existing one when the dataset already had it.
 
-    A new revision starts with its parent's gate looks while most of its held-out part is the parent's.
+    A new revision shares the gate looks of the one that holds most of its held-out part, if at least half of it.
     """
     ordered = sorted(entries, key=lambda entry: (entry.split, entry.content_hash))
     digest = digest_of(_manifest(ordered))
@@ -84,7 +85,8 @@ def create(
         return existing
     parent = latest(session, dataset.id)
     held_out = [entry for entry in ordered if entry.split == "held_out"]
-    inherited = _inherited_looks(session, parent, [entry.content_hash for entry in held_out])
+    budget = _shared_budget(session, dataset.id, [entry.content_hash for entry in held_out])
+    shared = Looks(0, 0.0) if budget is None else lock_looks(session, budget)
     revision = Revision(
         dataset_id=dataset.id,
         digest=digest,
@@ -93,8 +95,9 @@ def create(
         held_out_count=len(held_out),
         held_out_digest=digest_of(_manifest(held_out)),
         report=report,
-        looks=inherited.taken,
-        look_carry=inherited.carry,
+        looks=shared.taken,
+        look_carry=shared.carry,
+        look_budget=budget,
     )
     session.add(revision)
     session.flush()
@@ -121,18 +124,23 @@ def _store_members(session: Session, revision_id: UUID, ordered: Sequence[Entry]
     )
 
 
-def _inherited_looks(session: Session, parent: Revision | None, held_out: list[str]) -> Looks:
-    """Adding one row must not buy a fresh look budget on a thousand rows already looked at."""
-    if parent is None or not held_out:
-        return Looks(0, 0.0)
-    shared = session.scalar(
-        select(func.count()).where(
-            RevisionExample.revision_id == parent.id,
+def _shared_budget(session: Session, dataset_id: UUID, held_out: list[str]) -> UUID | None:
+    """Adding one row must not buy a fresh look budget on a thousand rows already looked at, whichever of the dataset's
+    revisions has them: one may be built beside a run on another."""
+    shared = func.count()
+    most = (
+        select(_budget)
+        .join(RevisionExample, RevisionExample.revision_id == Revision.id)
+        .where(
+            Revision.dataset_id == dataset_id,
             RevisionExample.split == "held_out",
             among(RevisionExample.content_hash, held_out),
         )
+        .group_by(Revision.id)
+        .having(2 * shared >= len(held_out))
+        .order_by(shared.desc(), Revision.id.desc())
     )
-    return Looks(parent.looks, parent.look_carry) if 2 * (shared or 0) >= len(held_out) else Looks(0, 0.0)
+    return session.scalar(most.limit(1)) if held_out else None
 
 
 # --- finding them ----------------------------------------------------------------------------------------
@@ -192,21 +200,28 @@ def get(session: Session, revision_id: UUID) -> Revision:
 # --- the held-out part ------------------------------------------------------------------------------------
 
 
+def budget_of(session: Session, revision_id: UUID) -> UUID:
+    """What revisions that share their looks have in common: the id of the first of them."""
+    return session.scalars(select(_budget).where(Revision.id == revision_id)).one()
+
+
+def sharing(budget: UUID) -> ColumnElement[bool]:
+    """The revisions of a look budget."""
+    return _budget == budget
+
+
 def lock_looks(session: Session, revision_id: UUID) -> Looks:
-    """How often gates have looked at the held-out part; nobody else counts until the transaction ends."""
-    counted = select(Revision.looks, Revision.look_carry).where(Revision.id == revision_id).with_for_update()
+    """How often gates have looked at the held-out part; until the transaction ends nobody else counts, nor begins to
+    share the count."""
+    first = budget_of(session, revision_id)
+    counted = select(Revision.looks, Revision.look_carry).where(Revision.id == first).with_for_update()
     return Looks(*session.execute(counted).one())
 
 
 def count_look(session: Session, revision_id: UUID, carry: float = 0.0) -> None:
-    """A gate has looked, at the same held-out part in every revision of the dataset that has it; the next look gets
-    `carry` on top."""
-    revision = session.get_one(Revision, revision_id)
-    same = Revision.id == revision_id
-    if revision.held_out_digest is not None:
-        twins = (Revision.dataset_id == revision.dataset_id) & (Revision.held_out_digest == revision.held_out_digest)
-        same = same | twins
-    counted = update(Revision).where(same).values(looks=Revision.looks + 1, look_carry=carry)
+    """A gate has looked, at the rows of every revision that shares the count; the next look gets `carry` on top."""
+    mine = sharing(budget_of(session, revision_id))
+    counted = update(Revision).where(mine).values(looks=Revision.looks + 1, look_carry=carry)
     session.execute(counted.execution_options(synchronize_session=False))
 
 

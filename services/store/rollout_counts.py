@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 from services.errors import Conflict
 from services.store.models import Interaction, Rollout, RolloutCount
 from services.store.pages import first_id
+from services.store.refusals import READ, REFUSAL
 
 SIGNAL = "signal"
 ARMS = ("canary", "control")
@@ -29,10 +30,6 @@ LONGEST = timedelta(minutes=15)
 REFERENCE_ANSWERS = 2000
 LEAST_REFERENCE = 100
 P95 = 0.95
-REFUSAL = (
-    r"^\W*(i['’]?m (very |really |so )?sorry|sorry,|i apologi[sz]e|i (can(no|['’])t|am (not able|unable)|['’]?m unable)"
-    r"|unfortunately,? i (can|am)|as an ai\b)"
-)
 UNIT = """
     md5(:salt || CASE WHEN i.end_user IS NOT NULL THEN 'u:' || i.end_user
                       WHEN i.session_key IS NOT NULL THEN 's:' || i.session_key
@@ -51,7 +48,7 @@ ANSWERS = f"""
         ('ttft', CASE WHEN s.answered AND s.plain THEN (i.ttft_ms > cast(:ttft AS float))::int::float END),
         ('length', CASE WHEN s.answered THEN ln(1 + i.completion_tokens) END),
         ('refusals', CASE WHEN s.answered AND b.output IS NOT NULL
-                          THEN (left(b.output, 200) ~* :refusal)::int::float END),
+                          THEN (left(b.output, {READ}) ~* :refusal)::int::float END),
         ('acceptance', CASE WHEN s.answered AND s.plain AND i.drafted_tokens > 0
                             THEN i.accepted_tokens::float / i.drafted_tokens END),
         ('signal', CASE cast(:signal AS text)

@@ -5,7 +5,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from services.store.models import Interaction, InteractionBody, Rollout, ShadowAnswer
@@ -16,12 +16,13 @@ MOST_TEXTS = 10_000
 
 
 class Pair(NamedTuple):
-    """An answer that was served, and the candidate's to the same prompt, in figures."""
+    """An answer that was served, and the candidate's to the same prompt, in figures; `unit` is whose prompt it was."""
 
     interaction_id: UUID
     differs: bool
     live: dict[str, Any]
     candidate: dict[str, Any]
+    unit: str
 
 
 class Text(NamedTuple):
@@ -34,8 +35,15 @@ class Text(NamedTuple):
 
 def pairs(session: Session, rollout_id: UUID) -> list[Pair]:
     """What has been compared so far."""
-    rows = session.scalars(select(ShadowAnswer).where(ShadowAnswer.rollout_id == rollout_id))
-    return [Pair(row.interaction_id, row.differs, row.live, row.candidate) for row in rows]
+    rows = session.execute(
+        select(ShadowAnswer, func.coalesce(Interaction.end_user, Interaction.session_key, Interaction.group_key))
+        .join(Interaction, Interaction.id == ShadowAnswer.interaction_id, isouter=True)
+        .where(ShadowAnswer.rollout_id == rollout_id)
+    )
+    return [
+        Pair(one.interaction_id, one.differs, one.live, one.candidate, unit or str(one.interaction_id))
+        for one, unit in rows
+    ]
 
 
 def texts(session: Session, project_id: UUID) -> dict[UUID, Text]:

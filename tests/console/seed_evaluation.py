@@ -10,9 +10,10 @@ from sqlalchemy.orm import Session
 from examples.grammars.common import Example, stream
 from examples.grammars.simulate import APPLICATIONS
 from services.store import base_ability, datasets, deployments, evaluations, examples, revisions, runs
+from services.store.evaluation_config import BASE_ABILITY
 from services.store.models import Artifact, Evaluation, EvaluationRow, Project, Revision, Run
 from tests.console import seed
-from worker.gate.decide import BASE_ABILITY, ScoredRow, decide
+from worker.gate.decide import ScoredRow, decide
 
 # Rows, and how often the incumbent is right.
 SLICES = {"target": (90, 0.05), "accepted": (70, 0.97), BASE_ABILITY: (40, 0.97)}

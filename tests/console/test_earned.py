@@ -65,6 +65,7 @@ def test_another_metric_breaks_the_line_too(sessions: Sessions, project: Project
         learned(session, project, rows, share=0.9, before=0.5, at=START + DAY, metric="similarity")
     known = read(sessions, project)
     assert len(earned_view.plot(known.steps).breaks) == 1
+    assert earned_view.metrics(known.steps) == "Exact match, Similarity"
     assert known.gain is None
     assert "nothing can be said" in known.why_not
 

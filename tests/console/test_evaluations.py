@@ -6,12 +6,13 @@ import pytest
 from sqlalchemy import select
 from starlette.testclient import TestClient
 
-from services.store import evaluations, keys, revisions
+from services.store import evaluations, keys, power, revisions
 from services.store.base import Sessions
 from services.store.models import AuditEvent, Evaluation, Job, Project, Revision, Run
 from tests.console import seed, seed_evaluation
 from tests.console.conftest import PEPPER, SignIn
 from worker.gate.decide import Policy
+from worker.gate.looks import Budget
 
 PAGE = {"accept": "text/html"}
 REASON = "The metric punishes the new date format."
@@ -179,4 +180,4 @@ def test_the_interaction_page_leads_to_the_evaluations_that_tested_with_it(sign_
 
 
 def test_the_page_tells_the_same_budget_as_the_gate_keeps() -> None:
-    assert Policy().alpha == evaluations.ALPHA
+    assert power.level(3, 0.01) == Budget(Policy().alpha).level(3, 0.01)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from sqlalchemy import delete, select
+from sqlalchemy import delete, func, select, update
 
 from services.errors import Unprocessable
 from services.settings import Settings
@@ -160,6 +160,23 @@ def test_a_rebuild_after_the_log_has_passed_its_retention_keeps_the_digest(world
         session.execute(delete(InteractionBody))
 
     assert build(world).digest == before.digest
+
+
+def test_an_example_keeps_the_tools_of_its_request_when_the_log_is_gone(world: World) -> None:
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    world.corrected("with tools", "wrong", "right", parameters={"tools": tools, "tool_choice": "auto"})
+    world.corrected("without", "wrong", "right", parameters={"temperature": 0})
+    before = build(world)
+    with world.sessions.begin() as session:
+        session.execute(delete(InteractionBody))
+
+    assert build(world).digest == before.digest
+    assert sorted(str(one.asked) for one in examples(world, before)) == ["None", str({"tools": tools})]
+    with world.sessions() as session:
+        assert session.scalar(select(func.count()).where(Example.asked.is_(None))) == 1, "SQL's NULL, not JSON's"
+        assert not revisions.rebuild(session, before.id).changed
+        session.execute(update(Example).values(asked={"tools": []}))
+        assert len(revisions.rebuild(session, before.id).changed) == 2
 
 
 def test_looks_are_inherited_while_most_of_the_held_out_part_is_the_parents(world: World) -> None:

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from services import cli
 from services.cli_datasets import to_parquet
-from services.store import dataset_export, revision_diff, revisions
+from services.store import dataset_export, evaluations, revision_diff, revisions
 from services.store.forms import FORMS, Form
-from services.store.models import Example, Revision
+from services.store.models import Artifact, Evaluation, Example, Revision
 from tests.curation.world import World
 from worker.curation.build import build_revision
 
@@ -91,7 +91,7 @@ def test_a_row_moved_to_the_other_side_in_its_revision_is_refused_and_would_be_n
     assert made.digest != revision.digest
 
 
-def test_a_look_counts_for_every_revision_with_the_same_held_out_part(world: World) -> None:
+def test_a_look_counts_for_every_revision_that_shares_most_of_the_held_out_part(world: World) -> None:
     world.corrected("held", "wrong answer", "right answer", "held_out")
     world.corrected("train", "wrong answer", "right answer")
     first = build(world)
@@ -99,13 +99,32 @@ def test_a_look_counts_for_every_revision_with_the_same_held_out_part(world: Wor
     second = build(world)
     world.corrected("held too", "wrong answer", "right answer", "held_out")
     third = build(world)
+    for number in range(3):
+        world.corrected(f"fresh {number}", "wrong answer", "right answer", "held_out")
+    fresh = build(world)
 
     with world.sessions.begin() as session:
-        revisions.count_look(session, first.id)
+        revisions.count_look(session, first.id, 0.025)
+        assert revisions.lock_looks(session, third.id) == (1, 0.025)
+        revisions.count_look(session, third.id)
+        session.add(
+            Artifact(
+                digest="ab", kind="adapter", project_id=world.project_id, base_digest="base", manifest={}, state="built"
+            )
+        )
+        session.flush()
+        looked = [
+            Evaluation(project_id=world.project_id, revision_id=one.id, candidate_digest="ab", decision="refuse")
+            for one in (first, third, fresh)
+        ]
+        session.add_all(looked)
+        session.flush()
+        assert set(evaluations.looks_at(session, looked[1])) == set(looked[:2])
 
     assert first.held_out_digest == second.held_out_digest != third.held_out_digest
     with world.sessions() as session:
-        assert [session.get_one(Revision, one.id).looks for one in (first, second, third)] == [1, 1, 0]
+        counted = [session.get_one(Revision, one.id).looks for one in (first, second, third, fresh)]
+    assert counted == [2, 2, 2, 0]
 
 
 def test_rejected_answers_and_unpaired_corrections_reach_their_forms(world: World) -> None:

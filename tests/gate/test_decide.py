@@ -87,6 +87,32 @@ def test_many_rows_of_few_groups_are_a_weak_slice() -> None:
     assert decide(rows, look=1).slices["accepted"].weak
 
 
+def test_a_margin_of_nothing_is_kept_by_gains_alone_and_no_number_of_labels_is_promised_for_it() -> None:
+    target, policy = drawn(1, 80, 0.1, 0.9), Policy(margin=0.0)
+    better = [
+        row._replace(slice="accepted", group=f"a{index}") for index, row in enumerate(outcomes(wins=2, ties=1198))
+    ]
+
+    weak, strong, gained = (decide(target + rows, look=1, policy=policy) for rows in (kept(15), kept(1200), better))
+
+    assert weak.promote
+    assert "cannot rule 0 points out, and no number of them would" in weak.reasons[-1]
+    assert not strong.promote
+    assert strong.wanted == gained.wanted == {}
+
+
+def test_a_weak_slice_counts_what_it_lacks_in_groups() -> None:
+    target = drawn(1, 80, 0.1, 0.9)
+    many_rows = [ScoredRow("accepted", f"g{index % 40}", 1.0, float(index > 1)) for index in range(2000)]
+    policy = Policy(margin=1e-9 + 0.001, guard_groups=10**8)
+
+    pairs = [ScoredRow("accepted", f"g{index // 5}", 1.0, float(index > 1)) for index in range(500)]
+
+    assert decide(target + many_rows, look=1, policy=policy).reasons[-1].endswith(f"needs about {10**8 - 40:,} more")
+    strong_at = decide(target + pairs, look=1, policy=Policy(margin=0.004, guard_rows=5 * 10**8)).reasons[-1]
+    assert strong_at.endswith(f"needs about {10**8 - 100:,} more")
+
+
 def test_a_slice_may_have_a_margin_of_its_own() -> None:
     rows = drawn(1, 80, 0.1, 0.9) + kept(1200, lost=120)
 
@@ -102,6 +128,7 @@ def test_a_guarded_slice_too_small_to_prove_anything_refuses_on_evidence_of_harm
     assert unharmed.promote
     assert one.promote
     assert not many.promote
+    assert [one.slices["accepted"].harmed for one in (unharmed, one, many)] == [False, False, True]
     assert "cannot rule 3 points out" in " ".join(unharmed.reasons)
     assert many.reasons[0].startswith("worse on accepted")
 

@@ -15,6 +15,7 @@ from engine.text.tokenizer import Tokenizer
 from services.errors import Conflict, InvalidRequest
 from services.settings import Settings
 from services.store import base_ability, evaluations, failpoints, jobs, runs
+from services.store.evaluation_config import BASE_ABILITY
 from services.store.examples import Draft
 from services.store.models import (
     Artifact,
@@ -31,7 +32,6 @@ from services.store.models import (
 from tests.curation.world import World
 from tests.gate.conftest import Trained
 from tests.gate.test_evaluate import NOTHING_KEPT, corrected, evaluate, start
-from worker.gate.decide import BASE_ABILITY
 from worker.gate.evaluate import evaluate_job
 from worker.gate.judge import CHOICES
 from worker.gate.score import Ask, ask_all, ask_answer, ask_likelihood

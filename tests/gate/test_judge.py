@@ -6,7 +6,6 @@ import pytest
 
 from services.store.evaluation_answers import Answer
 from worker.gate.judge import Asked, Outcome, Pair, agreement, outcome_of, scores_of
-from worker.gate.refusals import refuses
 from worker.gate.score import Ask
 
 ASKED = Asked(Pair(UUID(int=1), [], "old", "new"), Ask(UUID(int=1), [1], 1), Ask(UUID(int=1), [2], 1))
@@ -50,17 +49,3 @@ def test_agreement_is_beyond_chance_or_undefined() -> None:
     assert both.kappa == pytest.approx(0.4)
     assert agreement([("win", "win")] * 9).kappa is None
     assert agreement([]).rows == 0
-
-
-@pytest.mark.parametrize(
-    "text", ["I'm sorry, but I can't help with that.", "As an AI, I have no view.", "I cannot answer."]
-)
-def test_refusals_are_known_by_how_they_begin(text: str) -> None:
-    assert refuses(text)
-
-
-@pytest.mark.parametrize(
-    "text", ["We are sorry. The charge was our error.", "I'm sorry for the delay. It ships today.", ""]
-)
-def test_an_apology_is_no_refusal(text: str) -> None:
-    assert not refuses(text)

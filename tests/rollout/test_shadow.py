@@ -240,9 +240,10 @@ def test_what_a_busy_engine_leaves_unanswered_is_asked_again_and_counts_against_
 
 
 def test_a_few_more_failures_than_before_are_no_reason_to_refuse() -> None:
-    def pairs(live: int, candidate: int, of: int) -> list[Pair]:
+    def pairs(live: int, candidate: int, of: int, users: int = 100) -> list[Pair]:
         sides = [[{"error": False, "valid": place >= bad} for place in range(of)] for bad in (live, candidate)]
-        return [Pair(UUID(int=place), False, *both) for place, both in enumerate(zip(*sides, strict=True))]
+        both = enumerate(zip(*sides, strict=True))
+        return [Pair(UUID(int=place), False, *one, f"user-{place % users}") for place, one in both]
 
     config = RolloutConfig()
     assert shadow.judge(pairs(2, 4, 100), config).passed
@@ -250,5 +251,7 @@ def test_a_few_more_failures_than_before_are_no_reason_to_refuse() -> None:
     refused = shadow.judge(pairs(2, 20, 100), config)
     assert not refused.passed
     assert "+18.0 points more of its 100 answers fail" in refused.reason
-    assert not shadow.judge([Pair(UUID(int=n), True, {"error": False, "valid": None}, {"error": True, "valid": None})
-                             for n in range(10)], config).passed  # fmt: skip
+    fine, broken = {"error": False, "valid": None}, {"error": True, "valid": None}
+    assert not shadow.judge([Pair(UUID(int=n), True, fine, broken, str(n)) for n in range(10)], config).passed
+    assert shadow.judge(pairs(0, 1, 1), config).passed, "one failure is no evidence"
+    assert shadow.judge(pairs(0, 90, 90, users=2), config).passed, "nor is what two users say, however often"

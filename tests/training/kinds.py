@@ -8,6 +8,7 @@ from uuid import UUID, uuid5
 from engine.digest import base_digest
 from engine.text.tokenizer import Tokenizer
 from services.store.models import Example
+from tests.training.tiny import TEMPLATE
 from worker.training.parting import write_lines
 from worker.training.preflight import check
 from worker.training.rows import AnyRow, arranged
@@ -18,6 +19,8 @@ QUICK: dict[str, Any] = {
     "rank": 4, "alpha": 8.0, "lr": 0.01, "epochs": 4.0, "max_steps": 0, "batch_size": 4, "warmup": 0.1, "seed": 3,
     "targets": ["q_proj", "v_proj"],
 }  # fmt: skip
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+WITH_TOOLS = "{% if tools %}{{ '<|im_start|>tools\\n' + (tools | tojson) + '<|im_end|>\\n' }}{% endif %}" + TEMPLATE
 
 
 def corrected(count: int) -> list[Example]:

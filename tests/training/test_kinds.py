@@ -14,9 +14,9 @@ from services.store import runs
 from services.store.jobs import JobFailed
 from services.store.models import Artifact, Example, InteractionBody, Run
 from tests.curation.world import World
-from tests.training.kinds import corrected, make_spec, rows_of
+from tests.training.kinds import TOOLS, WITH_TOOLS, corrected, make_spec, rows_of
 from tests.training.test_run import attempt, claim, events
-from tests.training.tiny import TEMPLATE, make_model
+from tests.training.tiny import make_model
 from worker.curation.build import build_revision
 from worker.training import trainers
 from worker.training.preflight import check
@@ -189,10 +189,6 @@ def test_examples_that_say_nothing_to_a_kind_are_counted_and_passed_over(tokeniz
 
     assert (ready.report["rows"], ready.report["not_for_this_kind"]) == (6, 4)
     assert check(tokenizer, examples, [], {}, 64, "kto").report["marked"] == {"right": 6, "wrong": 10}
-
-
-TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
-WITH_TOOLS = "{% if tools %}{{ '<|im_start|>tools\\n' + (tools | tojson) + '<|im_end|>\\n' }}{% endif %}" + TEMPLATE
 
 
 def test_a_chat_with_tools_is_rendered_with_them_as_it_was_served(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from services.store import reviews
 from services.store.copying import among
-from services.store.examples import Draft, draft_of
+from services.store.examples import Draft, beside, draft_of
 from services.store.models import Annotation, Example, Interaction, InteractionBody, ReviewItem
 from services.store.revisions import LeftOut
 from worker.curation.pairs import Retired, pair_flaw
@@ -68,6 +68,7 @@ class Text(NamedTuple):
     adapter_digest: str | None
     messages: list[dict[str, Any]]
     output: str
+    asked: dict[str, Any] | None = None
 
 
 @dataclass
@@ -128,12 +129,12 @@ def _texts(session: Session, ids: Sequence[UUID]) -> Iterator[tuple[UUID, Text]]
     rows = session.execute(
         select(
             Interaction.id, Interaction.endpoint, Interaction.finish_reason, Interaction.adapter_digest,
-            InteractionBody.messages, InteractionBody.output,
+            InteractionBody.messages, InteractionBody.output, InteractionBody.parameters,
         )
         .join(InteractionBody, InteractionBody.id == Interaction.id)
         .where(among(Interaction.id, ids))
     )  # fmt: skip
-    return ((row[0], Text(*row[1:])) for row in rows)
+    return ((row[0], Text(row[1], row[2], row[3], row[4], row[5], beside(row[6]))) for row in rows)
 
 
 def _of_item(
@@ -204,6 +205,7 @@ def _draft(one: Judged, logged: Text, kind: str, source: str, completion: str | 
         interaction_id=one.interaction_id,
         annotation_ids=one.annotation_ids,
         reviewers=one.reviewers,
+        asked=logged.asked,
     )
 
 

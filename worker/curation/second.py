@@ -13,7 +13,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from engine.client import Completion
-from engine.messages import Generate, Grammar, Sampling
+from engine.messages import Generate, logged_grammar, logged_sampling
 from engine.sync_client import SyncEngineClient
 from engine.text.stops import StopStrings
 from engine.text.tokenizer import Tokenizer
@@ -109,21 +109,16 @@ def ask(
 def _request(one: Asked, adapter: str | None, *, candidate: bool) -> Generate:
     given = one.parameters
     temperature = float(given.get("temperature", 1.0))
-    names = Sampling.__struct_fields__
-    sampling = {name: given[name] for name in names if name in given and name not in ("seed", "top_logprobs")}
-    sampling["logit_bias"] = {int(token): bias for token, bias in dict(given.get("logit_bias") or {}).items()}
-    sampling["stop_token_ids"] = tuple(given.get("stop_token_ids", ()))
-    sampling["temperature"] = temperature if candidate else max(temperature, LEAST_TEMPERATURE)
-    grammar = given.get("grammar")
+    warmth = temperature if candidate else max(temperature, LEAST_TEMPERATURE)
     return Generate(
         id=f"second-{uuid4().hex}",
         prompt=one.prompt,
-        sampling=Sampling(seed=int(given.get("seed", 0)) ^ (0 if candidate else 1), **sampling),
+        sampling=logged_sampling(given, temperature=warmth, seed=int(given.get("seed", 0)) ^ (0 if candidate else 1)),
         adapter=adapter,
         namespace=one.namespace,
         cache_salt=one.namespace,
         priority="batch",
-        grammar=Grammar(**grammar) if grammar else None,
+        grammar=logged_grammar(given),
         share="second answers",
         deadline_seconds=ANSWER_SECONDS,
         learn=False,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from uuid import UUID
 
 from engine.sync_client import SyncEngineClient
+from engine.text.supervision import asked_in
 from engine.text.tokenizer import Tokenizer
 from services.store import evaluation_answers, failpoints, runs
 from services.store.evaluation_answers import Answer, Key
@@ -58,10 +59,12 @@ class Asking:
         ]
 
     def _answer_of(self, one: Example) -> Ask:
-        return ask_answer(self._tokenizer, one.id, one.messages, one.completion or "", self._context)
+        return ask_answer(
+            self._tokenizer, one.id, one.messages, one.completion or "", self._context, asked_in(one.asked)
+        )
 
     def _likelihood_of(self, one: Example) -> Ask:
-        return ask_likelihood(self._tokenizer, one.id, one.messages, one.completion or "")
+        return ask_likelihood(self._tokenizer, one.id, one.messages, one.completion or "", asked_in(one.asked))
 
     def _ask(self, adapter: str | None, asks: Sequence[Ask]) -> dict[Key, Answer]:
         before = self._done

@@ -9,17 +9,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import ceil
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from services.store.evaluation_config import ALPHA, TARGET
 from worker.gate.looks import Budget, z_of
 from worker.gate.saddlepoint import bounds
-from worker.gate.statistics import cluster, groups_needed
+from worker.gate.statistics import Clusters, cluster, groups_needed
 
-TARGET = "target"
-BASE_ABILITY = "base-ability"
 HARM_ALPHA = 0.05
 PLANNED_EFFECT = 0.05  # the gain to plan labels for while none has been seen
 
@@ -51,7 +51,7 @@ class Policy:
 
     margin: float = 0.03
     margins: Mapping[str, float] = field(default_factory=dict)
-    alpha: float = 0.05
+    alpha: float = ALPHA
     min_groups: int = 30
     guard_rows: int = 1000
     guard_groups: int = 100
@@ -62,7 +62,10 @@ class Policy:
 
 @dataclass(frozen=True)
 class SliceResult:
-    """A slice's means, their difference (candidate - baseline) with its interval, and the rows behind it."""
+    """A slice's means, their difference (candidate - baseline) with its interval, and the rows behind it.
+
+    `harmed` says that a weak slice shows a loss that chance explains poorly.
+    """
 
     rows: int
     groups: int
@@ -77,6 +80,7 @@ class SliceResult:
     spread: float
     margin: float | None = None
     weak: bool = False
+    harmed: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ def decide(
     tested = _judge_target(slices.get(TARGET), chosen, findings)
     for name, result in slices.items():
         if name != TARGET:
-            _judge_guard(name, tables[name], result, chosen, findings)
+            _judge_guard(name, result, chosen, findings)
     return Decision(
         promote=not findings.bad,
         reasons=[*findings.bad, *findings.good],
@@ -170,6 +174,8 @@ def measure(table: Table, alpha: float, policy: Policy, name: str) -> SliceResul
     clusters = cluster(differences, table.groups)
     interval = bounds(clusters, alpha)
     rows, groups = len(differences), len(clusters.sums)
+    margin = None if name == TARGET else policy.margin_of(name)
+    weak = margin is not None and (rows < policy.guard_rows or groups < policy.guard_groups)
     return SliceResult(
         rows=rows,
         groups=groups,
@@ -182,9 +188,16 @@ def measure(table: Table, alpha: float, policy: Policy, name: str) -> SliceResul
         ties=int((differences == 0).sum()),
         losses=int((differences < 0).sum()),
         spread=clusters.spread,
-        margin=None if name == TARGET else policy.margin_of(name),
-        weak=name != TARGET and (rows < policy.guard_rows or groups < policy.guard_groups),
+        margin=margin,
+        weak=weak,
+        harmed=weak and margin is not None and interval.low <= -margin and _harmed(clusters, margin),
     )
+
+
+def _harmed(clusters: Clusters, margin: float) -> bool:
+    """Whether chance is a poor explanation of a loss on a weak slice. Its level is its own: a guard that only warns
+    of what it sees costs no wrong promotion, and it must not go blind as looks are spent."""
+    return clusters.mean < -margin and bounds(clusters, HARM_ALPHA).high < 0
 
 
 def _judge_target(result: SliceResult | None, policy: Policy, findings: _Findings) -> bool:
@@ -201,38 +214,42 @@ def _judge_target(result: SliceResult | None, policy: Policy, findings: _Finding
     findings.bad.append(f"not shown to be better on what was corrected: {_interval(result)}")
     effect = result.delta if result.delta > 0 else PLANNED_EFFECT
     wanted = groups_needed(max(result.spread, PLANNED_EFFECT), effect, findings.next_z)
-    findings.wanted[TARGET] = max(1, wanted - groups)
+    if wanted is not None:
+        findings.wanted[TARGET] = max(1, wanted - groups)
     return True
 
 
-def _judge_guard(name: str, table: Table, result: SliceResult, policy: Policy, findings: _Findings) -> None:
+def _judge_guard(name: str, result: SliceResult, policy: Policy, findings: _Findings) -> None:
     margin = policy.margin_of(name)
     points = f"{100 * margin:g} points"
     if result.low > -margin:
         findings.good.append(f"no worse on {name} by more than {points}: {_interval(result)}")
     elif not result.weak:
         findings.bad.append(f"may be worse on {name} by more than {points}: {_interval(result)}")
-        if result.delta > -margin:
-            findings.wanted[name] = _missing(result, margin + min(result.delta, 0.0), findings.next_z)
-    elif result.delta < -margin and _harmed(table):
+        missing = _missing(result, margin + min(result.delta, 0.0), findings.next_z)
+        if missing is not None:
+            findings.wanted[name] = missing
+    elif result.harmed:
         findings.bad.append(f"worse on {name}: {_interval(result)} over {result.rows:,} rows")
     else:
-        missing = max(_missing(result, margin, findings.next_z), policy.guard_rows - result.rows)
+        missing = _missing(result, margin, findings.next_z)
+        more = None if missing is None else max(missing, _until_strong(result, policy))
+        needs = "and no number of them would" if more is None else f"needs about {more:,} more"
         findings.good.append(
-            f"no harm seen on {name}: {_interval(result)}; {result.groups:,} groups cannot rule {points} out, "
-            f"needs about {missing:,} more"
+            f"no harm seen on {name}: {_interval(result)}; {result.groups:,} groups cannot rule {points} out, {needs}"
         )
 
 
-def _harmed(table: Table) -> bool:
-    """Whether chance is a poor explanation of a loss on a weak slice. Its level is its own: a guard that only warns
-    of what it sees costs no wrong promotion, and it must not go blind as looks are spent."""
-    clusters = cluster(table.candidate - table.baseline, table.groups)
-    return bounds(clusters, HARM_ALPHA).high < 0
+def _missing(result: SliceResult, room: float, z: float) -> int | None:
+    """Groups that a slice lacks to show that it keeps its margin; None where there is no room to show it in."""
+    wanted = groups_needed(max(result.spread, room), room, z)
+    return None if wanted is None else max(1, wanted - result.groups)
 
 
-def _missing(result: SliceResult, room: float, z: float) -> int:
-    return max(1, groups_needed(max(result.spread, room), room, z) - result.groups)
+def _until_strong(result: SliceResult, policy: Policy) -> int:
+    """Groups of the size of these until neither they nor their rows are too few."""
+    rows_short = (policy.guard_rows - result.rows) * result.groups / result.rows
+    return max(policy.guard_groups - result.groups, ceil(rows_short))
 
 
 def _interval(result: SliceResult) -> str:

@@ -11,10 +11,11 @@ from engine.sync_client import SyncEngineClient
 from engine.text.tokenizer import Tokenizer
 from services.settings import Settings
 from services.store import deployments, evaluation_answers, evaluations, failpoints, revisions, runs, verdicts
+from services.store.evaluation_config import BASE_ABILITY
 from services.store.jobs import JobCancelled, JobFailed, Lease
 from services.store.models import EvaluationRow
 from worker.gate.asking import Asking
-from worker.gate.decide import BASE_ABILITY, Decision, decide
+from worker.gate.decide import Decision, decide
 from worker.gate.judge import Agreement
 from worker.gate.order import Order, read
 from worker.gate.report import judge_agreement, summarise

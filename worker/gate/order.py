@@ -13,10 +13,17 @@ from sqlalchemy.orm import Session
 
 from services.errors import NotFound
 from services.store import base_ability, deployments, revisions
-from services.store.evaluation_config import CheckConfig, JudgeConfig, read_checks, read_judge, read_margins
+from services.store.evaluation_config import (
+    BASE_ABILITY,
+    CheckConfig,
+    JudgeConfig,
+    read_checks,
+    read_judge,
+    read_margins,
+)
 from services.store.forms import is_supervised
 from services.store.models import Artifact, Example, Project, Run
-from worker.gate.decide import BASE_ABILITY, Policy
+from worker.gate.decide import Policy
 from worker.gate.metrics import Metric, choose
 
 DEFAULT_METRICS = ("exact_match",)

@@ -6,8 +6,9 @@ from statistics import fmean
 from typing import Any
 
 from services.store import verdicts
+from services.store.evaluation_config import BASE_ABILITY
 from services.store.models import EvaluationRow
-from worker.gate.decide import BASE_ABILITY, Decision
+from worker.gate.decide import Decision
 from worker.gate.judge import Agreement, Outcome, agreement
 from worker.gate.order import Order
 from worker.gate.rows import Compared, judged_by

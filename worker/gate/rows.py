@@ -5,12 +5,13 @@ from typing import Any, NamedTuple
 
 from services.store import verdicts
 from services.store.evaluation_answers import Answer
+from services.store.evaluation_config import BASE_ABILITY
 from services.store.models import EvaluationRow, Example
+from services.store.refusals import refuses
 from worker.gate import judge as judges
-from worker.gate.decide import BASE_ABILITY, ScoredRow
+from worker.gate.decide import ScoredRow
 from worker.gate.metrics import Said, Wanted, similarity
 from worker.gate.order import Order
-from worker.gate.refusals import refuses
 
 # Metrics that are a verdict themselves, right or wrong, so that a person's verdict can stand in their place. On a
 # graded one it would tilt the comparison: people have seen what served far more often than the candidate's answers.

@@ -13,7 +13,7 @@ from uuid import UUID, uuid4
 from engine.client import Completion
 from engine.messages import Generate, Grammar, Sampling, Status
 from engine.sync_client import SyncEngineClient
-from engine.text.supervision import supervise, turn_end
+from engine.text.supervision import NOTHING, Asked, answer_ids, prompt_ids, said_text, supervise, turn_end
 from engine.text.tokenizer import Tokenizer
 from services.store.evaluation_answers import Answer, Key
 
@@ -38,6 +38,7 @@ class Ask(NamedTuple):
     max_tokens: int
     scored_from: int = 0
     grammar: Grammar | None = None
+    asked: Asked = NOTHING
 
     @property
     def key(self) -> Key:
@@ -59,17 +60,21 @@ def weights_of(status: Status, adapter: str | None) -> str:
 
 
 def ask_answer(
-    tokenizer: Tokenizer, example_id: UUID, messages: list[dict[str, object]], golden: str, context: int
-) -> Ask:
+    tokenizer: Tokenizer, example_id: UUID, messages: list[dict[str, object]], golden: str, context: int,
+    asked: Asked = NOTHING,
+) -> Ask:  # fmt: skip
     """Twice the golden answer's length and some: enough to be right, not enough to ramble at others' cost."""
-    token_ids = tokenizer.encode_chat(messages)
-    budget = 2 * len(tokenizer.encode_plain(golden)) + SPARE_TOKENS
-    return Ask(example_id, token_ids, max(1, min(budget, context - len(token_ids))))
+    token_ids = prompt_ids(tokenizer, messages, asked)
+    budget = 2 * len(answer_ids(tokenizer, golden, asked)) + SPARE_TOKENS
+    limit = max(1, min(budget, context - len(token_ids)))
+    return Ask(example_id, token_ids, limit, grammar=asked.grammar, asked=asked)
 
 
-def ask_likelihood(tokenizer: Tokenizer, example_id: UUID, messages: list[dict[str, object]], golden: str) -> Ask:
+def ask_likelihood(
+    tokenizer: Tokenizer, example_id: UUID, messages: list[dict[str, object]], golden: str, asked: Asked = NOTHING
+) -> Ask:
     """How likely the golden answer and its end are, token by token, as training would see them."""
-    row = supervise(tokenizer, messages, golden, turn_end(tokenizer))
+    row = supervise(tokenizer, messages, golden, turn_end(tokenizer), asked)
     return Ask(example_id, [*row.prompt, *row.answer, row.end], 1, scored_from=len(row.prompt))
 
 
@@ -119,7 +124,8 @@ def _answer(tokenizer: Tokenizer, adapter: str | None, ask: Ask, completion: Com
         raise EvaluationInterrupted(f"asked {adapter or 'the base'}, but {finished.adapter or 'the base'} answered")
     if ask.scored_from:
         return Answer("", finished.reason, 0, _likelihood(completion.prompt_logprobs[ask.scored_from - 1 :]))
-    return Answer(tokenizer.decode(completion.token_ids), finished.reason, len(completion.token_ids))
+    text = said_text(tokenizer, completion.token_ids, ask.asked)
+    return Answer(text, finished.reason, len(completion.token_ids))
 
 
 def _likelihood(logprobs: Sequence[float]) -> float:

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 RESAMPLES = 10_000
 CHUNK_CELLS = 4_000_000
 Z_POWER = 0.8416  # 80 % power
+# To see less than this takes millions of groups: nobody labels them.
+LEAST_EFFECT = 0.001
 
 
 class Interval(NamedTuple):
@@ -60,6 +62,7 @@ def bootstrap(clusters: Clusters, alpha: float, *, seed: int) -> Interval:
     return Interval(float(low), float(high))
 
 
-def groups_needed(spread: float, effect: float, z: float) -> int:
-    """Groups for a lower bound that clears `effect` with 80 % power, by the normal approximation."""
-    return int(np.ceil(((z + Z_POWER) * spread / effect) ** 2))
+def groups_needed(spread: float, effect: float, z: float) -> int | None:
+    """Groups for a lower bound that clears `effect` with 80 % power, by the normal approximation; None where no number
+    of them is worth telling."""
+    return None if effect < LEAST_EFFECT else int(np.ceil(((z + Z_POWER) * spread / effect) ** 2))

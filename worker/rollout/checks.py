@@ -1,16 +1,11 @@
 """Does an answer keep to its form? What the signal `checks` and the shadow comparison ask of every text."""
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from services.store.conforming import conforms
 from services.store.rollout_config import RolloutConfig
-from services.store.rollout_counts import REFUSAL
-
-REFUSES = re.compile(REFUSAL, re.IGNORECASE)
-READ = 200
 
 
 def passes(
@@ -29,8 +24,3 @@ def passes(
     if config.pattern:
         wanted.append({"kind": "regex", "text": config.pattern})
     return all(conforms(form, output.strip()) for form in wanted) if wanted else None
-
-
-def refuses(output: str) -> bool:
-    """Whether it begins as refusals do; the same expression is asked of the log."""
-    return REFUSES.search(output[:READ]) is not None

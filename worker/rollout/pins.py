@@ -10,7 +10,7 @@ from uuid import UUID
 import msgspec
 import structlog
 
-from engine.messages import Generate, Grammar, Sampling
+from engine.messages import Generate, logged_grammar, logged_sampling
 from engine.sync_client import SyncEngineClient
 from engine.text.tokenizer import Tokenizer
 from services.settings import Settings
@@ -67,8 +67,7 @@ def _says(tokenizer: Tokenizer, token_ids: Sequence[int], adapter: str | None, d
 
 def _requests(tokenizer: Tokenizer, digest: str, pin: Pin) -> list[Generate]:
     """The pinned request greedily, then as it is with other seeds."""
-    own = msgspec.convert({**_sampling(pin), "seed": 0}, Sampling, strict=False)
-    grammar = pin.parameters.get("grammar")
+    own = logged_sampling(pin.parameters, seed=0)
     prompt = tokenizer.encode_chat(pin.messages)
     draws = [msgspec.structs.replace(own, seed=seed) for seed in range(DRAWS)] if own.temperature else []
     return [
@@ -79,14 +78,8 @@ def _requests(tokenizer: Tokenizer, digest: str, pin: Pin) -> list[Generate]:
             adapter=digest,
             namespace="verify",
             priority="batch",
-            grammar=msgspec.convert(grammar, Grammar) if grammar else None,
+            grammar=logged_grammar(pin.parameters),
             learn=False,
         )
         for index, sampling in enumerate([msgspec.structs.replace(own, temperature=0.0), *draws])
     ]
-
-
-def _sampling(pin: Pin) -> dict[str, object]:
-    """The logged parameters that are the engine's; the log holds the gateway's beside them."""
-    wanted = set(Sampling.__struct_fields__) - {"top_logprobs"}
-    return {name: value for name, value in pin.parameters.items() if name in wanted}

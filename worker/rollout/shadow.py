@@ -4,19 +4,20 @@ They land in the log with origin `shadow`, which no sample, estimate, trigger, c
 beside the live answer is kept in figures, and the sampler takes pairs that differ for its strategy "disagreement".
 """
 
+import math
+from collections import defaultdict
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from statistics import NormalDist, fmean, stdev
+from statistics import NormalDist, fmean
 from typing import Any, NamedTuple
 from uuid import UUID
 
-import msgspec
 import structlog
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from engine.client import Completion
-from engine.messages import Finished, Generate, Grammar, Sampling
+from engine.messages import Finished, Generate, logged_grammar, logged_sampling
 from engine.sync_client import SyncEngineClient
 from engine.text.stops import StopStrings
 from engine.text.tokenizer import Tokenizer
@@ -27,9 +28,11 @@ from services.store.erasure_cover import is_erased
 from services.store.jobs import JobCancelled, Lease
 from services.store.models import Interaction, InteractionBody, Project, Rollout, ShadowAnswer
 from services.store.pages import first_id
+from services.store.refusals import refuses
 from services.store.rollout_config import RolloutConfig
 from services.store.shadow_answers import Pair, figures, stands
 from worker.rollout import checks
+from worker.rollout.sequence import heavier
 
 BATCH = 32
 AT_ONCE = 8
@@ -144,10 +147,9 @@ def judge(compared: Sequence[Pair], config: RolloutConfig) -> Compared:
     """Once, when all are there: refused when more of its answers fail than of those that were served, and it shows."""
     worse = [float(stands(pair.live)) - float(stands(pair.candidate)) for pair in compared]
     mean = fmean(worse)
-    error = stdev(worse) / len(worse) ** 0.5 if len(worse) > 1 else 0.0
     evidence = figures(compared)
     told = f"{_points(mean)} points more of its {len(worse)} answers fail"
-    if mean > config.shadow.most_worse and mean - BOUND * error > 0:
+    if mean > config.shadow.most_worse and _evident(compared, worse):
         return Compared(False, f"the shadow comparison: {told} than of those that were served", evidence)
     return Compared(True, f"the shadow comparison is fine: {told}", evidence)
 
@@ -159,23 +161,36 @@ def _passes(finished: Finished, digest: str) -> bool:
     return finished.reason == "cancelled" or finished.adapter != digest
 
 
+def _evident(compared: Sequence[Pair], worse: Sequence[float]) -> bool:
+    """Whether chance explains the loss poorly. A user's answers stand or fall together, so users are the units; one
+    more that wins everything and one that loses everything keep a few who agree from being proof."""
+    by_unit: defaultdict[str, list[float]] = defaultdict(list)
+    for pair, one in zip(compared, worse, strict=True):
+        by_unit[pair.unit].append(one)
+    usual = len(worse) / len(by_unit)
+    units: list[tuple[float, float]] = [(sum(lost), len(lost)) for lost in by_unit.values()]
+    units += [(usual, usual), (-usual, usual)]
+    total = sum(size for _, size in units)
+    mean = sum(lost for lost, _ in units) / total
+    squares = sum((lost - mean * size) ** 2 for lost, size in units)
+    error = math.sqrt(squares * len(units) / (len(units) - 1)) / total
+    return mean > heavier(BOUND, len(units) - 1) * error
+
+
 def _request(prompt: Prompt, rollout: Rollout) -> Generate:
     """Exactly what the app asked, of other weights."""
     given = prompt.body.parameters
-    names = set(Sampling.__struct_fields__) - {"top_logprobs"}
-    sampling = msgspec.convert({name: given[name] for name in names if name in given}, Sampling, strict=False)
-    grammar = given.get("grammar")
     namespace = prompt.interaction.namespace
     return Generate(
         id=f"shadow-{rollout.id.hex}-{prompt.interaction.id.hex}",
         prompt=prompt.body.prompt_token_ids,
-        sampling=sampling,
+        sampling=logged_sampling(given),
         adapter=rollout.digest,
         namespace=namespace,
         cache_salt=namespace,
         priority="batch",
         choice=int(given.get("choice", 0)),
-        grammar=msgspec.convert(grammar, Grammar) if grammar else None,
+        grammar=logged_grammar(given),
         share="shadow",
         deadline_seconds=ANSWER_SECONDS,
         learn=False,
@@ -216,7 +231,7 @@ def _figures(
     return {
         "error": not answered,
         "valid": checks.passes(body.output, body.parameters, config, schema) if answered else None,
-        "refuses": checks.refuses(body.output) if answered else None,
+        "refuses": refuses(body.output) if answered else None,
         "tokens": row.completion_tokens if answered else None,
         "logprob": row.mean_logprob,
         "latency": row.latency_ms,

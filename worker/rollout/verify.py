@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from engine.client import Completion
 from engine.messages import Generate, Sampling
 from engine.sync_client import SyncEngineClient
+from engine.text.supervision import NOTHING, Asked, answer_ids, asked_in, prompt_ids, said_text
 from engine.text.tokenizer import Tokenizer
 from services.store.models import Evaluation, EvaluationRow, Example
 
@@ -29,6 +30,7 @@ class GoldenPrompt(NamedTuple):
 
     messages: list[dict[str, Any]]
     output: str
+    asked: Asked = NOTHING
 
 
 class Comparison(NamedTuple):
@@ -59,41 +61,45 @@ def golden_prompts(
     )
     if run_id is not None:
         evaluation = evaluation.where(Evaluation.run_id == run_id)
+    # What the engine refused then it refuses again: that says nothing of the weights.
+    answered = EvaluationRow.details["candidate"]["finish"].as_string().is_distinct_from("error")
     rows = session.execute(
-        select(Example.messages, EvaluationRow.candidate_output)
+        select(Example.messages, Example.asked, EvaluationRow.candidate_output)
         .join(Example, Example.id == EvaluationRow.example_id)
-        .where(EvaluationRow.evaluation_id == evaluation.scalar_subquery())
+        .where(EvaluationRow.evaluation_id == evaluation.scalar_subquery(), answered)
         .order_by(EvaluationRow.candidate_output == EvaluationRow.baseline_output, EvaluationRow.example_id)
         .limit(limit)
     )
-    return [GoldenPrompt(row.messages, row.candidate_output) for row in rows]
+    return [GoldenPrompt(row.messages, row.candidate_output, asked_in(row.asked)) for row in rows]
 
 
 def compare(client: SyncEngineClient, tokenizer: Tokenizer, digest: str, prompts: list[GoldenPrompt]) -> Comparison:
     """Ask every golden prompt greedily. Raises EngineGone, and Unanswered when the engine gave errors for answers."""
-    requests = [_request(tokenizer, digest, index, prompt) for index, prompt in enumerate(prompts)]
+    requests = [request_of(tokenizer, digest, index, prompt) for index, prompt in enumerate(prompts)]
     differing = []
     for index, completion in enumerate(client.generate_many(requests)):
         if completion.finished.reason == "error":
             raise Unanswered(f"the engine could not answer a golden prompt: {completion.finished.error}")
-        if completion.finished.adapter != digest or not _same(tokenizer, completion, prompts[index].output):
+        if completion.finished.adapter != digest or not _same(tokenizer, completion, prompts[index]):
             differing.append(index)
     return Comparison(len(prompts), differing)
 
 
-def _same(tokenizer: Tokenizer, completion: Completion, recorded: str) -> bool:
+def _same(tokenizer: Tokenizer, completion: Completion, prompt: GoldenPrompt) -> bool:
     """The recorded text, or one that goes on after it because the budget there was smaller."""
-    text = tokenizer.decode(completion.token_ids)
+    text, recorded = said_text(tokenizer, completion.token_ids, prompt.asked), prompt.output
     return text == recorded or (completion.finished.reason == "length" and text.startswith(recorded) and recorded != "")
 
 
-def _request(tokenizer: Tokenizer, digest: str, index: int, prompt: GoldenPrompt) -> Generate:
-    budget = len(tokenizer.encode_plain(prompt.output)) + SPARE_TOKENS
+def request_of(tokenizer: Tokenizer, digest: str, index: int, prompt: GoldenPrompt) -> Generate:
+    """Greedily, at batch priority, as when it was judged."""
+    budget = len(answer_ids(tokenizer, prompt.output, prompt.asked)) + SPARE_TOKENS
     return Generate(
         id=f"verify-{digest[:12]}-{index}",
-        prompt=tokenizer.encode_chat(prompt.messages),
+        prompt=prompt_ids(tokenizer, prompt.messages, prompt.asked),
         sampling=Sampling(temperature=0.0, seed=0, max_tokens=budget, stop_token_ids=tokenizer.eos_ids),
         adapter=digest,
+        grammar=prompt.asked.grammar,
         namespace="verify",
         priority="batch",
         learn=False,

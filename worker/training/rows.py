@@ -9,8 +9,9 @@ from random import Random
 from typing import Any
 from uuid import UUID
 
-from engine.text.supervision import Asked, Supervised, answer_ids, prompt_ids, supervise, turn_end
+from engine.text.supervision import Asked, Supervised, answer_ids, asked_in, prompt_ids, supervise, turn_end
 from engine.text.tokenizer import Tokenizer
+from services.store.examples import beside
 from services.store.forms import is_supervised, rows_of
 from services.store.models import Example, InteractionBody
 
@@ -104,7 +105,7 @@ def usable(kind: str, example: Example) -> bool:
 def make_rows(
     tokenizer: Tokenizer, examples: Sequence[Example], bodies: Bodies | None = None, kind: str = "sft"
 ) -> list[AnyRow]:
-    """Rows of a kind's usable examples, in their order. `bodies` says which tools a prompt was served with.
+    """Rows of a kind's usable examples, in their order. `bodies` are logged originals.
 
     Raises ValueError when the template refuses a chat.
     """
@@ -114,13 +115,10 @@ def make_rows(
 
 
 def asked_of(example: Example, bodies: Bodies) -> Asked:
-    """What the example's request said beside its messages, while the log still has it."""
+    """What the example's request said beside its messages. Examples of older releases kept nothing of it: there it is
+    read from the log while that has it."""
     body = bodies.get(example.interaction_id) if example.interaction_id else None
-    parameters = (body.parameters if body is not None else None) or {}
-    choice = parameters.get("tool_choice")
-    forced = choice == "required" or isinstance(choice, dict)
-    tools = tuple(parameters.get("tools") or ())
-    return Asked(tools, bool(tools) and forced)
+    return asked_in(example.asked or beside(body.parameters if body is not None else None))
 
 
 def _rows(kind: str, tokenizer: Tokenizer, example: Example, end: int, asked: Asked) -> list[AnyRow]:

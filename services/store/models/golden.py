@@ -6,7 +6,7 @@ from uuid import UUID
 
 from pgvector.sqlalchemy import Vector
 from sqlalchemy import BigInteger, ForeignKey, Index, LargeBinary, UniqueConstraint, text
-from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import Mapped, mapped_column
 
 from services.store.base import Base, Key, Now, one_of
@@ -41,6 +41,8 @@ class Example(Base):
     reviewers: Mapped[list[Any]]
     # Kinds of personal data found when it was written; masked or not, as the project chose then.
     pii: Mapped[list[str]] = mapped_column(default=list, server_default=text("'{}'"))
+    # What the request said beside its messages, of the tools it offered; NULL where it offered none.
+    asked: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
     created_at: Mapped[Now]
 
 
@@ -58,7 +60,8 @@ class Dataset(Base):
 class Revision(Base):
     """An immutable state of a dataset. `digest` is the SHA-256 of its canonical manifest, `held_out_digest` that of the
     held-out entries alone (NULL on revisions of older releases); `looks` counts gate looks, `look_carry` is the level
-    that a promotion handed on to the next one."""
+    that a promotion handed on to the next one. Revisions with the same `look_budget` share both; it is the id of the
+    first of them, and NULL on that one."""
 
     __tablename__ = "revision"
     __table_args__ = (UniqueConstraint("dataset_id", "digest"),)
@@ -72,6 +75,7 @@ class Revision(Base):
     report: Mapped[dict[str, Any]] = mapped_column(default=dict)
     looks: Mapped[int] = mapped_column(default=0, server_default="0")
     look_carry: Mapped[float] = mapped_column(default=0.0, server_default="0")
+    look_budget: Mapped[UUID | None]
     created_at: Mapped[Now]
 
 
