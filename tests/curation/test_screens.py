@@ -70,9 +70,10 @@ def test_a_phrase_that_chance_left_to_one_of_two_people_stays() -> None:
     assert causes(screen(drafts, FREE)) == {}
 
 
-def test_a_flood_of_one_question_by_one_author_is_cut_and_by_many_is_not() -> None:
+@pytest.mark.parametrize("words", [200, 27])
+def test_a_flood_of_one_question_by_one_author_is_cut_and_by_many_is_not(words: int) -> None:
     dice = random.Random(4)
-    text = " ".join(dice.choices(WORDS, k=200))
+    text = " ".join(dice.choices(WORDS, k=words))
     flood = [row(dice, "mallory", prompt=f"{text} {index}") for index in range(30)]
     spread = [row(dice, f"person {index}", prompt=f"{text[::-1]} {index}") for index in range(30)]
     found = screen([*honest(dice), *flood, *spread], FREE)

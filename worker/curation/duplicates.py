@@ -123,8 +123,8 @@ class Index:
     def size(self) -> int:
         return len(self._prompts)
 
-    def nearest(self, prompt: Prompt) -> Nearest | None:
-        """The near-duplicate most like it, the earliest of equals.
+    def nearest(self, prompt: Prompt, threshold: float = THRESHOLD) -> Nearest | None:
+        """The near-duplicate most like it, the earliest of equals. Below THRESHOLD bands miss some: 4 in 100 at 0.87.
 
         Of many that share a band, the CANDIDATES_MOST that the sketches say are most alike are compared exactly.
         """
@@ -134,7 +134,7 @@ class Index:
         places = [one.place for one in self._sketches.likeliest(prompt.sketch, prompt.bands)]
         similar = [Nearest(place, jaccard(prompt.grams, self._prompts[place].grams)) for place in places]
         found = max(similar, key=lambda one: (one.similarity, -one.place), default=None)
-        return found if found is not None and found.similarity >= THRESHOLD else None
+        return found if found is not None and found.similarity >= threshold else None
 
 
 class Sketches:

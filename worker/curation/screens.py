@@ -19,6 +19,7 @@ ACCEPTED_SHARE = 0.3
 AUTHOR_SHARE = 0.5
 AUTHORS_FOR_CAP = 3  # of two people one always has half or more
 BURST_KEPT = 10
+BURST_SIMILARITY = 0.8
 PHRASE_WORDS = 3
 PHRASE_ROWS = 5
 PHRASE_OTHERS = 50  # rows by others before "nobody else says it" means anything
@@ -133,21 +134,23 @@ def _link(interaction_id: UUID | None) -> str | None:
 
 
 def _floods(drafts: Sequence[Draft], prompts: Sequence[Prompt], leaked: set[int]) -> set[int]:
-    """Rows of one author after the first BURST_KEPT that nearly repeat one another's prompt."""
-    leaders: dict[str, tuple[Index, Counter[int]]] = {}
+    """Rows of one author after the first BURST_KEPT that nearly repeat one another's prompt.
+
+    The bar is lower than that of splits, under which one changed word of a short prompt falls.
+    """
+    by_author: dict[str, tuple[Index, list[int]]] = defaultdict(lambda: (Index(), []))
+    sizes: Counter[tuple[str, int]] = Counter()
     flooded: set[int] = set()
     for draft, prompt in zip(drafts, prompts, strict=True):
         author = author_of(draft)
         if author is None or id(draft) in leaked:
             continue
-        index, sizes = leaders.setdefault(author, (Index(), Counter()))
-        near = index.nearest(prompt)
-        if near is None:
-            sizes[index.size] = 1
-            index.add(prompt)
-            continue
-        sizes[near.place] += 1
-        if sizes[near.place] > BURST_KEPT:
+        index, floods = by_author[author]
+        near = index.nearest(prompt, BURST_SIMILARITY)
+        floods.append(index.size if near is None else floods[near.place])
+        index.add(prompt)
+        sizes[author, floods[-1]] += 1
+        if sizes[author, floods[-1]] > BURST_KEPT:
             flooded.add(id(draft))
     return flooded
 
