@@ -210,7 +210,9 @@ def forest(intervals: Sequence[tuple[float, float, float]], width: int = 360, ma
 
 
 def ticks(low: float, high: float, wanted: int) -> list[float]:
-    """Round numbers that cover [low, high], about `wanted` of them."""
+    """Round numbers that cover [low, high], about `wanted` of them; where all is one value, they go up from it."""
+    if low == high:
+        high = low + (abs(low) or 1.0)
     high = max(high, low + FINEST * max(1.0, abs(low), abs(high)))
     rough = (high - low) / wanted
     power = 10.0 ** math.floor(math.log10(rough))
