@@ -96,7 +96,13 @@ def _insert_alone(session: Session, run: Run) -> None:
 
 
 def hand_over(session: Session, run: Run, kind: str, payload: dict[str, Any]) -> Job:
-    """Enqueue the run's next job, in the transaction that ends the last one."""
+    """Enqueue the run's next job, in the transaction that ends the last one.
+
+    Raises JobCancelled when that one was asked to stop.
+    """
+    last = session.get(Job, run.job_id, populate_existing=True) if run.job_id else None
+    if last is not None and last.state in jobs.UNFINISHED and last.cancel_requested:
+        raise jobs.JobCancelled
     job = jobs.enqueue(session, kind, payload, project_id=run.project_id, dedupe_key=f"run:{run.id}:{kind}")
     run.job_id = job.id
     session.flush()
@@ -179,11 +185,13 @@ def resume(session: Session, run: Run, phase: str, why: str) -> None:
 def request_cancel(session: Session, run_id: UUID) -> Run:
     """Ask the run's job to stop; a run whose job no worker holds ends at once. Raises NotFound, Conflict when over."""
     run = get(session, run_id)
+    asked = None
+    while run.state in UNFINISHED and run.job_id is not None and run.job_id != asked:
+        asked = run.job_id
+        jobs.request_cancel(session, asked)
+        session.refresh(run)  # asking may have waited for the hand-over to another job
     if run.state not in UNFINISHED:
         raise Conflict(f"the run is over: {run.state}")
-    if run.job_id is not None:
-        jobs.request_cancel(session, run.job_id)
-        session.flush()
     settle(session, run.project_id)
     add_event(session, run.id, "log", {"line": "cancel requested"})
     return run
