@@ -17,6 +17,7 @@ from services.store import datasets, jobs, run_params, webhooks
 from services.store.models import Dataset, Job, Project, Revision, Run, RunEvent
 
 UNFINISHED = ("queued", "running")
+TRAININGS = ("train", "train.speculator")
 DEFAULT_DATASET = "golden"
 MOST_RETRIES = 3
 
@@ -103,7 +104,10 @@ def hand_over(session: Session, run: Run, kind: str, payload: dict[str, Any]) ->
     last = session.get(Job, run.job_id, populate_existing=True) if run.job_id else None
     if last is not None and last.state in jobs.UNFINISHED and last.cancel_requested:
         raise jobs.JobCancelled
-    job = jobs.enqueue(session, kind, payload, project_id=run.project_id, dedupe_key=f"run:{run.id}:{kind}")
+    queue = jobs.TRAIN if kind in TRAININGS else jobs.CPU
+    job = jobs.enqueue(
+        session, kind, payload, queue=queue, project_id=run.project_id, dedupe_key=f"run:{run.id}:{kind}"
+    )
     run.job_id = job.id
     session.flush()
     return job

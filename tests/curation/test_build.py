@@ -201,6 +201,7 @@ def test_a_runs_build_hands_over_to_training_once(world: World, settings: Settin
         assert run.revision_id is not None
         assert (built.state, job.id) == ("succeeded", run.job_id)
         assert (job.kind, job.payload, job.state) == ("train", {"run_id": str(run.id)}, "queued")
+        assert (built.queue, job.queue) == ("cpu", "train"), "nothing else waits for a training"
         assert run.phase == "building the revision"
 
 
