@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 from uuid import UUID
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -65,7 +65,8 @@ def retry(session: Session, run: Run, created_by: str) -> Run:
     """The same again as a run of its own, on the same revision. Raises Conflict unless it failed, or too often."""
     if run.state not in ("failed", "cancelled"):
         raise Conflict(f"only a run that failed or was cancelled can be tried again; this one is {run.state}")
-    number = _retries(session, run) + 1
+    root = _root(session, run)
+    number = _retries(session, run.project_id, root) + 1
     if number > MOST_RETRIES:
         raise Conflict(f"tried again {MOST_RETRIES} times already: change something and start a new run")
     project = session.get_one(Project, run.project_id)
@@ -74,14 +75,23 @@ def retry(session: Session, run: Run, created_by: str) -> Run:
         session, project, params=run.params, created_by=created_by, kind=run.kind,
         dataset=dataset.name if dataset else DEFAULT_DATASET,
         revision=session.get(Revision, run.revision_id) if run.revision_id else None,
-        trigger={"line": f"retry {number} of {MOST_RETRIES}", "retry_of": str(run.id), "retries": number},
+        trigger={"line": f"retry {number} of {MOST_RETRIES}", "retry_of": str(run.id), "root": root},
     )  # fmt: skip
 
 
-def _retries(session: Session, run: Run) -> int:
-    """How many retries came before a run in its own line."""
+def _root(session: Session, run: Run) -> str:
+    """The run that a run repeats, through all retries of retries."""
     told = select(RunEvent.payload).where(RunEvent.run_id == run.id, RunEvent.kind == "trigger").limit(1)
-    return int((session.scalar(told) or {}).get("retries", 0))
+    return str((session.scalar(told) or {}).get("root", run.id))
+
+
+def _retries(session: Session, project_id: UUID, root: str) -> int:
+    """How often a run was tried again, itself or by a retry of it."""
+    told = select(func.count()).where(
+        RunEvent.run_id == Run.id, Run.project_id == project_id, RunEvent.kind == "trigger",
+        RunEvent.payload.contains({"root": root}),
+    )  # fmt: skip
+    return session.scalar(told) or 0
 
 
 def _insert_alone(session: Session, run: Run) -> None:
