@@ -16,6 +16,7 @@ from engine.digest import base_digest
 from engine.text.tokenizer import Tokenizer
 from services.settings import Settings
 from services.store import failpoints, revisions, runs
+from services.store.copying import among
 from services.store.jobs import JobCancelled, JobFailed, Lease
 from services.store.models import Example, InteractionBody
 from services.store.run_params import TrainParams, adapter_params
@@ -89,6 +90,7 @@ def _train(lease: Lease, settings: Settings, run_id: UUID) -> None:
         revision=order.revision_digest,
         params=order.params.model_dump(mode="json"),
         kind=order.kind,
+        swept=checkpoints.decided(work),
     )
     artifact.publish(work / "adapter", built, settings.artifacts)
     failpoints.reach("train.renamed")
@@ -150,7 +152,7 @@ def _examples(session: Session, order: Order, split: str) -> list[Example]:
 
 def _bodies(session: Session, examples: Sequence[Example]) -> dict[UUID, InteractionBody]:
     ids = [example.interaction_id for example in examples if example.interaction_id]
-    return {body.id: body for body in session.scalars(select(InteractionBody).where(InteractionBody.id.in_(ids)))}
+    return {body.id: body for body in session.scalars(select(InteractionBody).where(among(InteractionBody.id, ids)))}
 
 
 def _spec(settings: Settings, order: Order, model: Path, base: str, work: Path, ready: Ready) -> Spec:
