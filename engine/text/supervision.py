@@ -5,6 +5,7 @@ The trainer makes its rows with this and the console draws its mask with it, so 
 
 import re
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from engine.text.detokenizer import Detokenizer
@@ -22,10 +23,12 @@ class Supervised:
 
 
 class Asked(NamedTuple):
-    """What a request said beside its messages: the tools it offered, and whether one had to be called."""
+    """What a request said beside its messages: the tools it offered, whether one had to be called, and when it came:
+    some templates print the day."""
 
     tools: tuple[dict[str, Any], ...] = ()
     forced: bool = False
+    at: datetime | None = None
 
 
 NOTHING = Asked()
@@ -64,7 +67,7 @@ def supervise(
 
 def prompt_ids(tokenizer: Tokenizer, messages: list[dict[str, Any]], asked: Asked = NOTHING) -> list[int]:
     """The prompt as the gateway gives it to the engine. Raises ValueError when the template refuses the chat."""
-    ids = tokenizer.encode_chat(messages, tools=asked.tools or None)
+    ids = tokenizer.encode_chat(messages, tools=asked.tools or None, at=asked.at)
     if asked.forced:
         ids += tokenizer.encode(FORCED_PREFIX[style_of(tokenizer.template.source if tokenizer.template else "")])
     return ids

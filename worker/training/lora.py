@@ -8,8 +8,11 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -128,11 +131,25 @@ def confirm(reference: Sequence[ReferenceRow], tokenizer: Any) -> None:  # noqa:
         said = json.dumps([row.messages, row.tools], ensure_ascii=False)
         if any(token in said for token in tokenizer.all_special_tokens):
             continue  # serving keeps a typed control token as plain text; transformers does not
-        ids = tokenizer.apply_chat_template(
-            row.messages, tools=row.tools or None, add_generation_prompt=True, tokenize=True, return_dict=False,
-        )  # fmt: skip
+        with _as_of(row.at):
+            ids = tokenizer.apply_chat_template(
+                row.messages, tools=row.tools or None, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
         if list(ids) != row.ids:
             raise Refused("transformers renders a prompt to other token ids than the serving engine: template drift")
+
+
+@contextmanager
+def _as_of(at: datetime | None) -> Iterator[None]:
+    """Sets the clock that transformers lets templates read; it hands them nothing of ours that can be called."""
+    from transformers.utils import chat_template_utils
+
+    clock = chat_template_utils.datetime
+    chat_template_utils.datetime = SimpleNamespace(now=lambda: at.astimezone() if at else clock.now())
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = clock
 
 
 def save(model: Any, directory: Path, base: str) -> None:  # noqa: ANN401

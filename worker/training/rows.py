@@ -11,6 +11,7 @@ from uuid import UUID
 
 from engine.text.supervision import Asked, Supervised, answer_ids, prompt_ids, supervise, turn_end
 from engine.text.tokenizer import Tokenizer
+from services.store.base import uuid7_time
 from services.store.forms import is_supervised, rows_of
 from services.store.models import Example, InteractionBody
 
@@ -114,13 +115,14 @@ def make_rows(
 
 
 def asked_of(example: Example, bodies: Bodies) -> Asked:
-    """What the example's request said beside its messages, while the log still has it."""
+    """What the example's request said beside its messages, while the log still has it; when it came is in its id."""
     body = bodies.get(example.interaction_id) if example.interaction_id else None
     parameters = (body.parameters if body is not None else None) or {}
     choice = parameters.get("tool_choice")
     forced = choice == "required" or isinstance(choice, dict)
     tools = tuple(parameters.get("tools") or ())
-    return Asked(tools, bool(tools) and forced)
+    at = uuid7_time(example.interaction_id) if example.interaction_id else None
+    return Asked(tools, bool(tools) and forced, at)
 
 
 def _rows(kind: str, tokenizer: Tokenizer, example: Example, end: int, asked: Asked) -> list[AnyRow]:

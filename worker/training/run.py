@@ -181,7 +181,10 @@ def _reference(ready: Ready) -> list[ReferenceRow]:
     prompts = {row.example_id: row.prompt for row in ready.checked.rows}
     asked = [(one, asked_of(one, ready.bodies)) for one in ready.examples if str(one.id) in prompts]
     plain = [(one, said) for one, said in asked if not said.forced]
-    return [ReferenceRow(e.messages, prompts[str(e.id)], list(said.tools)) for e, said in plain[:REFERENCE_ROWS]]
+    return [
+        ReferenceRow(one.messages, prompts[str(one.id)], list(said.tools), said.at)
+        for one, said in plain[:REFERENCE_ROWS]
+    ]
 
 
 def _resumed(spec: Spec, work: Path) -> Spec:
