@@ -115,7 +115,8 @@ class Arena:
         self.reached.unlink(missing_ok=True)
 
     def kill(self, victim: str) -> None:
-        pids = self.trainers() if victim == "trainer" else self._part(victim)
+        parts = ("worker", "trainer") if victim == "worker" else (victim,)
+        pids = self.trainers() if victim == "trainer" else [pid for part in parts for pid in self._part(part)]
         for pid in pids:
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -128,7 +129,7 @@ class Arena:
         return [one.pid for one in psutil.Process(state["parts"][name]["guard"]).children(recursive=True)]
 
     def trainers(self) -> list[int]:
-        found = [psutil.Process(pid) for pid in self._part("worker")]
+        found = [psutil.Process(pid) for pid in self._part("trainer")]
         return [one.pid for one in found if "worker.training.lora" in one.cmdline()]
 
     # --- work ---

@@ -133,7 +133,12 @@ _PARTS: list[tuple[str, str, dict[str, str], int]] = [
     ("shipper", "Run the shipper: logged answers to Postgres.", {}, 0),
     ("console", "Run the console: pages and the admin API.", {}, 0),
     ("dispatcher", "Run the dispatcher: schedules and due jobs.", {}, 0),
-    ("worker", "Run a worker: sampling, training, evaluation, rollout.", parts.WORKER_ENVIRONMENT, parts.WORKER_NICE),
+    (
+        "worker",
+        "Run a worker; with --queue train one for trainings.",
+        parts.WORKER_ENVIRONMENT,
+        parts.WORKER_NICE,
+    ),
 ]
 for _part in _PARTS:
     _add_part(*_part)

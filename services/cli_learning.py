@@ -26,7 +26,7 @@ dataset_app = typer.Typer(no_args_is_help=True, help="Golden datasets: build a r
 
 def add_commands(app: typer.Typer) -> None:
     """Put the commands on the `whet` application."""
-    for function in (train, runs, override, deployments, speculator, sample):
+    for function in (train, runs, triggers, override, deployments, speculator, sample):
         app.command(rich_help_panel=LEARNING)(function)
     app.add_typer(dataset_app, name="dataset", rich_help_panel=LEARNING)
 
@@ -79,6 +79,21 @@ def runs(
             when(row["created_at"]), row["error"] or "",
         )  # fmt: skip
     print_text(table if newest else "No runs yet: `whet train PROJECT` starts one.")
+
+
+def triggers(
+    project: Project,
+    change: Annotated[
+        list[str] | None, typer.Option("--set", help="name=value, such as examples=200; `null` sets it back.")
+    ] = None,
+) -> None:
+    """When runs begin by themselves: so many new examples, a schedule, drift."""
+    client, path = AdminClient(Settings()), f"/api/p/{project}/triggers"
+    found = client.put(path, _parameters(change)) if change else client.get(path)
+    table = print_table("trigger", "value")
+    for name, value in found.items():
+        print_row(table, name, str(value) if value or name == "min_minutes" else "never")
+    print_text(table)
 
 
 def deployments(project: Project) -> None:

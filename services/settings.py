@@ -42,6 +42,9 @@ class Settings(BaseSettings):
     max_context: int = Field(0, ge=0, description="Longest prompt plus completion; 0 takes the model's own.")
     max_running: int = Field(64, ge=1, description="Sequences in one step.")
     step_tokens: int = Field(512, ge=16, description="Token budget of one step.")
+    trainer: bool = Field(
+        True, description="Whether `whet up` trains here; off: `whet worker --queue train` on another machine does."
+    )
     adapter_slots: int = Field(8, ge=2, description="LoRA adapters held at once, one spare for swaps included.")
     adapter_rank: int = Field(32, ge=1, description="Largest LoRA rank a slot holds.")
     engines: str = Field("", description="More engines on this machine to keep loaded: addresses, by commas.")

@@ -6,23 +6,34 @@ somebody else starts one at the same moment.
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
+from typing import Any
 from uuid import UUID
 
 import structlog
-from sqlalchemy import func, select
+from sqlalchemy import exists, func, select
 from sqlalchemy.orm import Session
 
 from services.errors import WhetError
-from services.store import quality, runs
-from services.store.models import Project, ReviewItem, Run
+from services.store import deployments, drift, runs, served, trials
+from services.store.drift_rules import LEAST_LABELS
+from services.store.imports import PREVIEW_LIVES
+from services.store.models import (
+    Dataset,
+    DatasetImport,
+    DatasetImportExample,
+    Example,
+    Project,
+    ReviewItem,
+    Run,
+    RunEvent,
+)
 from services.store.run_params import ADAPTER_KINDS
 from services.store.train_when import TrainWhen, last_due, read_config
 
-# After so many failures in a row a person has to look first: a run by hand, or new parameters, starts over.
+# After so many failures in a row a person has to look first: a run by hand starts over.
 MOST_FAILURES = 3
-# Estimating quality reads every judgement of a fortnight.
+# Looking for drift reads every judgement since the weights went live, and some thousand prompts.
 DRIFT_PAUSE = timedelta(minutes=15)
-DRIFT_SPAN = timedelta(days=14)
 ACTOR = "cadence"
 
 log = structlog.get_logger()
@@ -42,28 +53,36 @@ class TrainCadence:
     def _start(self, session: Session, project: Project, now: datetime) -> bool:
         when = read_config(project.config)
         past = _past(session, project.id)
-        if not when.wanted or not _rested(past, when, now):
+        if not when.wanted or not _rested(past, when, now) or not _has_room(session, project.id):
             return False
-        reason = self._reason(session, project.id, when, past[0] if past else None, now)
-        return reason is not None and _begin(session, project, when, reason)
+        trigger = self._trigger(session, project.id, when, past[0] if past else None, now)
+        return trigger is not None and _begin(session, project, when, trigger)
 
-    def _reason(
+    def _trigger(
         self, session: Session, project_id: UUID, when: TrainWhen, last: Run | None, now: datetime
-    ) -> str | None:
-        return (
-            _by_count(session, project_id, when, last)
-            or _by_schedule(session, project_id, when, last, now)
-            or self._by_drift(session, project_id, when, last, now)
-        )
+    ) -> dict[str, Any] | None:
+        """Why a run is due, as the run keeps it."""
+        began = last.created_at if last else None
+        line = _by_count(session, project_id, when, began) or _by_schedule(session, project_id, when, began, now)
+        return {"line": line} if line else self._by_drift(session, project_id, when, began, now)
 
     def _by_drift(
-        self, session: Session, project_id: UUID, when: TrainWhen, last: Run | None, now: datetime
-    ) -> str | None:
+        self, session: Session, project_id: UUID, when: TrainWhen, began: datetime | None, now: datetime
+    ) -> dict[str, Any] | None:
+        """Once for weights that went live; again only when so much was judged since that it is another question."""
         asked = self._asked.get(project_id)
-        if not when.drift_points or last is None or (asked is not None and now - asked < DRIFT_PAUSE):
+        if not when.drift_points or (asked is not None and now - asked < DRIFT_PAUSE):
             return None
         self._asked[project_id] = now
-        return _fallen(session, project_id, when.drift_points, last.created_at, now)
+        since = served.live_since(session, project_id)
+        if since is None:
+            return None
+        note = {"live_since": since.isoformat()}
+        enough = LEAST_LABELS if _was_answered(session, project_id, note) else 1
+        found = drift.drifted(session, project_id, now=now) if _fresh(session, project_id, began, enough) else None
+        if found is None or (found.drop and 100 * (found.drop.before - found.drop.now) < when.drift_points):
+            return None
+        return {"line": found.reason, **note}
 
 
 def _past(session: Session, project_id: UUID) -> Sequence[Run]:
@@ -82,48 +101,67 @@ def _rested(past: Sequence[Run], when: TrainWhen, now: datetime) -> bool:
     return len(failing) < MOST_FAILURES or not all(failing)
 
 
-def _by_count(session: Session, project_id: UUID, when: TrainWhen, last: Run | None) -> str | None:
-    if not when.examples:
+def _has_room(session: Session, project_id: UUID) -> bool:
+    """Whether what passes could be tried on traffic: a run ends at its canary, and the next would take its place."""
+    return not deployments.get(session, project_id).frozen and trials.open_of(session, project_id) is None
+
+
+def _by_count(session: Session, project_id: UUID, when: TrainWhen, began: datetime | None) -> str | None:
+    if not when.examples or not _fresh(session, project_id, began, when.examples):
         return None
-    fresh = _reviewed_since(session, project_id, last.created_at if last else None, most=when.examples)
-    return f"{when.examples} answers were reviewed since the last run" if fresh >= when.examples else None
+    return f"{when.examples} answers were reviewed or imported since the last run"
 
 
-def _reviewed_since(session: Session, project_id: UUID, since: datetime | None, *, most: int) -> int:
-    """Review items done since then, counted up to `most`; an index knows them by time."""
-    done = select(ReviewItem.id).where(ReviewItem.project_id == project_id, ReviewItem.done_at.is_not(None))
+def _fresh(
+    session: Session, project_id: UUID, since: datetime | None, enough: int, until: datetime | None = None
+) -> bool:
+    """Whether so many answers were reviewed, or imported into what is trained on, in (since, until]."""
+    reviewed = select(ReviewItem.id).where(ReviewItem.project_id == project_id, ReviewItem.done_at.is_not(None))
+    imported = (
+        select(Example.id)
+        .join(DatasetImportExample, DatasetImportExample.example_id == Example.id)
+        .join(DatasetImport, DatasetImport.id == DatasetImportExample.import_id)
+        .join(Dataset, Dataset.id == DatasetImport.dataset_id)
+        .where(Dataset.project_id == project_id, Dataset.name == runs.DEFAULT_DATASET)
+    )
     if since is not None:
-        done = done.where(ReviewItem.done_at > since)
-    return session.scalar(select(func.count()).select_from(done.limit(most).subquery())) or 0
+        reviewed = reviewed.where(ReviewItem.done_at > since)
+        # Its row may be as much older as a preview may wait.
+        imported = imported.where(Example.created_at > since, DatasetImport.created_at > since - PREVIEW_LIVES)
+    if until is not None:
+        reviewed = reviewed.where(ReviewItem.done_at <= until)
+        imported = imported.where(Example.created_at <= until)
+    found = reviewed.limit(enough).union_all(imported.limit(enough)).subquery()
+    return (session.scalar(select(func.count()).select_from(found)) or 0) >= enough
 
 
-def _by_schedule(session: Session, project_id: UUID, when: TrainWhen, last: Run | None, now: datetime) -> str | None:
-    """A time that has passed trains nothing when nobody has reviewed anything since the last run."""
-    began = last.created_at if last else None
+def _by_schedule(
+    session: Session, project_id: UUID, when: TrainWhen, began: datetime | None, now: datetime
+) -> str | None:
+    """A time that has passed trains nothing when nothing had been reviewed or imported by then."""
     clock = last_due(when, now)
-    daily = clock is not None and (began is None or began < clock)
+    if clock is not None and (began is None or began < clock) and _fresh(session, project_id, began, 1, until=clock):
+        return f"every day at {when.daily_at} UTC"
     hourly = bool(when.every_hours) and (began is None or now - began >= timedelta(hours=when.every_hours))
-    if not (daily or hourly) or not _reviewed_since(session, project_id, began, most=1):
-        return None
-    return f"every day at {when.daily_at} UTC" if daily else f"every {when.every_hours:g} hours"
+    return f"every {when.every_hours:g} hours" if hourly and _fresh(session, project_id, began, 1) else None
 
 
-def _fallen(session: Session, project_id: UUID, points: float, began: datetime, now: datetime) -> str | None:
-    """Whether live quality is surely lower than before: the two intervals lie so many points apart or more."""
-    before = quality.estimate_quality(session, project_id, since=began - DRIFT_SPAN, until=began)
-    after = quality.estimate_quality(session, project_id, since=max(began, now - DRIFT_SPAN), until=now)
-    if before is None or after is None or before.rate - after.rate < points / 100 or after.high >= before.low:
-        return None
-    return f"live quality fell from {before.rate:.1%} to {after.rate:.1%} since the last run"
+def _was_answered(session: Session, project_id: UUID, note: dict[str, Any]) -> bool:
+    """Whether a run was started for a drift of these weights."""
+    told = exists().where(
+        RunEvent.run_id == Run.id, Run.project_id == project_id, RunEvent.kind == "trigger",
+        RunEvent.payload.contains(note),
+    )  # fmt: skip
+    return bool(session.scalar(select(told)))
 
 
-def _begin(session: Session, project: Project, when: TrainWhen, reason: str) -> bool:
+def _begin(session: Session, project: Project, when: TrainWhen, trigger: dict[str, Any]) -> bool:
     try:
         with session.begin_nested():
-            note = {"line": reason, "kind": when.kind}
+            note = {**trigger, "kind": when.kind}
             run = runs.start(session, project, params={}, created_by=ACTOR, kind=when.kind, trigger=note)
     except WhetError as error:
         log.warning("a run is due and cannot be started", project=project.slug, error=error.message)
         return False
-    log.info("run started", project=project.slug, run=str(run.id), reason=reason)
+    log.info("run started", project=project.slug, run=str(run.id), reason=trigger["line"])
     return True

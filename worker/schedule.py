@@ -19,7 +19,6 @@ DEFAULT_WINDOW_SECONDS = 3600
 LONGEST_GRACE_SECONDS = 60
 # The shipper is at most this far behind the gateway in ordinary times.
 SETTLE_SECONDS = 5.0
-HEARTBEAT_QUEUES = ("cpu",)
 ROUTINE_KINDS = (
     "heartbeat", "review.sample", "search.embed", "pins.check", "examples.embed", "webhook.deliver", "shadow",
 )  # fmt: skip
@@ -252,7 +251,7 @@ def _start_training(session: Session, project: Project, deployment: Deployment, 
 
 def heartbeat(session: Session) -> None:
     """One heartbeat job a queue; if the last one is unfinished and nothing runs there, nobody serves the queue."""
-    for queue in HEARTBEAT_QUEUES:
+    for queue in jobs.QUEUES:
         try:
             jobs.enqueue(session, "heartbeat", {}, queue=queue, dedupe_key=f"heartbeat:{queue}", priority=100)
         except Conflict:

@@ -6,6 +6,7 @@ The trainer makes its rows with this and the console draws its mask with it, so 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from engine.messages import Grammar, logged_grammar
@@ -25,12 +26,13 @@ class Supervised:
 
 
 class Asked(NamedTuple):
-    """What a request said beside its messages: the tools it offered, and whether one had to be called, by which
-    grammar."""
+    """What a request said beside its messages: the tools it offered, whether one had to be called and by which grammar,
+    and when it came: some templates print the day."""
 
     tools: tuple[dict[str, Any], ...] = ()
     forced: bool = False
     grammar: Grammar | None = None
+    at: datetime | None = None
 
 
 NOTHING = Asked()
@@ -75,7 +77,7 @@ def supervise(
 
 def prompt_ids(tokenizer: Tokenizer, messages: list[dict[str, Any]], asked: Asked = NOTHING) -> list[int]:
     """The prompt as the gateway gives it to the engine. Raises ValueError when the template refuses the chat."""
-    ids = tokenizer.encode_chat(messages, tools=asked.tools or None)
+    ids = tokenizer.encode_chat(messages, tools=asked.tools or None, at=asked.at)
     if asked.forced:
         ids += tokenizer.encode(FORCED_PREFIX[style_of(tokenizer.template.source if tokenizer.template else "")])
     return ids

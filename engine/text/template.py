@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -55,16 +55,27 @@ class ChatTemplate:
         """Whether the template has a place for tools."""
         return re.search(r"\btools\b", self.source) is not None
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Tools | None = None) -> str:
-        """The chat as text. Raises ValueError with the template's own complaint."""
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        tools: Tools | None = None,
+        at: datetime | None = None,
+    ) -> str:
+        """The chat as text; a template that prints the day is told `at`, or today.
+
+        Raises ValueError with the template's own complaint.
+        """
         if not messages:
             raise ValueError("a chat needs at least one message")
         # Clients send explicit nulls, which many templates would print as "None".
         plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
         try:
             return self.compiled.render(
-                messages=plain, tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **self.special
-            )
+                messages=plain, tools=tools, documents=None, add_generation_prompt=add_generation_prompt,
+                strftime_now=_clock(at), **self.special,
+            )  # fmt: skip
         except Exception as error:
             # A template is a program that came with the model; it can raise anything.
             raise ValueError(f"the chat template refused these messages: {error}") from error
@@ -75,12 +86,13 @@ class ChatTemplate:
         control_tokens: Sequence[str],
         add_generation_prompt: bool,
         tools: Tools | None = None,
+        at: datetime | None = None,
     ) -> list[Piece]:
         """The rendered chat, cut where a message or a tool spelled out a control token."""
         pattern = re.compile("|".join(map(re.escape, control_tokens)) or "(?!)")
         fenced = [_fence_message(message, pattern) for message in messages]
         fenced_tools = None if tools is None else [_fence_message(tool, pattern) for tool in tools]
-        text = self.render(fenced, add_generation_prompt=add_generation_prompt, tools=fenced_tools)
+        text = self.render(fenced, add_generation_prompt=add_generation_prompt, tools=fenced_tools, at=at)
         if FENCE_OPEN not in text and FENCE_CLOSE not in text:
             return [Piece(text, literal=False)]
         # A template may cut a fenced token apart; a lone fence then still keeps its neighbours from joining.
@@ -129,7 +141,6 @@ def _environment() -> ImmutableSandboxedEnvironment:
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = _now
     return environment
 
 
@@ -158,5 +169,6 @@ def _raise(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-def _now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
+def _clock(at: datetime | None) -> Callable[[str], str]:
+    """What templates know as `strftime_now`, in this machine's time zone as transformers has it."""
+    return lambda pattern: (at.astimezone() if at else datetime.now()).strftime(pattern)

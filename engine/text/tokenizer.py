@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -103,11 +104,16 @@ class Tokenizer:
         return self._template().render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
 
     def encode_chat(
-        self, messages: list[Message], *, add_generation_prompt: bool = True, tools: Tools | None = None
+        self,
+        messages: list[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Tools | None = None,
+        at: datetime | None = None,
     ) -> list[int]:
         """Token ids of a chat, equal to transformers' `apply_chat_template`, except that control tokens spelled out
-        inside a message or a tool stay plain text: nobody forges a turn by typing one."""
-        pieces = self._template().render_pieces(messages, self._control_tokens, add_generation_prompt, tools)
+        inside a message or a tool stay plain text: nobody forges a turn by typing one. `at` is when it was asked."""
+        pieces = self._template().render_pieces(messages, self._control_tokens, add_generation_prompt, tools, at)
         ids: list[int] = []
         for piece in pieces:
             ids += self.encode_plain(piece.text) if piece.literal else self.encode(piece.text)

@@ -35,6 +35,7 @@ from services.store import (
     runs,
 )
 from services.store.models import ApiKey, Job, Run, UserAccount
+from services.store.train_when import read_config
 
 router = APIRouter(prefix="/api")
 PARTS = (
@@ -208,6 +209,22 @@ def retry_run(caller: Trainer, run_id: UUID) -> dict[str, Any]:
     run = runs.retry(caller.session, _run(caller, run_id), caller.actor)
     audit.record(caller.session, caller.actor, "run.retry", f"run:{run.id}", {"retry_of": str(run_id)})
     return shapes.run(run)
+
+
+@router.get("/p/{slug}/triggers")
+def show_triggers(caller: Trainer, slug: str) -> dict[str, Any]:
+    """When runs of the project begin by themselves."""
+    return read_config(caller.project(slug).config).model_dump(mode="json")
+
+
+@router.put("/p/{slug}/triggers")
+def set_triggers(caller: Trainer, slug: str, sent: dict[str, Any]) -> dict[str, Any]:
+    """Change the keys sent, null sets one back; 400 naming one that is unknown or out of range."""
+    project = caller.project(slug)
+    made = projects.set_triggers(caller.session, project, sent)
+    detail = {"config": {"train_when": sent}}
+    audit.record(caller.session, caller.actor, "project.configure", f"project:{project.id}", detail)
+    return made.model_dump(mode="json")
 
 
 def _run(caller: Caller, run_id: UUID) -> Run:

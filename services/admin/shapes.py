@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from services.store import datasets
 from services.store.models import (
     ApiKey,
     Deployment,
@@ -59,7 +60,7 @@ class NewKey(Body):
 
 class NewRun(Body):
     params: dict[str, Any] = Field(default_factory=dict)
-    dataset: str = "golden"
+    dataset: str = Field("golden", pattern=datasets.NAME)
     kind: str = "sft"
 
 

@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, get_args, get_origin
 
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from services.store.models import Project, Revision
 from services.store.run_params import KINDS, PARAMS, configured, errors_of
+from services.store.train_when import TrainWhen
 
 # Shown at once; the others are behind "More".
 USUAL = (
@@ -25,7 +27,8 @@ LABELS: Mapping[str, str] = {
     "targets": "layers", "max_steps": "most steps", "replay": "share replayed", "replay_from": "replay from",
     "validation": "share that only measures", "checkpoint_steps": "steps between checkpoints",
     "quantize": "base in few bits", "devices": "GPUs at once", "max_tokens": "tokens read at most",
-    "min_requests": "requests to begin with",
+    "min_requests": "requests to begin with", "examples": "new answers", "every_hours": "hours between runs",
+    "daily_at": "once a day", "drift_points": "points of drift", "min_minutes": "least minutes between",
 }  # fmt: skip
 FORMS: Mapping[str, str] = {"sft": "prompt-completion", "dpo": "preference", "kto": "unpaired"}
 
@@ -75,14 +78,8 @@ def make(
 ) -> RunForm:
     """The form of a kind, filled with what was sent."""
     project_says = configured(kind, project.config)
-    wrong = errors_of(kind, {**project_says, **parse(kind, sent)}) if sent else {}
-    fields = [
-        FormField(
-            name, LABELS.get(name, name.replace("_", " ")), field.description or "",
-            _shown(project_says.get(name, field.default)), sent.get(name, ""), _choices(field), wrong.get(name),
-        )
-        for name, field in PARAMS[kind].model_fields.items()
-    ]  # fmt: skip
+    wrong = errors_of(PARAMS[kind], {**project_says, **parse(kind, sent)}) if sent else {}
+    fields = _fields(PARAMS[kind], project_says, sent, wrong)
     return RunForm(
         kind,
         sorted((one for one in fields if one.name in USUAL), key=lambda one: USUAL.index(one.name)),
@@ -90,6 +87,32 @@ def make(
         _material(kind, revision),
         general,
     )
+
+
+def triggers(project: Project, sent: Mapping[str, str] | None = None) -> list[FormField]:
+    """When runs begin by themselves, as it is or as it was sent."""
+    stored = {name: _shown(value) for name, value in (project.config.get("train_when") or {}).items()}
+    if sent is None:
+        return _fields(TrainWhen, {}, stored, {})
+    said = {name: value for name, value in filled(sent).items() if value is not None}
+    return _fields(TrainWhen, {}, sent, errors_of(TrainWhen, said))
+
+
+def filled(sent: Mapping[str, str]) -> dict[str, str | None]:
+    """Each trigger as it was sent, None for one that was left empty."""
+    return {name: sent.get(name, "").strip() or None for name in TrainWhen.model_fields}
+
+
+def _fields(
+    model: type[BaseModel], before: Mapping[str, Any], sent: Mapping[str, str], wrong: Mapping[str, str]
+) -> list[FormField]:
+    return [
+        FormField(
+            name, LABELS.get(name, name.replace("_", " ")), field.description or "",
+            _shown(before.get(name, field.default)), sent.get(name, ""), _choices(field), wrong.get(name),
+        )
+        for name, field in model.model_fields.items()
+    ]  # fmt: skip
 
 
 def _material(kind: str, revision: Revision | None) -> int | None:

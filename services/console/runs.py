@@ -13,14 +13,13 @@ from services.console.access import Here, Lead, Viewer
 from services.console.run_view import before_and_after, describe
 from services.console.views import fragment, page, wants_page
 from services.errors import NotFound
-from services.store import audit, datasets, pages, revisions, runs
+from services.store import audit, datasets, pages, projects, revisions, runs
 from services.store.models import Run
-from services.store.run_params import KINDS, Kind, configured, errors_of
+from services.store.run_params import KINDS, PARAMS, Kind, configured, errors_of
 from services.store.train_when import read_config
 
 router = APIRouter()
 FIELD_MOST = 1000
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 STATES: Mapping[str, tuple[str, ...]] = {
     "working": runs.UNFINISHED, "succeeded": ("succeeded",), "failed": ("failed", "cancelled"),
 }  # fmt: skip
@@ -62,6 +61,31 @@ def new_run(request: Request, here: Lead, kind: Annotated[Kind, Query()] = "sft"
     return _form(request, here, kind, {})
 
 
+async def _sent(request: Request) -> dict[str, str]:
+    """The form's fields by name; its names are the parameters', which depend on the kind."""
+    form = await request.form(max_files=0, max_fields=100)
+    return {name: value[:FIELD_MOST] for name, value in form.items() if isinstance(value, str)}
+
+
+@router.get("/p/{slug}/runs/triggers")
+def show_triggers(request: Request, here: Lead) -> Response:
+    """The form that says when runs begin by themselves."""
+    return page(request, here, "run_triggers.html", {"fields": run_form.triggers(here.project)})
+
+
+@router.post("/p/{slug}/runs/triggers")
+def set_triggers(request: Request, here: Lead, sent: Annotated[dict[str, str], Depends(_sent)]) -> Response:
+    """Say when runs begin by themselves; what is left empty triggers nothing."""
+    fields = run_form.triggers(here.project, sent)
+    if wants_page(request) and any(field.error for field in fields):
+        return page(request, here, "run_triggers.html", {"fields": fields}, status=422)
+    changes = run_form.filled(sent)
+    projects.set_triggers(here.session, here.project, changes)
+    detail = {"config": {"train_when": changes}}
+    audit.record(here.session, here.user.email, "project.configure", f"project:{here.project.id}", detail)
+    return RedirectResponse(f"/p/{here.project.slug}/runs", status_code=303)
+
+
 def _form(
     request: Request, here: Here, kind: str, sent: Mapping[str, str], general: str | None = None, *, status: int = 200
 ) -> Response:
@@ -77,12 +101,6 @@ def _form(
         "unfinished": runs.unfinished(here.session, here.project.id, speculator=kind == "speculator"),
     }
     return page(request, here, "run_new.html", context, status=status)
-
-
-async def _sent(request: Request) -> dict[str, str]:
-    """The form's fields by name; its names are the parameters', which depend on the kind."""
-    form = await request.form(max_files=0, max_fields=100)
-    return {name: value[:FIELD_MOST] for name, value in form.items() if isinstance(value, str)}
 
 
 @router.post("/p/{slug}/runs")
@@ -105,9 +123,9 @@ def _form_again(request: Request, here: Here, kind: str, sent: Mapping[str, str]
         return None
     params = {**configured(kind, here.project.config), **run_form.parse(kind, sent)}
     named = sent.get("dataset") or runs.DEFAULT_DATASET
-    if NAME.fullmatch(named) is None:
+    if re.fullmatch(datasets.NAME, named) is None:
         return _form(request, here, kind, {**sent, "dataset": ""}, "There is no such data set.", status=422)
-    return _form(request, here, kind, sent, status=422) if errors_of(kind, params) else None
+    return _form(request, here, kind, sent, status=422) if errors_of(PARAMS[kind], params) else None
 
 
 def _to_run(request: Request, here: Here, run: Run) -> Response:

@@ -48,6 +48,7 @@ def commands(settings: Settings) -> dict[str, tuple[str, ...]]:
         "console": (*python, "services.console.main"),
         "dispatcher": (*python, "worker.dispatcher"),
         "worker": (*python, "worker.main"),
+        "trainer": (*python, "worker.main", "--queue=train"),
     }
 
 
@@ -80,6 +81,7 @@ def application(settings: Settings) -> list[Part]:
     run = commands(settings)
     environment = shared_environment(settings)
     engine_socket = Path(settings.engine_socket.removeprefix("ipc://"))
+    workers = ("worker", "trainer") if settings.trainer else ("worker",)
     return [
         Part(
             "engine", run["engine"], stage=CORE, environment=environment | TORCH_ENVIRONMENT,
@@ -89,9 +91,12 @@ def application(settings: Settings) -> list[Part]:
         Part("gateway", run["gateway"], stage=OUTSIDE, environment=environment, ready=_healthy(settings.gateway_url)),
         Part("console", run["console"], stage=OUTSIDE, environment=environment, ready=_healthy(_local(settings))),
         Part("dispatcher", run["dispatcher"], stage=OUTSIDE, environment=environment, settle_seconds=SETTLE_SECONDS),
-        Part(
-            "worker", run["worker"], stage=OUTSIDE, environment=environment | WORKER_ENVIRONMENT, nice=WORKER_NICE,
-            grace_seconds=15, settle_seconds=SETTLE_SECONDS,
+        *(
+            Part(
+                name, run[name], stage=OUTSIDE, environment=environment | WORKER_ENVIRONMENT, nice=WORKER_NICE,
+                grace_seconds=15, settle_seconds=SETTLE_SECONDS,
+            )
+            for name in workers
         ),
     ]  # fmt: skip
 

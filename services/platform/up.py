@@ -32,6 +32,7 @@ NOTES = {
     "console": "review and training pages",
     "dispatcher": "schedules",
     "worker": "learns",
+    "trainer": "trains, one run at a time",
 }
 
 

@@ -121,6 +121,7 @@ def override(session: Session, evaluation: Evaluation, *, actor: str, reason: st
     payload = {"project_id": str(run.project_id), "digest": evaluation.candidate_digest, "run_id": str(run.id)}
     runs.resume(session, run, "deploying", f"{actor} overrode the gate: {words}")
     runs.hand_over(session, run, "deploy", payload)
+    webhooks.gate_decided(session, evaluation)
     return run
 
 

@@ -32,6 +32,8 @@ __all__ = [
 ]  # fmt: skip
 
 UNFINISHED = ("queued", "running")
+# Trainings take hours and have their own workers, where the GPU is; whatever else is to be done waits for none of them.
+CPU, TRAIN = QUEUES = ("cpu", "train")
 
 
 class Publication(NamedTuple):
@@ -46,7 +48,7 @@ def enqueue(
     kind: str,
     payload: dict[str, Any],
     *,
-    queue: str = "cpu",
+    queue: str = CPU,
     project_id: UUID | None = None,
     dedupe_key: str | None = None,
     priority: int = 0,

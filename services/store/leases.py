@@ -77,10 +77,17 @@ class Lease:
         Raises LostLease unless the job is still running under this fence.
         """
         with self.sessions.begin() as session:
-            if self._renew(session) is None:
-                self.lost.set()
-                raise LostLease(f"job {self.job_id} is no longer held under fence {self.fence}")
+            self.hold(session)
             yield session
+
+    def hold(self, session: Session) -> None:
+        """Lock the job row in a transaction begun without it, before its last effects; for work that takes long.
+
+        Raises LostLease unless the job is still running under this fence.
+        """
+        if self._renew(session) is None:
+            self.lost.set()
+            raise LostLease(f"job {self.job_id} is no longer held under fence {self.fence}")
 
     def cancelled(self) -> bool:
         """Whether somebody asked this job to stop. While Postgres is away the last known answer stands."""
@@ -136,7 +143,8 @@ class Lease:
         return session.scalar(
             update(Job)
             .where(Job.id == self.job_id, Job.fence == self.fence, Job.state == "running")
-            .values(lease_expires_at=func.now() + self._lease)
+            # now() would be the moment a transaction began, long ago when it waited for a lock.
+            .values(lease_expires_at=func.clock_timestamp() + self._lease)
             .returning(Job.cancel_requested)
         )
 

@@ -12,6 +12,7 @@ from services.errors import Conflict, InvalidRequest, NotFound
 from services.store.base import uuid7
 from services.store.models import Deployment, Project
 from services.store.project_config import checked
+from services.store.train_when import TrainWhen, read_config
 
 SLUG = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 
@@ -46,6 +47,14 @@ def configure(session: Session, project: Project, changes: dict[str, Any]) -> Pr
     project.config = checked(merged)
     session.flush()
     return project
+
+
+def set_triggers(session: Session, project: Project, changes: dict[str, Any]) -> TrainWhen:
+    """Change when runs begin by themselves; None sets a key back. Raises InvalidRequest naming the bad key."""
+    merged = {**(project.config.get("train_when") or {}), **changes}
+    stored = {key: value for key, value in merged.items() if value is not None}
+    configure(session, project, {"train_when": stored or None})
+    return read_config(project.config)
 
 
 def get(session: Session, slug: str) -> Project:

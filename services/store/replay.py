@@ -29,7 +29,9 @@ def pool(session: Session, run: Run, dataset: str, *, limit: int) -> list[Exampl
     )  # fmt: skip
     ours = exists().where(RevisionExample.example_id == Example.id, RevisionExample.revision_id == run.revision_id)
     order = func.md5(func.concat(Example.content_hash, str(run.revision_id)))
-    wanted = select(Example).where(Example.project_id == run.project_id, older, ~ours, *_allowed(run.revision_id))
+    wanted = select(Example).where(
+        Example.project_id == run.project_id, older, ~ours, *_allowed(run.revision_id), _teaching(run.kind)
+    )
     return list(session.scalars(wanted.order_by(order).limit(limit)))
 
 
@@ -45,6 +47,15 @@ def _allowed(revision_id: UUID) -> list[ColumnElement[bool]]:
         ~Example.content_hash.startswith(examples.ERASED),
         Example.group_key.not_in(held_out),
     ]
+
+
+def _teaching(kind: str) -> ColumnElement[bool]:
+    """What has something to say to a run of this kind: the trainer's rows, in SQL."""
+    good, bad = Example.completion.is_not(None), Example.rejected.is_not(None)
+    if kind == "dpo":
+        return good & bad
+    only_better = (Example.source == "preferred") | ((Example.source == "imported") & (Example.kind == "preference"))
+    return ~only_better & ((good | bad) if kind == "kto" else good)
 
 
 def _named(session: Session, project_id: UUID, name: str) -> list[UUID]:

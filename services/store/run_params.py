@@ -7,13 +7,15 @@ of dpo and kto are those of docs/training.md, found on train splits of the start
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from services.errors import InvalidRequest
+from services.store.datasets import NAME
 
+AdapterKind = Literal["sft", "dpo", "kto"]
 Kind = Literal["sft", "dpo", "kto", "speculator"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-ADAPTER_KINDS: tuple[Kind, ...] = ("sft", "dpo", "kto")
+ADAPTER_KINDS: tuple[AdapterKind, ...] = get_args(AdapterKind)
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EVERY_LINEAR: tuple[Target, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MOST_TRIALS = 16
@@ -37,7 +39,7 @@ class TrainParams(BaseModel):
     targets: tuple[Target, ...] = Field(EVERY_LINEAR, min_length=1, description="Which layers get an adapter.")
     replay: float = Field(0.1, ge=0, le=0.5, description="Share of the rows that are older examples, if there are any.")
     replay_from: str = Field(
-        "", max_length=100, description="Data set replayed; empty: what earlier adapters that went live learned."
+        "", pattern=f"^$|{NAME}", description="Data set replayed; empty: what earlier adapters that went live learned."
     )
     validation: float = Field(
         0.1, ge=0, le=0.5, description="Share of the training groups that only measure; never the held-out part."
@@ -46,6 +48,13 @@ class TrainParams(BaseModel):
     sweep: int = Field(0, ge=0, le=MOST_TRIALS, description="Candidates tried against each other first; 0: none.")
     quantize: Literal["none", "nf4"] = Field("none", description="nf4 keeps the base in 4 bits while training (QLoRA).")
     devices: int = Field(1, ge=1, le=64, description="GPUs trained on at once, through accelerate.")
+
+    @field_validator("sweep")
+    @classmethod
+    def _compares_something(cls, sweep: int) -> int:
+        if sweep == 1:
+            raise ValueError("a sweep tries at least 2 candidates; 0 tries none")
+        return sweep
 
 
 class SftParams(TrainParams):
@@ -132,12 +141,12 @@ def check_config(train: Mapping[str, Any]) -> None:
             raise ValueError(error.message) from error
 
 
-def errors_of(kind: str, params: Mapping[str, Any]) -> dict[str, str]:
-    """What is wrong with each parameter, for a form; empty when nothing is."""
+def errors_of(model: type[BaseModel], params: Mapping[str, Any]) -> dict[str, str]:
+    """What is wrong with each field of a form, by name; empty when nothing is."""
     try:
-        PARAMS[kind].model_validate(dict(params))
+        model.model_validate(dict(params))
     except ValidationError as error:
-        return {".".join(str(part) for part in one["loc"][:1]): one["msg"] for one in error.errors()}
+        return {str(one["loc"][0]): one["msg"].removeprefix("Value error, ") for one in error.errors()}
     return {}
 
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 from uuid import UUID
 
-from sqlalchemy import select, update
+from sqlalchemy import func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -17,6 +17,7 @@ from services.store import datasets, jobs, run_params, webhooks
 from services.store.models import Dataset, Job, Project, Revision, Run, RunEvent
 
 UNFINISHED = ("queued", "running")
+TRAININGS = ("train", "train.speculator")
 DEFAULT_DATASET = "golden"
 MOST_RETRIES = 3
 
@@ -64,7 +65,8 @@ def retry(session: Session, run: Run, created_by: str) -> Run:
     """The same again as a run of its own, on the same revision. Raises Conflict unless it failed, or too often."""
     if run.state not in ("failed", "cancelled"):
         raise Conflict(f"only a run that failed or was cancelled can be tried again; this one is {run.state}")
-    number = _retries(session, run) + 1
+    root = _root(session, run)
+    number = _retries(session, run.project_id, root) + 1
     if number > MOST_RETRIES:
         raise Conflict(f"tried again {MOST_RETRIES} times already: change something and start a new run")
     project = session.get_one(Project, run.project_id)
@@ -73,14 +75,23 @@ def retry(session: Session, run: Run, created_by: str) -> Run:
         session, project, params=run.params, created_by=created_by, kind=run.kind,
         dataset=dataset.name if dataset else DEFAULT_DATASET,
         revision=session.get(Revision, run.revision_id) if run.revision_id else None,
-        trigger={"line": f"retry {number} of {MOST_RETRIES}", "retry_of": str(run.id), "retries": number},
+        trigger={"line": f"retry {number} of {MOST_RETRIES}", "retry_of": str(run.id), "root": root},
     )  # fmt: skip
 
 
-def _retries(session: Session, run: Run) -> int:
-    """How many retries came before a run in its own line."""
+def _root(session: Session, run: Run) -> str:
+    """The run that a run repeats, through all retries of retries."""
     told = select(RunEvent.payload).where(RunEvent.run_id == run.id, RunEvent.kind == "trigger").limit(1)
-    return int((session.scalar(told) or {}).get("retries", 0))
+    return str((session.scalar(told) or {}).get("root", run.id))
+
+
+def _retries(session: Session, project_id: UUID, root: str) -> int:
+    """How often a run was tried again, itself or by a retry of it."""
+    told = select(func.count()).where(
+        RunEvent.run_id == Run.id, Run.project_id == project_id, RunEvent.kind == "trigger",
+        RunEvent.payload.contains({"root": root}),
+    )  # fmt: skip
+    return session.scalar(told) or 0
 
 
 def _insert_alone(session: Session, run: Run) -> None:
@@ -96,8 +107,17 @@ def _insert_alone(session: Session, run: Run) -> None:
 
 
 def hand_over(session: Session, run: Run, kind: str, payload: dict[str, Any]) -> Job:
-    """Enqueue the run's next job, in the transaction that ends the last one."""
-    job = jobs.enqueue(session, kind, payload, project_id=run.project_id, dedupe_key=f"run:{run.id}:{kind}")
+    """Enqueue the run's next job, in the transaction that ends the last one.
+
+    Raises JobCancelled when that one was asked to stop.
+    """
+    last = session.get(Job, run.job_id, populate_existing=True) if run.job_id else None
+    if last is not None and last.state in jobs.UNFINISHED and last.cancel_requested:
+        raise jobs.JobCancelled
+    queue = jobs.TRAIN if kind in TRAININGS else jobs.CPU
+    job = jobs.enqueue(
+        session, kind, payload, queue=queue, project_id=run.project_id, dedupe_key=f"run:{run.id}:{kind}"
+    )
     run.job_id = job.id
     session.flush()
     return job
@@ -186,11 +206,13 @@ def resume(session: Session, run: Run, phase: str, why: str) -> None:
 def request_cancel(session: Session, run_id: UUID) -> Run:
     """Ask the run's job to stop; a run whose job no worker holds ends at once. Raises NotFound, Conflict when over."""
     run = get(session, run_id)
+    asked = None
+    while run.state in UNFINISHED and run.job_id is not None and run.job_id != asked:
+        asked = run.job_id
+        jobs.request_cancel(session, asked)
+        session.refresh(run)  # asking may have waited for the hand-over to another job
     if run.state not in UNFINISHED:
         raise Conflict(f"the run is over: {run.state}")
-    if run.job_id is not None:
-        jobs.request_cancel(session, run.job_id)
-        session.flush()
     settle(session, run.project_id)
     add_event(session, run.id, "log", {"line": "cancel requested"})
     return run

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from services.store.run_params import Kind
+from services.store.run_params import AdapterKind
 
 CLOCK = re.compile(r"([01]\d|2[0-3]):[0-5]\d")
 
@@ -17,21 +17,18 @@ class TrainWhen(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Kind = Field("sft", description="What is trained: sft, dpo or kto.")
-    examples: int = Field(0, ge=0, le=1_000_000, description="Answers reviewed since the last run began; 0: never.")
+    kind: AdapterKind = Field("sft", description="What is trained: sft, dpo or kto.")
+    examples: int = Field(
+        0, ge=0, le=1_000_000, description="Answers reviewed or imported since the last run began; 0: never."
+    )
     every_hours: float = Field(0, ge=0, le=8760, description="Hours since the last run began; 0: never.")
-    daily_at: str = Field("", description="Once a day at this time, HH:MM in UTC; empty: never.")
+    daily_at: str = Field(
+        "", description="Once a day at this time, HH:MM in UTC, for what was there by then; empty: never."
+    )
     drift_points: float = Field(
-        0, ge=0, le=100, description="Points by which live quality has surely fallen since the last run; 0: never."
+        0, ge=0, le=100, description="On drift: other things are asked, or quality fell by so many points; 0: never."
     )
     min_minutes: float = Field(60, ge=0, le=525_600, description="Least time between the starts of two runs.")
-
-    @field_validator("kind")
-    @classmethod
-    def _trains_an_adapter(cls, kind: Kind) -> Kind:
-        if kind == "speculator":
-            raise ValueError("heads have a cadence of their own: see `speculation`")
-        return kind
 
     @field_validator("daily_at")
     @classmethod

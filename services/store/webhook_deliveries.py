@@ -126,6 +126,10 @@ def record(session: Session, delivery_id: UUID, job_id: UUID | None, outcome: Ou
     if way is None or way.delivery.state != "pending" or way.delivery.job_id != job_id:
         return
     webhook, delivery = way
+    if webhook.disabled_at is not None:  # it was put on its way while somebody disabled the webhook
+        delivery.state, delivery.next_at = "cancelled", None
+        session.flush()
+        return
     delivery.attempts += 1
     delivery.status, delivery.error, delivery.took_ms = outcome
     delivery.next_at = None
@@ -133,7 +137,7 @@ def record(session: Session, delivery_id: UUID, job_id: UUID | None, outcome: Ou
         delivery.state, delivery.delivered_at, webhook.given_up = "delivered", datetime.now(UTC), 0
     elif outcome.status == 410:
         delivery.state = "given_up"
-        shut(session, webhook, "the receiver says that it is gone for good (410)")
+        _shut_unasked(session, webhook, "the receiver says that it is gone for good (410)")
     elif delivery.attempts < TRIES and delivery.event != TEST:
         _enqueue(session, webhook, delivery, pause=pause_after(delivery.attempts))
     else:
@@ -160,8 +164,12 @@ def _give_up(session: Session, webhook: Webhook, delivery: WebhookDelivery) -> N
         return
     webhook.given_up += 1
     if webhook.given_up >= GIVEN_UP_MOST:
-        shut(session, webhook, f"{webhook.given_up} events in a row could not be delivered")
-        note(session, "worker", "disable", webhook, {"reason": webhook.disabled_reason})
+        _shut_unasked(session, webhook, f"{webhook.given_up} events in a row could not be delivered")
+
+
+def _shut_unasked(session: Session, webhook: Webhook, reason: str) -> None:
+    shut(session, webhook, reason)
+    note(session, "worker", "disable", webhook, {"reason": reason})
 
 
 # --- housekeeping -----------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from services.store.models import Evaluation, Project, Run, Webhook, WebhookDeli
 
 EVENTS: Mapping[str, str] = {
     "run.finished": "A run has ended, well or not",
-    "gate.decided": "The gate has promoted or refused a candidate",
+    "gate.decided": "The gate has promoted or refused a candidate, or somebody overrode a refusal",
     "deployment.rolled_back": "A project went back to earlier weights",
 }
 # Changes of a deployment that are told as rolled back. Heads change no answer and are not told.
@@ -136,7 +136,9 @@ def emit(session: Session, project_id: UUID, event: str, payload: dict[str, Any]
     wanted = select(Webhook).where(
         Webhook.project_id == project_id, Webhook.disabled_at.is_(None), Webhook.events.contains([event])
     )
-    found = session.scalars(wanted.order_by(Webhook.id)).all()
+    # One that is being deleted is passed over; otherwise writing to it would take what happened down with it.
+    held = wanted.order_by(Webhook.id).with_for_update(read=True, key_share=True, skip_locked=True)
+    found = session.scalars(held).all()
     if not found:
         return []
     slug = session.get_one(Project, project_id).slug
@@ -159,12 +161,17 @@ def run_finished(session: Session, run: Run) -> None:
 
 
 def gate_decided(session: Session, evaluation: Evaluation) -> None:
-    """What the gate said, and why in its own words."""
+    """What the gate said, and why in its own words; or that somebody knows better."""
     slug = session.get_one(Project, evaluation.project_id).slug
-    said = "promoted: better than what serves" if evaluation.decision == "promote" else "refused: what serves stays"
+    decision = "override" if evaluation.overridden_at is not None else evaluation.decision
+    said = {
+        "promote": "promoted: better than what serves",
+        "refuse": "refused: what serves stays",
+        "override": "refused, and somebody has overridden that: its run goes on",
+    }[decision]
     payload = {
         "evaluation_id": str(evaluation.id), "run_id": str(evaluation.run_id) if evaluation.run_id else None,
-        "decision": evaluation.decision, "candidate_digest": evaluation.candidate_digest,
+        "decision": decision, "candidate_digest": evaluation.candidate_digest,
         "baseline_digest": evaluation.baseline_digest, "said": f"The candidate was {said}.",
         "reasons": list(evaluation.reasons),
         "path": f"/p/{slug}/evaluations/{evaluation.id}",

@@ -74,7 +74,19 @@ def test_every_kind_is_started_with_its_parameters_and_tried_again(api_of: MakeA
     [trigger] = [
         event for event in trainer.get(f"/api/runs/{again.json()['id']}").json()["events"] if event["kind"] == "trigger"
     ]
-    assert trigger["payload"] == {"line": "retry 1 of 3", "retry_of": run["id"], "retries": 1}
+    assert trigger["payload"] == {"line": "retry 1 of 3", "retry_of": run["id"], "root": run["id"]}
+
+
+def test_triggers_are_shown_and_changed_key_by_key(api_of: MakeApi, project: Project) -> None:
+    trainer, path = api_of(["train"]), "/api/p/entities/triggers"
+    assert trainer.get(path).json()["examples"] == 0
+    trainer.put(path, json={"examples": 200, "daily_at": "03:00"})
+
+    assert trainer.put(path, json={"daily_at": None, "kind": "dpo"}).json() == trainer.get(path).json()
+    assert trainer.get(path).json() == {
+        "kind": "dpo", "examples": 200, "every_hours": 0, "daily_at": "", "drift_points": 0, "min_minutes": 60,
+    }  # fmt: skip
+    assert trainer.put(path, json={"weekly": 1}).status_code == 400
 
 
 def test_datasets_and_sampling_are_queued_once(api_of: MakeApi, sessions: Sessions, project: Project) -> None:
@@ -295,6 +307,8 @@ def test_bad_requests_get_the_right_status_and_a_sentence(admin: TestClient, pro
         admin.post("/api/p/entities/runs", json={"kind": "sft", "params": {"beta": 0.1}}): 400,
         admin.post(f"/api/runs/{uuid4()}/retry"): 404,
         admin.post("/api/p/entities/runs", json={"surprise": 1}): 422,
+        admin.post("/api/p/entities/runs", json={"dataset": "a\x00b"}): 422,
+        admin.post("/api/p/entities/runs", json={"params": {"replay_from": "a\x00b"}}): 400,
         admin.post("/api/p/entities/runs", content=b"{", headers={"content-type": "application/json"}): 400,
         admin.post("/api/users", json={"email": "not an address"}): 400,
         admin.post("/api/users", json={"email": "a@b.cd", "role": "god"}): 400,

@@ -105,6 +105,7 @@ def test_a_script_hears_of_an_error_as_json(lead: TestClient, lived_in: Project)
     assert answer.status_code == 400
     assert "beta" in answer.json()["error"]["message"]
     assert lead.post(RUNS, data={"kind": "grpo"}).status_code == 400
+    assert lead.post(RUNS, data={"dataset": "no such/name"}).status_code == 400
 
 
 def test_hostile_values_stay_text(lead: TestClient, lived_in: Project) -> None:
@@ -179,11 +180,37 @@ def test_a_failed_run_says_why_and_is_tried_again_three_times_at_most(
             assert (run.kind, run.revision_id) == ("kto", shown["broken"].revision_id)
         at = run.id
         assert f"retry {number} of 3" in text_of(lead, f"{RUNS}/{at}")
-    assert lead.post(f"{RUNS}/{at}/retry").status_code == 409
+    for one in (at, shown["broken"].id):
+        answer = lead.post(f"{RUNS}/{one}/retry")
+        assert answer.status_code == 409
+        assert "tried again 3 times already" in answer.text
 
 
 def test_a_run_that_did_not_fail_cannot_be_tried_again(lead: TestClient, shown: dict[str, Run]) -> None:
     assert lead.post(f"{RUNS}/{shown['working'].id}/retry").status_code == 409
+
+
+def test_when_runs_begin_by_themselves_is_said_on_a_page(
+    lead: TestClient, sign_in: SignIn, lived_in: Project, sessions: Sessions
+) -> None:
+    at = f"{RUNS}/triggers"
+    wrong = lead.post(at, headers=PAGE, data={"examples": "200", "daily_at": "25:00"})
+    assert wrong.status_code == 422
+    assert 'value="25:00"' in wrong.text
+    assert "A time is HH:MM, from 00:00 to 23:59." in wrong.text
+
+    done = lead.post(at, headers=PAGE, data={"kind": "kto", "examples": "200", "every_hours": ""})
+
+    assert done.status_code == 303
+    assert "after 200 answers reviewed or imported" in text_of(lead, RUNS)
+    assert 'value="200"' in lead.get(at, headers=PAGE).text
+    with sessions() as session:
+        config = session.get_one(Project, lived_in.id).config
+    assert config["train_when"] == {"kind": "kto", "examples": 200}
+    assert sign_in("v@example.org", "viewer", lived_in.id).get(at, headers=PAGE).status_code == 403
+    assert lead.post(at, headers=PAGE, data={}).status_code == 303
+    with sessions() as session:
+        assert "train_when" not in session.get_one(Project, lived_in.id).config
 
 
 # --- drawings ---------------------------------------------------------------------------------------------

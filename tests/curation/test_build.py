@@ -1,15 +1,17 @@
 """Revisions: who must agree, what becomes of each verdict, and that the same judgements give the same digest."""
 
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from uuid import UUID
 
 import pytest
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import delete, func, select, text, update
+from sqlalchemy.orm import Session
 
 from services.errors import Unprocessable
 from services.settings import Settings
 from services.store import jobs, revision_diff, revisions, runs
 from services.store.examples import digest_of
-from services.store.jobs import JobFailed
+from services.store.jobs import JobCancelled, JobFailed, Lease, LostLease
 from services.store.models import Example, InteractionBody, Job, Revision, Run
 from tests.curation.world import World
 from worker.curation.build import build_job, build_revision
@@ -195,38 +197,106 @@ def test_looks_are_inherited_while_most_of_the_held_out_part_is_the_parents(worl
     assert build(world).looks == 0
 
 
-def build_through_a_job(world: World, settings: Settings, payload: dict[str, Any]) -> None:
-    with world.sessions.begin() as session:
-        job = jobs.enqueue(session, "dataset.build", {"project_id": str(world.project_id), **payload})
-    lease = jobs.claim(world.sessions, job.id, "test")
-    assert lease is not None
-    with lease:
-        build_job(lease, settings)
-
-
-def test_a_runs_build_hands_over_to_training(world: World, settings: Settings) -> None:
-    world.corrected("first", "wrong", "right")
-    with world.sessions.begin() as session:
-        run = runs.start(session, world.project(session), params={"epochs": 1}, created_by="ada")
+def claim(world: World, run: Run) -> Lease:
     lease = jobs.claim(world.sessions, run.job_id, "test") if run.job_id else None
     assert lease is not None
+    return lease
 
-    with lease:
+
+def test_a_runs_build_hands_over_to_training_once(world: World, settings: Settings) -> None:
+    world.corrected("first", "wrong", "right")
+    run = start(world)
+
+    with claim(world, run) as lease:
         build_job(lease, settings)
+        with pytest.raises(LostLease):
+            build_job(lease, settings)
 
     with world.sessions() as session:
         run = session.get_one(Run, run.id)
-        job = session.get_one(Job, run.job_id)
+        [built, job] = session.scalars(select(Job).order_by(Job.id))
         assert run.revision_id is not None
+        assert (built.state, job.id) == ("succeeded", run.job_id)
         assert (job.kind, job.payload, job.state) == ("train", {"run_id": str(run.id)}, "queued")
+        assert (built.queue, job.queue) == ("cpu", "train"), "nothing else waits for a training"
         assert run.phase == "building the revision"
+
+
+def start(world: World) -> Run:
+    with world.sessions.begin() as session:
+        return runs.start(session, world.project(session), params={"epochs": 1}, created_by="ada")
+
+
+@pytest.mark.parametrize("over", [True, False])
+def test_a_build_whose_run_has_its_revision_or_is_over_does_nothing(
+    world: World, settings: Settings, over: bool
+) -> None:
+    world.corrected("first", "wrong", "right")
+    run = start(world)
+    with claim(world, run) as lease:
+        revision = build(world)
+        with world.sessions.begin() as session:
+            known = session.get_one(Run, run.id)
+            known.state, known.revision_id = ("failed", None) if over else ("running", revision.id)
+        build_job(lease, settings)
+
+    with world.sessions() as session:
+        assert session.get_one(Run, run.id).state == ("failed" if over else "running")
+        assert session.scalars(select(Job.kind)).all() == ["dataset.build"]
+
+
+def test_a_run_is_cancelled_while_its_revision_is_built(
+    world: World, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.corrected("first", "wrong", "right")
+    run = start(world)
+
+    def cancelled_meanwhile(session: Session, project_id: UUID, dataset: str) -> Revision:
+        with world.sessions.begin() as other:
+            other.execute(text("SET LOCAL lock_timeout = '5s'"))
+            assert runs.request_cancel(other, run.id).phase == "building the revision"
+        return build_revision(session, project_id, dataset)
+
+    monkeypatch.setattr("worker.curation.build.build_revision", cancelled_meanwhile)
+    with claim(world, run) as lease:
+        with pytest.raises(JobCancelled):
+            build_job(lease, settings)
+        lease.cancel()
+
+    with world.sessions.begin() as session:
+        assert [ended.state for ended in runs.settle(session)] == ["cancelled"]
+        assert session.scalars(select(Revision)).all() == []
+        assert session.scalars(select(Job.kind)).all() == ["dataset.build"]
+
+
+def test_a_cancel_that_waits_for_a_hand_over_reaches_the_next_job(world: World) -> None:
+    run = start(world)
+
+    def cancel() -> None:
+        with world.sessions.begin() as session:
+            runs.request_cancel(session, run.id)
+
+    with claim(world, run) as lease, ThreadPoolExecutor(1) as pool:
+        with lease.transaction() as session:
+            runs.hand_over(session, runs.get(session, run.id), "train", {"run_id": str(run.id)})
+            lease.succeed(session)
+            asked = pool.submit(cancel)
+            while not session.scalar(text("SELECT count(*) FROM pg_locks WHERE NOT granted")):
+                assert not asked.done()
+        asked.result()
+
+    with world.sessions() as session:
+        assert session.get_one(Run, run.id).state == "cancelled"
+        assert dict(session.execute(select(Job.kind, Job.state)).all()) == {
+            "dataset.build": "succeeded", "train": "cancelled",
+        }  # fmt: skip
 
 
 def test_nothing_to_build_from_fails_the_job_with_the_reason(world: World, settings: Settings) -> None:
     world.accepted("cut", "and then", finish_reason="length")
 
-    with pytest.raises(JobFailed, match="1 accepted although cut off"):
-        build_through_a_job(world, settings, {"dataset": "golden"})
+    with claim(world, start(world)) as lease, pytest.raises(JobFailed, match="1 accepted although cut off"):
+        build_job(lease, settings)
     with pytest.raises(Unprocessable, match="no reviewed example"):
         build(world)
     with world.sessions() as session:

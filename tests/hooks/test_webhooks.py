@@ -18,7 +18,7 @@ from services.store import audit, deployments, evaluations, jobs, runs, webhook_
 from services.store.base import Sessions
 from services.store.models import Job, Project, Revision, Webhook, WebhookDelivery
 from services.store.webhook_deliveries import PAUSES, TRIES, Outcome
-from tests.console import seed
+from tests.console import seed, seed_evaluation
 from tests.hooks.receiver import Receiver, receiving
 from worker.tasks import perform
 
@@ -228,12 +228,48 @@ def test_five_events_given_up_in_a_row_disable_a_webhook_and_one_that_gets_throu
         assert len(webhooks.emit(session, project.id, "run.finished", {})) == 1
 
 
+def test_an_override_is_told_as_what_it_is(sessions: Sessions, project: Project) -> None:
+    with sessions.begin() as session:
+        refused = seed_evaluation.compared(session, session.merge(project))[-1]
+        hooked(session, project, events=["gate.decided"])
+        evaluations.override(session, refused, actor="ada", reason="known to be better")
+        [told] = session.scalars(select(WebhookDelivery.payload))
+    assert (told["decision"], told["run_id"]) == ("override", str(refused.run_id))
+    assert "somebody has overridden that" in told["said"]
+
+
 def test_gone_for_good_means_it(sessions: Sessions, project: Project) -> None:
     with sessions.begin() as session:
         webhook = hooked(session, project)
         [delivery] = webhooks.emit(session, project.id, "run.finished", {})
         webhook_deliveries.record(session, delivery.id, delivery.job_id, Outcome(410, "answered 410", 1.0))
         assert (delivery.state, webhook.disabled_at is None) == ("given_up", False)
+        told = text("SELECT actor FROM audit_event WHERE action = 'webhook.disable'")
+        assert session.scalars(told).all() == ["worker"]
+
+
+def test_an_event_told_while_somebody_disables_the_webhook_is_cancelled(sessions: Sessions, project: Project) -> None:
+    with sessions.begin() as session:
+        webhook = hooked(session, project)
+    with sessions.begin() as telling:
+        [delivery] = webhooks.emit(telling, project.id, "run.finished", {})
+        with sessions.begin() as session:
+            webhooks.disable(session, project.id, webhook.id, "user:1", "too loud")
+    with sessions.begin() as session:
+        session.execute(update(Job).values(state="succeeded"))  # it found nothing to send
+        assert webhook_deliveries.settle(session) == 1
+        found = session.get_one(WebhookDelivery, delivery.id)
+        assert (found.state, found.attempts) == ("cancelled", 0)
+
+
+def test_a_webhook_that_is_being_deleted_takes_nothing_down_with_it(sessions: Sessions, project: Project) -> None:
+    with sessions.begin() as session:
+        webhook = hooked(session, project)
+    with sessions.begin() as deleting:
+        webhooks.remove(deleting, project.id, webhook.id, "user:1")
+        with sessions.begin() as session:
+            session.execute(text("SET LOCAL lock_timeout = '2s'"))
+            assert webhooks.emit(session, project.id, "run.finished", {}) == []
 
 
 def test_a_delivery_whose_worker_died_three_times_goes_on(sessions: Sessions, project: Project) -> None:

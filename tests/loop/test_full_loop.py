@@ -147,7 +147,7 @@ def test_a_killed_worker_and_an_emptied_redis_leave_one_more_artefact(
         run_id = session.scalars(select(Run.id).where(Run.kind == "sft").order_by(Run.created_at.desc())).first()
     eventually(lambda: _phase(sessions, run_id) == "training", 180)
 
-    for pid in part_pids(running, "worker"):
+    for pid in part_pids(running, "trainer"):
         os.kill(pid, signal.SIGKILL)
     flush_redis(running)
     with sessions.begin() as session:  # a minute has passed: what is shown here is what comes after it

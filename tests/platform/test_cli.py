@@ -13,10 +13,13 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from services.cli import app
-from services.platform import lock
+from services.platform import lock, parts
+from services.settings import Settings
+from worker.main import main as worker_main
 
 COMMANDS = [
     "up", "migrate", "engine", "gateway", "shipper", "console", "worker", "dispatcher", "doctor", "train", "runs",
+    "triggers",
     "override", "deployments", "rollback", "promote", "canary", "speculator", "sample", "dataset", "artifact", "user",
     "key", "project",
 ]  # fmt: skip
@@ -190,3 +193,13 @@ def model_directory(tmp_path: Path) -> Path:
     (made / "config.json").write_text("{}")
     (made / "model.safetensors").touch()
     return made
+
+
+def test_trainings_have_a_worker_of_their_own_unless_another_machine_takes_them(home: Path) -> None:
+    names = {
+        here: [part.name for part in parts.application(Settings(home=home, trainer=here))] for here in (True, False)
+    }
+    assert names[True] == [*names[False], "trainer"]
+    assert parts.commands(Settings(home=home))["trainer"][-1] == "--queue=train"
+    with pytest.raises(SystemExit):
+        worker_main(["--queue", "gpu"])

@@ -1,9 +1,9 @@
 """SFT, DPO and KTO: TRL trains exactly the serving engine's ids, each kind learns, bad data is refused by name."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
 from sqlalchemy import select
@@ -11,6 +11,7 @@ from sqlalchemy import select
 from engine.text.tokenizer import Tokenizer
 from services.settings import Settings
 from services.store import runs
+from services.store.base import uuid7
 from services.store.jobs import JobFailed
 from services.store.models import Artifact, Example, InteractionBody, Run
 from tests.curation.world import World
@@ -18,7 +19,7 @@ from tests.training.kinds import TOOLS, WITH_TOOLS, corrected, make_spec, rows_o
 from tests.training.test_run import attempt, claim, events
 from tests.training.tiny import make_model
 from worker.curation.build import build_revision
-from worker.training import trainers
+from worker.training import lora, trainers
 from worker.training.preflight import check
 from worker.training.process import Refused
 from worker.training.rows import Marked, Pair, Row, arranged, make_rows
@@ -129,7 +130,7 @@ def start(world: World, kind: str, **params: object) -> Run:
 def test_a_run_of_each_kind_learns_what_is_better_and_hands_over_to_the_gate(
     kind: str, world: World, tiny_settings: Settings
 ) -> None:
-    run = start(world, kind)
+    run = start(world, kind, **({"label_smoothing": 0.1} if kind == "dpo" else {}))
 
     attempt(world, run, tiny_settings)
 
@@ -143,6 +144,16 @@ def test_a_run_of_each_kind_learns_what_is_better_and_hands_over_to_the_gate(
     assert (done.phase, done.artifact_digest, built.manifest["training"]) == ("evaluating", built.digest, kind)
     assert done.preflight is not None
     assert done.preflight["rows_trained"] == (16 if kind == "dpo" else 32)
+
+
+def test_a_loss_below_nothing_is_learning_only_where_pairs_may_be_the_wrong_way(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    plain, smoothed = (make_spec("dpo", tiny_model, tmp_path, label_smoothing=share) for share in (0.0, 0.1))
+    lora.require_learned(smoothed, -0.2)
+    for spec, loss in ((plain, -0.2), (plain, 0.0), (smoothed, math.nan), (smoothed, -math.inf)):
+        with pytest.raises(Refused, match="nothing was learned"):
+            lora.require_learned(spec, loss)
 
 
 def test_kto_without_a_wrong_answer_is_refused_before_any_compute(world: World, tiny_settings: Settings) -> None:
@@ -194,7 +205,7 @@ def test_examples_that_say_nothing_to_a_kind_are_counted_and_passed_over(tokeniz
 def test_a_chat_with_tools_is_rendered_with_them_as_it_was_served(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(make_model(tmp_path, template=WITH_TOOLS, context=512))
     [example] = corrected(1)
-    example.interaction_id = uuid4()
+    example.interaction_id = uuid7()
     served = tokenizer.encode_chat(example.messages, tools=TOOLS)
     body = InteractionBody(
         id=example.interaction_id, prompt_token_ids=served, tokenizer_hash=tokenizer.digest,
@@ -214,6 +225,6 @@ def test_a_chat_with_tools_is_rendered_with_them_as_it_was_served(tmp_path: Path
 
 def test_an_example_without_its_log_row_is_still_an_example(tokenizer: Tokenizer) -> None:
     [example] = corrected(1)
-    example.interaction_id = uuid4()
+    example.interaction_id = uuid7()
     assert isinstance(example, Example)
     assert check(tokenizer, [example], [], {}, 64).reasons == []

@@ -8,18 +8,19 @@ from uuid import UUID
 
 import msgspec
 import pytest
+from sqlalchemy import select
 
 from services.store import datasets, examples, replay, revisions, runs
 from services.store.jobs import JobFailed
 from services.store.models import Artifact, Example, Run
-from services.store.run_params import SftParams
+from services.store.run_params import ADAPTER_KINDS, SftParams
 from tests.curation.world import World
 from tests.training.kinds import corrected, make_spec, rows_of
 from worker.curation.build import build_revision
 from worker.training import checkpoints, child, launch, loading, trainers
 from worker.training.parting import draw, parted
 from worker.training.process import Refused
-from worker.training.rows import AnyRow
+from worker.training.rows import AnyRow, usable
 from worker.training.spec import Progress, Spec, decode_report, encode
 
 # --- several devices --------------------------------------------------------------------------------------
@@ -67,6 +68,18 @@ def test_without_enough_gpus_the_worker_hears_why(tiny_model: Path, tmp_path: Pa
     spec = make_spec("sft", tiny_model, tmp_path, devices=2)
     with pytest.raises(child.TrainerRefused, match="devices=2 needs as many GPUs; torch sees 0 here"):
         child.run(spec, tmp_path, on_report=lambda _: None, stop=lambda: False)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_launcher_that_ends_is_worth_another_attempt(
+    devices: int, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own status hides whether a rank was killed. A trainer's own failure would only be repeated."""
+    monkeypatch.setattr(child, "LORA", "json.tool")  # which knows no --spec
+    spec = make_spec("sft", tiny_model, tmp_path, devices=devices)
+    with pytest.raises(child.TrainerDied, match="status 2") as died:
+        child.run(spec, tmp_path, on_report=lambda _: None, stop=lambda: False)
+    assert died.value.killed == (devices > 1)
 
 
 def test_two_ranks_train_one_adapter_and_only_the_first_reports(tiny_model: Path, tmp_path: Path) -> None:
@@ -252,6 +265,27 @@ def test_nothing_of_a_held_out_group_and_nothing_erased_is_replayed(world: World
         for one in session.query(Example).filter(Example.group_key.like("gone%")):
             one.content_hash = f"{examples.ERASED}{one.content_hash}"
     assert drawn(world, run_id, 40, replay=0.2, replay_from="gone")[0] == []
+
+
+@pytest.mark.parametrize("kind", ADAPTER_KINDS)
+def test_what_says_nothing_to_the_kind_takes_no_room_in_the_share(world: World, kind: str) -> None:
+    """The same choice as the trainer's rows make."""
+    revision = revised(world, "old", 40)
+    with world.sessions.begin() as session:
+        for place, one in enumerate(session.scalars(select(Example).order_by(Example.content_hash))):
+            one.source = ("corrected", "preferred", "imported", "rejected")[place % 4]
+            one.kind = ("preference", "completion")[place // 4 % 2]
+            one.completion = one.completion if place // 8 % 5 else None
+            one.rejected = one.rejected if place // 8 % 5 != 1 else None
+    run_id = run_on(world, revised(world, "new", 40))
+
+    with world.sessions.begin() as session:
+        run = session.get_one(Run, run_id)
+        run.kind = kind
+        older = [member.example for member in revisions.members(session, revision, "train")]
+        wanted = {one.id for one in older if usable(kind, one)}
+        assert 5 < len(wanted) < 40
+        assert {one.id for one in replay.pool(session, run, "", limit=len(wanted))} == wanted
 
 
 def test_a_first_run_has_nothing_to_replay(world: World) -> None:

@@ -1,17 +1,23 @@
 """Preflight: what is wrong with the data is said before any compute."""
 
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
+from transformers import AutoTokenizer
 
 from engine.text.supervision import turn_end
 from engine.text.tokenizer import Tokenizer
+from services.store.base import uuid7
 from services.store.models import Example, InteractionBody
 from tests.training.tiny import TEMPLATE, make_model
+from worker.training.lora import confirm
 from worker.training.preflight import Preflight, check
+from worker.training.process import Refused
 from worker.training.rows import IGNORED, Bodies, make_rows
+from worker.training.spec import ReferenceRow
 
 
 def example(prompt: str, completion: str, split: str = "train", **fields: object) -> Example:
@@ -108,7 +114,7 @@ def test_an_empty_training_part_is_refused(tokenizer: Tokenizer) -> None:
 
 
 def body_for(tokenizer: Tokenizer, one: Example, **fields: object) -> InteractionBody:
-    one.interaction_id = uuid4()
+    one.interaction_id = uuid7()
     values: dict[str, Any] = {
         "prompt_token_ids": tokenizer.encode_chat(one.messages), "tokenizer_hash": tokenizer.digest,
         "template_hash": tokenizer.template_digest, "worked_examples": [],
@@ -116,20 +122,44 @@ def body_for(tokenizer: Tokenizer, one: Example, **fields: object) -> Interactio
     return InteractionBody(id=one.interaction_id, **(values | fields))
 
 
-def test_a_prompt_that_renders_to_other_ids_than_were_served_refuses_the_run(tokenizer: Tokenizer) -> None:
-    same, drifted, older = rows = fine(3)
+def test_a_prompt_that_renders_to_other_ids_than_were_served_refuses_the_run(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same, drifted, also, older = rows = fine(4)
     bodies = [
         body_for(tokenizer, same),
         body_for(tokenizer, drifted, prompt_token_ids=[1, 2, 3]),
+        body_for(tokenizer, also, prompt_token_ids=[1, 2, 3]),
         body_for(tokenizer, older, prompt_token_ids=[1, 2, 3], template_hash="another"),
     ]
 
+    monkeypatch.setattr("worker.training.preflight.LISTED", 1)
     ready = checked(tokenizer, rows, bodies={body.id: body for body in bodies})
 
-    assert ready.reasons == ["template drift: 1 prompts no longer render to the token ids that were served"]
+    assert ready.reasons == ["template drift: 2 prompts no longer render to the token ids that were served"]
     template = ready.report["template"]
     assert (template["equal_to_served"], template["served_under_another"]) == (1, 1)
     assert template["different"] == [str(drifted.id)]
+
+
+def test_a_template_that_prints_the_day_is_rendered_with_the_day_it_was_served(tmp_path: Path) -> None:
+    dated = "{{ '<|im_start|>' + strftime_now('%d %b %Y') + '<|im_end|>' }}"
+    directory = make_model(tmp_path / "model", template=dated + TEMPLATE)
+    tokenizer = Tokenizer.load(directory)
+    served = datetime.now(UTC) - timedelta(days=3)
+    [one] = fine(1)
+    body = body_for(tokenizer, one, prompt_token_ids=tokenizer.encode_chat(one.messages, at=served))
+    assert body.prompt_token_ids != tokenizer.encode_chat(one.messages)
+    one.interaction_id = body.id = uuid7(served.timestamp())
+
+    ready = checked(tokenizer, [one], bodies={body.id: body})
+
+    assert ready.reasons == []
+    assert ready.rows[0].prompt == body.prompt_token_ids
+    theirs = AutoTokenizer.from_pretrained(directory)
+    confirm([ReferenceRow(one.messages, ready.rows[0].prompt, at=served)], theirs)
+    with pytest.raises(Refused, match="template drift"):
+        confirm([ReferenceRow(one.messages, ready.rows[0].prompt)], theirs)
 
 
 def test_a_prompt_or_group_on_both_sides_of_the_split_refuses_the_run(tokenizer: Tokenizer) -> None:

@@ -18,11 +18,12 @@ from services.errors import InvalidRequest
 from services.settings import Settings
 from services.store import datasets, failpoints, jobs, runs
 from services.store.jobs import JobCancelled, JobFailed, Lease, LostLease
-from services.store.models import Artifact, Job, Revision, Run, RunEvent
+from services.store.models import Artifact, Example, Job, Revision, Run, RunEvent
 from tests.curation.world import World
 from worker.curation.build import build_revision
 from worker.training.child import TrainerDied
-from worker.training.run import train_job
+from worker.training.run import _bodies, train_job
+from worker.training.spec import ReferenceRow
 
 QUICK = {"rank": 8, "alpha": 16, "lr": 0.01, "epochs": 10, "batch_size": 8, "max_length": 64}
 ENDLESS = QUICK | {"epochs": 100, "batch_size": 1}
@@ -253,13 +254,19 @@ def test_a_rank_that_no_slot_of_the_engine_holds_fails_before_any_compute(
         train_job(lease, tiny_settings)
 
 
+def test_more_examples_than_a_statement_has_room_for_find_their_log_rows(world: World) -> None:
+    logged = world.log("a prompt")
+    with world.sessions() as session:
+        assert set(_bodies(session, [Example(interaction_id=logged)] * 65_536)) == {logged}
+
+
 def test_a_prompt_that_transformers_renders_differently_is_refused_by_the_trainer(
     world: World, tiny_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = start(world, rows=4)
     monkeypatch.setattr(
         "worker.training.run.ReferenceRow",
-        lambda messages, ids, tools: {"messages": messages, "ids": ids[:-1], "tools": tools},
+        lambda messages, ids, *asked: ReferenceRow(messages, ids[:-1], *asked),
     )
 
     with claim(world, run) as lease, pytest.raises(JobFailed, match="template drift"):
@@ -293,6 +300,8 @@ def test_one_unfinished_run_a_project_and_a_dead_one_does_not_block(world: World
         ({"learning_rate": 1}, "training parameter learning_rate: Extra inputs .*known: rank, alpha, lr"),
         ({"targets": ["lm_head"]}, "training parameter targets"),
         ({"epochs": "many"}, "training parameter epochs"),
+        ({"sweep": 1}, "training parameter sweep: .*at least 2 candidates"),
+        ({"replay_from": "\x00"}, "training parameter replay_from"),
     ],
 )
 def test_bad_parameters_are_named_and_leave_no_run(world: World, params: dict[str, object], message: str) -> None:

@@ -15,7 +15,7 @@ from tests.curation.world import World
 from tests.training.kinds import make_spec
 from tests.training.test_run import attempt, events
 from worker.curation.build import build_revision
-from worker.training import sweep
+from worker.training import checkpoints, lora, sweep, trainers, validation
 from worker.training.spec import Spec, Trial
 from worker.training.validation import Measured
 
@@ -26,23 +26,34 @@ def spec(tiny_model: Path, tmp_path: Path) -> Spec:
     return msgspec.structs.replace(made, fingerprint="f")
 
 
+def planned(tried: Spec) -> int:
+    return trainers.planned_steps(100, tried)
+
+
 def best_at_half(tried: Spec, _steps: int) -> Measured:
     """The nearer the learning rate is to 0.005, the better."""
     return Measured(abs(math.log(tried.lr / 0.005)) + tried.beta / 100, None)
 
 
 def test_candidates_are_the_run_itself_and_others_around_it(spec: Spec) -> None:
-    made = sweep.candidates(spec, 5)
+    made = sweep.candidates(spec, 5, planned)
 
     assert made[0] == {}
     assert len({json.dumps(one, sort_keys=True) for one in made}) == 5
-    assert made == sweep.candidates(spec, 5)
-    assert made != sweep.candidates(msgspec.structs.replace(spec, seed=99), 5)
+    assert made == sweep.candidates(spec, 5, planned)
+    assert made != sweep.candidates(msgspec.structs.replace(spec, seed=99), 5, planned)
     named = {name for one in made for name in one}
     assert named <= {"lr", "epochs", "beta"}
     assert "beta" not in {
-        name for one in sweep.candidates(msgspec.structs.replace(spec, kind="sft"), 15) for name in one
+        name for one in sweep.candidates(msgspec.structs.replace(spec, kind="sft"), 15, planned) for name in one
     }
+
+
+def test_candidates_that_would_train_alike_are_one(spec: Spec) -> None:
+    bound = msgspec.structs.replace(spec, kind="sft", max_steps=3)
+    assert len(sweep.candidates(bound, 16, planned)) == 5, "the learning rate alone still differs"
+    highest = msgspec.structs.replace(bound, lr=0.1)
+    assert sorted(one.get("lr", 0.1) for one in sweep.candidates(highest, 16, planned)) == [0.025, 0.05, 0.1]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 16])
@@ -65,7 +76,7 @@ def test_the_best_candidate_is_chosen_and_every_rung_told(spec: Spec, tmp_path: 
 
     changes = sweep.halve(spec, lambda one: int(100 * one.epochs / spec.epochs), trial, told.append, tmp_path / "t")
 
-    everything = sweep.candidates(spec, 5)
+    everything = sweep.candidates(spec, 5, planned)
     wanted = min(everything, key=lambda one: best_at_half(msgspec.structs.replace(spec, **one), 1).loss)
     assert changes == wanted
     assert [sum(one.rung == rung for one in told) for rung in (0, 1, 2)] == [5, 3, 2]
@@ -142,5 +153,27 @@ def test_a_run_with_a_sweep_tries_its_candidates_on_training_groups_and_trains_t
     assert swept["detail"]["chosen"] == next(one["changes"] for one in told if one["kept"])
     assert [event.step for event in events(world, run.id, "validation")][-1] is not None
     with world.sessions() as session:
-        assert len(session.scalars(select(Artifact)).all()) == 1
+        [built] = session.scalars(select(Artifact)).all()
+        assert built.manifest["swept"] == swept["detail"]["chosen"]
         assert session.get_one(Run, run.id).phase == "evaluating"
+
+
+def test_a_training_that_goes_on_keeps_what_its_sweep_decided(tiny_model: Path, tmp_path: Path) -> None:
+    """Otherwise it would go on, from its checkpoint, with the values that lost."""
+    first, second = tmp_path / "1", tmp_path / "2"
+    for made in (first, second):
+        made.mkdir()
+    (first / checkpoints.DECIDED).write_text('{"lr": 0.5}')
+    checkpoints.adopt(tmp_path, second, "f")
+    spec = make_spec("sft", tiny_model, second, sweep=2, resume="checkpoint-5")
+
+    assert lora.swept(spec, None, [], [], lambda _: None, on_gpu=False).lr == 0.5
+    assert checkpoints.decided(second) == {"lr": 0.5}
+    assert checkpoints.decided(first) is None
+
+
+def test_rows_without_a_right_answer_are_no_measure(tmp_path: Path) -> None:
+    file = tmp_path / "validation.jsonl"
+    file.write_text('{"prompt_ids": [1], "bad_ids": [2]}\n{"prompt_ids": [1], "good_ids": [3]}\n')
+    assert validation.read(str(file)) == [{"prompt_ids": [1], "good_ids": [3]}]
+    assert validation.read("") == []

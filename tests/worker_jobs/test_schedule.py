@@ -75,17 +75,17 @@ def test_an_unanswered_heartbeat_raises_the_alarm(sessions: Sessions) -> None:
         assert said == []
         schedule.heartbeat(session)
 
-    assert [(line["log_level"], line["alarm"]) for line in said] == [("error", True)]
+    assert [(line["log_level"], line["queue"]) for line in said] == [("error", "cpu"), ("error", "train")]
 
 
 def test_a_heartbeat_that_waits_for_busy_workers_raises_no_alarm(sessions: Sessions) -> None:
     with capture_logs() as said, sessions.begin() as session:
         schedule.heartbeat(session)
-        running = jobs.enqueue(session, "train", {}).id
+        running = jobs.enqueue(session, "train", {}, queue="train").id
         session.execute(update(Job).where(Job.id == running).values(state="running"))
         schedule.heartbeat(session)
 
-    assert [line["log_level"] for line in said] == ["info"]
+    assert [(line["log_level"], line["queue"]) for line in said] == [("error", "cpu"), ("info", "train")]
 
 
 def rung_long_ago(sessions: Sessions) -> UUID:

@@ -1,14 +1,18 @@
 """When adapters are trained without being asked: by count, by schedule, by drift; never two at once, or in a loop."""
 
+import json
 from datetime import UTC, datetime, timedelta
+from uuid import uuid4
 
 import pytest
 from sqlalchemy import select, update
+from sqlalchemy.orm import Session
 
-from services.store import projects, runs
+from services.store import datasets, deployments, imports, projects, runs
 from services.store.base import Sessions
-from services.store.models import Project, ReviewItem, Run, RunEvent
-from services.store.sampling import STAMP
+from services.store.drift import Drift
+from services.store.drift_rules import LEAST_LABELS, Drop
+from services.store.models import Artifact, DeploymentEvent, Project, ReviewItem, Rollout, Run, RunEvent
 from services.store.train_when import TrainWhen, last_due
 from tests.curation.world import World, make_world
 from worker.cadence import MOST_FAILURES, TrainCadence
@@ -48,6 +52,25 @@ class Watched:
             values = {"created_at": began, "state": state} | ({"created_by": by} if by else {})
             session.execute(update(Run).where(Run.state == "queued").values(values))
 
+    def live(self, since: datetime) -> None:
+        """Other weights went live then."""
+        with self.sessions.begin() as session:
+            event = {"kind": "flip", "generation": 2, "actor": "ada", "reason": "r", "at": since}
+            session.add(DeploymentEvent(project_id=self.world.project_id, to_digest=self.artifact(session), **event))
+
+    def artifact(self, session: Session) -> str:
+        values = {"kind": "adapter", "base_digest": "b", "manifest": {}, "state": "canary"}
+        made = Artifact(digest=uuid4().hex, project_id=self.world.project_id, **values)
+        session.add(made)
+        session.flush()
+        return made.digest
+
+    def import_(self, dataset: str, count: int) -> None:
+        with self.sessions.begin() as session:
+            rows = "".join(json.dumps({"prompt": f"{dataset} {n}", "completion": "c"}) + "\n" for n in range(count))
+            target = datasets.get_or_create(session, self.world.project_id, dataset)
+            imports.finish(session, imports.begin(session, target, "rows.jsonl", rows.encode(), "ada"), None, "ada")
+
     def reasons(self) -> list[str]:
         with self.sessions() as session:
             told = select(RunEvent.payload).where(RunEvent.kind == "trigger").order_by(RunEvent.id)
@@ -67,7 +90,7 @@ def test_enough_reviewed_answers_start_a_run_and_it_says_why(watched: Watched) -
     watched.review(1, window="v")
     assert watched.step()
 
-    assert watched.reasons() == ["3 answers were reviewed since the last run"]
+    assert watched.reasons() == ["3 answers were reviewed or imported since the last run"]
     with watched.sessions() as session:
         [run] = runs.list_(session, watched.world.project_id)
     assert (run.kind, run.created_by, run.state) == ("dpo", "cadence", "queued")
@@ -118,7 +141,7 @@ def test_once_a_day_at_its_time(watched: Watched) -> None:
     watched.when(daily_at="03:00")
     two, three = (datetime(2027, 1, 5, hour, 30, tzinfo=UTC) for hour in (2, 3))
     watched.review(1, at=datetime(2027, 1, 4, 12, tzinfo=UTC))
-    watched.when(daily_at="03:00")
+    assert not watched.step(datetime(2027, 1, 4, 14, tzinfo=UTC)), "at its time, not when something comes"
     assert watched.step(three)
     watched.end(three)
     watched.review(1, window="v", at=three + HOUR)
@@ -134,25 +157,69 @@ def test_last_due_is_the_time_that_passed_last() -> None:
     assert last_due(when, datetime(2027, 1, 5, 3, 0, tzinfo=UTC)) == datetime(2027, 1, 5, 3, tzinfo=UTC)
 
 
-def test_a_fall_of_live_quality_starts_a_run_and_noise_does_not(watched: Watched) -> None:
+def test_drift_starts_one_run_and_another_only_when_much_more_was_judged(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Drift | None] = [None]
+    monkeypatch.setattr("worker.cadence.drift.drifted", lambda *_, **__: found[0])
+    moments = (NOW + timedelta(hours=number) for number in range(9))
     watched.when(drift_points=10)
-    began = NOW - 30 * HOUR
+    watched.live(NOW - 90 * HOUR)
+    assert not watched.step(next(moments))
+    watched.review(1)
+    assert not watched.step(next(moments)), "nothing has drifted"
+    found[0] = Drift("quality", "a little", drop=Drop(0.90, 0.81, -0.2, -0.01))
+    assert not watched.step(next(moments)), "nine points are not ten"
 
-    def window(hours: int) -> str:
-        return f"{(NOW - hours * HOUR).strftime(STAMP)}/3600"
+    found[0] = Drift("input", "other things are asked")
+    now = next(moments)
+    assert watched.step(now)
+    assert watched.reasons() == ["other things are asked"]
+    watched.end(now, by="cadence")
+    watched.review(LEAST_LABELS - 1, at=now + HOUR / 2, window="v")
+    assert not watched.step(next(moments))
+    watched.review(1, at=now + HOUR / 2, window="u")
+    now = next(moments)
+    assert watched.step(now)
 
-    watched.review(40, window=window(40), at=NOW - 39 * HOUR)
+    watched.end(now)
+    watched.live(now)
+    watched.review(1, at=now + HOUR / 2, window="x")
+    found[0] = Drift("quality", "much", drop=Drop(0.90, 0.79, -0.2, -0.01))
+    assert watched.step(next(moments)), "other weights serve: they may drift too"
+    assert watched.reasons()[-1] == "much"
+
+
+def test_nothing_starts_while_a_candidate_is_on_trial_or_promotion_is_frozen(watched: Watched) -> None:
+    watched.when(examples=1)
+    watched.review(1)
     with watched.sessions.begin() as session:
-        runs.start(session, watched.world.project(session), params={}, created_by="ada")
-    watched.end(began)
-    watched.review(30, window=window(20), at=NOW - 19 * HOUR)
-    watched.review(1, window=window(19), at=NOW - 18 * HOUR, verdict="reject")
+        deployment = deployments.get(session, watched.world.project_id)
+        deployment.frozen = True
     assert not watched.step()
 
-    watched.review(30, window=window(10), at=NOW - 9 * HOUR, verdict="reject")
-    assert not watched.step(), "drift is not asked for again so soon"
-    assert watched.step(NOW + timedelta(minutes=20))
-    assert watched.reasons()[-1].startswith("live quality fell from 100.0% to 4")
+    with watched.sessions.begin() as session:
+        deployments.get(session, watched.world.project_id).frozen = False
+        digest = watched.artifact(session)
+        trial = {"digest": digest, "stage": "canary", "generation": 1, "salt": "s", "config": {}}
+        session.add(Rollout(project_id=watched.world.project_id, **trial))
+    assert not watched.step()
+
+    with watched.sessions.begin() as session:
+        session.execute(update(Rollout).values(stage="promoted"))
+    assert watched.step()
+
+
+def test_imported_examples_count_where_they_are_trained_on(watched: Watched) -> None:
+    watched.when(examples=3)
+    watched.review(1)
+    watched.import_("other", 5)
+    assert not watched.step()
+    watched.import_("golden", 2)
+    assert watched.step()
+    watched.end(datetime.now(UTC))
+    watched.review(1, at=NOW + HOUR, window="v")
+    assert not watched.step(NOW + 2 * HOUR), "what was there before the run is not new"
 
 
 def test_a_run_that_fails_again_and_again_is_left_to_a_person(watched: Watched) -> None:
@@ -174,7 +241,7 @@ def test_a_run_that_fails_again_and_again_is_left_to_a_person(watched: Watched) 
     ("config", "message"),
     [
         ({"daily_at": "25:00"}, "HH:MM"),
-        ({"kind": "speculator"}, "cadence of their own"),
+        ({"kind": "speculator"}, "should be 'sft', 'dpo' or 'kto'"),
         ({"examples": -1}, "greater than or equal"),
         ({"weekly": 1}, "known: kind, examples"),
     ],

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from services.errors import NotFound, Unprocessable
 from services.settings import Settings
 from services.store import datasets, examples, forms, imports, pii, pii_presidio, revisions, runs
-from services.store.jobs import JobFailed, Lease
+from services.store.jobs import JobCancelled, JobFailed, Lease
 from services.store.models import Project, Revision
 from services.store.revisions import LeftOut
 from worker.curation import authors, judged, pairs, screens
@@ -23,22 +23,33 @@ log = structlog.get_logger()
 def build_job(lease: Lease, settings: Settings) -> None:  # noqa: ARG001 - every handler has these two
     """Handler of "dataset.build". With a `run_id`, the run gets the revision and goes on to training."""
     run_id = lease.payload.get("run_id")
-    if run_id and lease.cancelled():
-        with lease.transaction() as session:
-            runs.finish(session, runs.get(session, UUID(run_id)), "cancelled", "cancelled")
+    if run_id and not _begin(lease, UUID(run_id)):
         return
     try:
-        with lease.transaction() as session:
-            if run_id:
-                runs.enter_phase(session, runs.get(session, UUID(run_id)), "building the revision")
+        with lease.sessions.begin() as session:
             revision = build_revision(session, UUID(lease.payload["project_id"]), lease.payload["dataset"])
+            # Not before: a build takes long, and this keeps the heartbeat waiting, and whoever cancels the run.
+            lease.hold(session)
             if run_id:
                 run = runs.get(session, UUID(run_id))
                 run.revision_id = revision.id
                 runs.hand_over(session, run, "train", {"run_id": run_id})
+            lease.succeed(session)
     except (Unprocessable, NotFound) as error:
         raise JobFailed(error.message) from error
     log.info("revision built", digest=revision.digest, train=revision.train_count, held_out=revision.held_out_count)
+
+
+def _begin(lease: Lease, run_id: UUID) -> bool:
+    """Whether the run still waits for its revision. Raises JobCancelled."""
+    if lease.cancelled():
+        raise JobCancelled
+    with lease.transaction() as session:
+        run = runs.get(session, run_id)
+        waits = run.state in runs.UNFINISHED and run.revision_id is None
+        if waits:
+            runs.enter_phase(session, run, "building the revision")
+    return waits
 
 
 def build_revision(session: Session, project_id: UUID, dataset: str, *, now: datetime | None = None) -> Revision:

@@ -32,9 +32,20 @@ class Built:
 
 
 def describe(
-    directory: Path, *, base: str, project: UUID, run: UUID, revision: str, params: dict[str, Any], kind: str = "sft"
+    directory: Path,
+    *,
+    base: str,
+    project: UUID,
+    run: UUID,
+    revision: str,
+    params: dict[str, Any],
+    kind: str = "sft",
+    swept: dict[str, Any] | None = None,
 ) -> Built:
-    """The manifest of the adapter in `directory`. No times and no paths: the same training has the same digest."""
+    """The manifest of the adapter in `directory`. No times and no paths: the same training has the same digest.
+
+    `swept`: those of `params` that a sweep chose otherwise.
+    """
     manifest = {
         "kind": "adapter",
         "base": base,
@@ -43,7 +54,7 @@ def describe(
         "revision": revision,
         "training": kind,
         "params": params,
-    }
+    } | ({} if swept is None else {"swept": swept})
     return _built(directory, manifest, FILES, LIBRARIES)
 
 

@@ -96,6 +96,12 @@ def adopt(run: Path, work: Path, fingerprinted: str) -> Whole | None:
     return best
 
 
+def decided(work: Path) -> dict[str, float] | None:
+    """What the sweep of a training in `work` has decided on; None where there was none, or it is not over."""
+    told = work / DECIDED
+    return dict(json.loads(told.read_text(encoding="utf-8"))) if told.exists() else None
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -28,14 +28,15 @@ class TrainerRefused(RuntimeError):
 
 
 class TrainerDied(RuntimeError):
-    """The trainer ended without a result. `killed` when by a signal (out of memory, a stopping machine)."""
+    """The trainer ended without a result. `killed` when by a signal (out of memory, a stopping machine), or perhaps by
+    one: of several ranks nothing more is known than that the launcher ended."""
 
-    def __init__(self, status: int, tail: str) -> None:
+    def __init__(self, status: int, tail: str, *, launched: bool = False) -> None:
         last = tail.strip().splitlines()[-1:] or ["no message"]
         how = f"signal {-status}" if status < 0 else f"status {status}"
         super().__init__(f"the trainer ended with {how}: {last[0]}")
         self.tail = tail
-        self.killed = status < 0
+        self.killed = status < 0 or launched
 
 
 def run(spec: Spec | HeadsSpec, work: Path, on_report: Callable[[Report], None], stop: Callable[[], bool]) -> bool:
@@ -61,9 +62,10 @@ def run(spec: Spec | HeadsSpec, work: Path, on_report: Callable[[Report], None],
         return True
     tail = _tail(errors_file)
     # accelerate's launcher ends with a status of its own, behind what its trainers wrote.
-    if status == REFUSED or (getattr(spec, "devices", 1) > 1 and "\nrefused: " in f"\n{tail}"):
+    launched = getattr(spec, "devices", 1) > 1
+    if status == REFUSED or (launched and "\nrefused: " in f"\n{tail}"):
         raise TrainerRefused(tail.rpartition("refused: ")[2].partition("\n")[0].strip())
-    raise TrainerDied(status, tail)
+    raise TrainerDied(status, tail, launched=launched)
 
 
 @contextlib.contextmanager

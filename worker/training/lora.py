@@ -8,8 +8,11 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -18,7 +21,7 @@ from worker.training import checkpoints, launch, sweep, trainers, validation
 from worker.training.loading import load, on_cuda, require_quantizer
 from worker.training.process import Refused, refusing, serve
 from worker.training.reporting import marking, reporting, validating
-from worker.training.spec import Report, Spec, Stage, decode_spec
+from worker.training.spec import ReferenceRow, Report, Spec, Stage, decode_spec
 
 Columns = list[dict[str, Any]]
 Tell = Callable[[Report], None]
@@ -41,11 +44,11 @@ def train(spec: Spec, report: Tell) -> None:
     require_quantizer(spec.quantize)
     on_gpu = on_cuda(spec)
     tokenizer = AutoTokenizer.from_pretrained(spec.model)
-    _confirm(spec, tokenizer)
+    confirm(spec.reference, tokenizer)
     report(Stage(name="confirmed", detail={"prompts": len(spec.reference)}))
     rows = [json.loads(line) for line in Path(spec.rows_file).read_text(encoding="utf-8").splitlines()]
     held_back = validation.read(spec.validation_file)
-    chosen = _swept(spec, tokenizer, rows, held_back, report, on_gpu=on_gpu)
+    chosen = swept(spec, tokenizer, rows, held_back, report, on_gpu=on_gpu)
     _train_once(chosen, tokenizer, rows, held_back, report, on_gpu=on_gpu)
 
 
@@ -67,14 +70,20 @@ def _train_once(
         report(Stage(name="resumed", detail={"checkpoint": Path(spec.resume).name}))
     result = trainer.train(resume_from_checkpoint=spec.resume or None)
     loss = next((line["loss"] for line in reversed(trainer.state.log_history) if "loss" in line), math.nan)
-    if not math.isfinite(loss) or loss <= 0:
-        raise Refused(f"the training loss is {loss}: nothing was learned")
+    require_learned(spec, loss)
     if trainer.is_world_process_zero():
         save(trainer.model, Path(spec.out), spec.base)
     report(Stage(name="saved", detail={"loss": loss, "steps": result.global_step}))
 
 
-def _swept(
+def require_learned(spec: Spec, loss: float) -> None:
+    """Raises Refused for a loss that says nothing was learned. With pairs believed to be the wrong way, it may fall
+    below 0."""
+    if not math.isfinite(loss) or (loss <= 0 and not spec.label_smoothing):
+        raise Refused(f"the training loss is {loss}: nothing was learned")
+
+
+def swept(
     spec: Spec,
     tokenizer: Any,  # noqa: ANN401
     rows: Columns,
@@ -85,8 +94,9 @@ def _swept(
 ) -> Spec:
     """The spec with the best candidate's values; as it is when no sweep was asked for. Raises Refused."""
     if spec.sweep < 2 or spec.resume:  # a checkpoint is of the training that follows the sweep
-        return _decided(spec) if spec.resume else spec
-    if not any("good_ids" in row for row in held_back):
+        found = checkpoints.decided(Path(spec.out).parent) if spec.resume else None
+        return msgspec.structs.replace(spec, **(found or {}))
+    if not held_back:
         raise Refused("there are too few groups to hold some back: a sweep has nothing to compare its candidates on")
 
     def trial(tried: Spec, steps: int) -> validation.Measured:
@@ -105,12 +115,6 @@ def _swept(
     return msgspec.structs.replace(spec, **changes)
 
 
-def _decided(spec: Spec) -> Spec:
-    """A sweep that an earlier attempt finished."""
-    told = Path(spec.out).parent / checkpoints.DECIDED
-    return msgspec.structs.replace(spec, **json.loads(told.read_text(encoding="utf-8"))) if told.exists() else spec
-
-
 def longest(rows: Columns) -> int:
     """Tokens of the longest sequence."""
     return max(len(row.get("input_ids") or [*row["prompt_ids"], *_longest_answer(row)]) for row in rows)
@@ -121,17 +125,31 @@ def _longest_answer(row: dict[str, Any]) -> list[int]:
     return max((row[name] for name in names if name in row), key=len)
 
 
-def _confirm(spec: Spec, tokenizer: Any) -> None:  # noqa: ANN401 - transformers ships no types
-    """Two renderers that share no code must agree on the token ids, or one of them is wrong."""
-    for row in spec.reference:
+def confirm(reference: Sequence[ReferenceRow], tokenizer: Any) -> None:  # noqa: ANN401 - transformers ships no types
+    """Two renderers that share no code must agree on the token ids, or one of them is wrong. Raises Refused."""
+    for row in reference:
         said = json.dumps([row.messages, row.tools], ensure_ascii=False)
         if any(token in said for token in tokenizer.all_special_tokens):
             continue  # serving keeps a typed control token as plain text; transformers does not
-        ids = tokenizer.apply_chat_template(
-            row.messages, tools=row.tools or None, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        with _as_of(row.at):
+            ids = tokenizer.apply_chat_template(
+                row.messages, tools=row.tools or None, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
         if list(ids) != row.ids:
             raise Refused("transformers renders a prompt to other token ids than the serving engine: template drift")
+
+
+@contextmanager
+def _as_of(at: datetime | None) -> Iterator[None]:
+    """Sets the clock that transformers lets templates read; it hands them nothing of ours that can be called."""
+    from transformers.utils import chat_template_utils
+
+    clock = chat_template_utils.datetime
+    chat_template_utils.datetime = SimpleNamespace(now=lambda: at.astimezone() if at else clock.now())
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = clock
 
 
 def save(model: Any, directory: Path, base: str) -> None:  # noqa: ANN401

@@ -20,7 +20,6 @@ from worker.training.rows import AnyRow, usable
 LEAST_GROUPS = 60
 # A sweep decides by its validation rows.
 SWEEP_SHARE = 0.2
-SPARE = 4
 
 
 class Drawn(NamedTuple):
@@ -51,10 +50,9 @@ def draw(session: Session, run: Run, params: TrainParams, own: int) -> Drawn:
     found = replay.kept(session, run.id)
     if not found and wanted:
         try:
-            older = replay.pool(session, run, params.replay_from, limit=SPARE * wanted)
+            found = replay.pool(session, run, params.replay_from, limit=wanted)
         except NotFound as error:
             raise JobFailed(f"replay_from: {error.message}") from error
-        found = [example for example in older if usable(run.kind, example)][:wanted]
         replay.keep(session, run.id, found)
     share = len(found) / (own + len(found)) if found else 0.0
     return Drawn(found, {"wanted": wanted, "drawn": len(found), "share": round(share, 4), "from": params.replay_from})

@@ -152,6 +152,7 @@ def compare_with_log(tokenizer: Tokenizer, examples: Sequence[Example], bodies: 
         "equal_to_served": equal,
         "served_under_another": other,
         "masked": masked,
+        "differing": len(different),
         "different": different[:LISTED],
     }
 
@@ -177,8 +178,8 @@ def _row_reasons(total: int, causes: Sequence[str], masked: int) -> list[str]:
 
 
 def _template_reasons(template: Mapping[str, Any]) -> list[str]:
-    if template["different"]:
-        said = f"{len(template['different'])} prompts no longer render to the token ids that were served"
+    if template["differing"]:
+        said = f"{template['differing']} prompts no longer render to the token ids that were served"
         return [f"template drift: {said}"]
     return []
 

@@ -16,6 +16,7 @@ from engine.digest import base_digest
 from engine.text.tokenizer import Tokenizer
 from services.settings import Settings
 from services.store import failpoints, revisions, runs
+from services.store.copying import among
 from services.store.jobs import JobCancelled, JobFailed, Lease
 from services.store.models import Example, InteractionBody
 from services.store.run_params import TrainParams, adapter_params
@@ -89,6 +90,7 @@ def _train(lease: Lease, settings: Settings, run_id: UUID) -> None:
         revision=order.revision_digest,
         params=order.params.model_dump(mode="json"),
         kind=order.kind,
+        swept=checkpoints.decided(work),
     )
     artifact.publish(work / "adapter", built, settings.artifacts)
     failpoints.reach("train.renamed")
@@ -150,7 +152,7 @@ def _examples(session: Session, order: Order, split: str) -> list[Example]:
 
 def _bodies(session: Session, examples: Sequence[Example]) -> dict[UUID, InteractionBody]:
     ids = [example.interaction_id for example in examples if example.interaction_id]
-    return {body.id: body for body in session.scalars(select(InteractionBody).where(InteractionBody.id.in_(ids)))}
+    return {body.id: body for body in session.scalars(select(InteractionBody).where(among(InteractionBody.id, ids)))}
 
 
 def _spec(settings: Settings, order: Order, model: Path, base: str, work: Path, ready: Ready) -> Spec:
@@ -179,7 +181,10 @@ def _reference(ready: Ready) -> list[ReferenceRow]:
     prompts = {row.example_id: row.prompt for row in ready.checked.rows}
     asked = [(one, asked_of(one, ready.bodies)) for one in ready.examples if str(one.id) in prompts]
     plain = [(one, said) for one, said in asked if not said.forced]
-    return [ReferenceRow(e.messages, prompts[str(e.id)], list(said.tools)) for e, said in plain[:REFERENCE_ROWS]]
+    return [
+        ReferenceRow(one.messages, prompts[str(one.id)], list(said.tools), said.at)
+        for one, said in plain[:REFERENCE_ROWS]
+    ]
 
 
 def _resumed(spec: Spec, work: Path) -> Spec:

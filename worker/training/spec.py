@@ -1,5 +1,6 @@
 """What the worker tells the trainer process, and what that answers, line by line. No torch here."""
 
+from datetime import datetime
 from typing import Any
 
 import msgspec
@@ -9,11 +10,12 @@ REFUSED = 3  # exit status: a retry would refuse again
 
 
 class ReferenceRow(msgspec.Struct, frozen=True):
-    """A chat and the token ids the serving engine makes of it, for transformers to confirm."""
+    """A chat and the token ids the serving engine makes of it, for transformers to confirm; `at`: when it was asked."""
 
     messages: list[dict[str, Any]]
     ids: list[int]
     tools: list[dict[str, Any]] = []
+    at: datetime | None = None
 
 
 class Spec(msgspec.Struct, frozen=True, kw_only=True):

@@ -39,8 +39,8 @@ class Rated(NamedTuple):
     found: Measured
 
 
-def candidates(spec: Spec, count: int) -> list[Changes]:
-    """The run itself, then others drawn without repetition; the same for the same spec."""
+def candidates(spec: Spec, count: int, steps_of: Callable[[Spec], int]) -> list[Changes]:
+    """The run itself, then others drawn at random, of which no two train alike; the same for the same spec."""
     factors = dict(FACTORS) | (dict(PREFERENCE_FACTORS) if spec.kind in ("dpo", "kto") else {})
     everything: list[dict[str, float]] = [{}]
     for name, choices in factors.items():
@@ -48,7 +48,11 @@ def candidates(spec: Spec, count: int) -> list[Changes]:
     plain = dict.fromkeys(factors, 1.0)
     others = [one for one in everything if one != plain]
     Random(spec.seed).shuffle(others)
-    return [{}, *(_values(spec, one) for one in others[: count - 1])]
+    distinct: dict[tuple[float, ...], Changes] = {}
+    for changes in ({}, *(_values(spec, one) for one in others)):
+        tried = msgspec.structs.replace(spec, **changes)
+        distinct.setdefault((tried.lr, tried.beta, steps_of(tried)), changes)
+    return list(distinct.values())[:count]
 
 
 def _values(spec: Spec, factors: Mapping[str, float]) -> Changes:
@@ -69,7 +73,7 @@ def halve(
 ) -> Changes:
     """Run the rungs; the winner's changes. What `log` holds from an attempt that was killed is not run again."""
     known = _known(log, spec.fingerprint)
-    standing = list(enumerate(candidates(spec, spec.sweep)))
+    standing = list(enumerate(candidates(spec, spec.sweep, steps_of)))
     for rung, (_, share) in enumerate(rungs(len(standing))):
         measured: list[Rated] = []
         for number, changes in standing:

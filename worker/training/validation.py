@@ -20,20 +20,21 @@ class Measured(NamedTuple):
 
 
 def read(file: str) -> list[Row]:
-    """The rows of a validation file; none for ""."""
-    return [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()] if file else []
+    """The rows of a validation file, less those without a right answer, which say nothing; none for ""."""
+    lines = Path(file).read_text(encoding="utf-8").splitlines() if file else []
+    return [row for line in lines if "good_ids" in (row := json.loads(line))]
 
 
 def measure(model: Any, rows: Sequence[Row]) -> Measured:  # noqa: ANN401 - a transformers or PEFT model
-    """Leaves the model in the mode it was in. Rows without a right answer say nothing."""
+    """Leaves the model in the mode it was in."""
     was_training = model.training
     model.eval()
-    good = [(row["prompt_ids"], row["good_ids"]) for row in rows if "good_ids" in row]
-    bad = [(row["prompt_ids"], row["bad_ids"]) for row in rows if "good_ids" in row and "bad_ids" in row]
+    good = [(row["prompt_ids"], row["good_ids"]) for row in rows]
+    bad = [(row["prompt_ids"], row["bad_ids"]) for row in rows if "bad_ids" in row]
     likely = _log_likelihoods(model, [*good, *bad])
     model.train(was_training)
     right = likely[: len(good)]
-    paired = [likely[place] for place, row in enumerate(row for row in rows if "good_ids" in row) if "bad_ids" in row]
+    paired = [likely[place] for place, row in enumerate(rows) if "bad_ids" in row]
     tokens = sum(len(answer) for _, answer in good)
     preferred = sum(ours > theirs for ours, theirs in zip(paired, likely[len(good) :], strict=True))
     return Measured(-sum(right) / max(tokens, 1), preferred / len(bad) if bad else None)
