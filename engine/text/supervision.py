@@ -38,10 +38,10 @@ class Asked(NamedTuple):
 NOTHING = Asked()
 
 
-def asked_in(kept: Mapping[str, Any] | None) -> Asked:
-    """From what an example keeps of its request."""
+def asked_in(kept: Mapping[str, Any] | None, at: datetime | None = None) -> Asked:
+    """From what an example keeps of its request, and when that came."""
     said = kept or {}
-    return Asked(tuple(said.get("tools") or ()), bool(said.get("forced")), logged_grammar(said))
+    return Asked(tuple(said.get("tools") or ()), bool(said.get("forced")), logged_grammar(said), at)
 
 
 class MaskPiece(NamedTuple):

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from engine.text.supervision import MaskPiece, asked_in, mask_pieces, supervise, turn_end
 from services.console.tokens import TokenReader
+from services.store.examples import served_at
 from services.store.forms import is_supervised
 from services.store.models import Example
 
@@ -35,7 +36,8 @@ def masks(reader: TokenReader, examples: Sequence[Example]) -> list[Mask]:
             made.append(Mask([], 0, refusal="Not for supervised training: it says which answer is worse."))
             continue
         try:
-            row = supervise(tokenizer, example.messages, example.completion or "", end, asked_in(example.asked))
+            asked = asked_in(example.asked, served_at(example.interaction_id))
+            row = supervise(tokenizer, example.messages, example.completion or "", end, asked)
         except ValueError as error:
             made.append(Mask([], 0, refusal=f"The template refuses this chat: {error}."))
             continue

@@ -75,6 +75,12 @@ def in_words(measured: Speed, config: SpeculationConfig) -> str:
     return f"No difference to decoding without drafts is shown yet: {gain.times:.2f} times as fast ({span}), {rates}."
 
 
+BECAME = {
+    "canary": "are being tried", "live": "are live", "retired": "were retired", "rolled back": "were rolled back",
+    "quarantined": "were quarantined",
+}  # fmt: skip
+
+
 def when_heads_come(config: SpeculationConfig, tokens: int, latest: Run | None, *, in_use: bool = False) -> str:
     """What has to happen before heads draft, while the window has no draft of theirs."""
     if in_use:
@@ -91,8 +97,10 @@ def when_heads_come(config: SpeculationConfig, tokens: int, latest: Run | None, 
         return "There is enough to train heads on; in this project that happens only when somebody asks."
     if latest is None:
         return "There is enough to train heads on: the first ones are started within minutes."
+    became = BECAME.get(latest.phase)
+    last = f"The heads trained last {became}." if became else f"The last training ended {latest.phase}."
     return (
-        f"The last training ended {latest.phase}. Heads are trained again once response tokens have grown by "
+        f"{last} Heads are trained again once response tokens have grown by "
         f"{100 * (config.growth - 1):.0f} %, when traffic drifts, or when the adapter changes."
     )
 

@@ -222,9 +222,18 @@ def _evidence(name: str, value: Any) -> str:  # noqa: ANN401 - whatever JSON hol
         return "yes" if value else "no"
     if isinstance(value, str):
         return value
+    if isinstance(value, list) and value and all(isinstance(one, int | float | None) for one in value):
+        return _figures([_evidence(name, one) for one in value])
     if isinstance(value, list):
         return str(len(value))
+    if value is None:
+        return "?"
     return percent(value, 0) if name in SHARES else count(value) if isinstance(value, int) else figure(value, 4)
+
+
+def _figures(told: list[str]) -> str:
+    """Two sides, the new one first; or an estimate with its interval."""
+    return f"{told[0]} ({told[1]} to {told[2]})" if len(told) == 3 else " against ".join(told)
 
 
 FILTERS: dict[str, Any] = {

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import cached_property
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -12,7 +13,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from services.store import pii
-from services.store.base import uuid7
+from services.store.base import uuid7, uuid7_time
 from services.store.copying import land_rows
 from services.store.models import Example
 
@@ -80,6 +81,11 @@ def beside(parameters: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return None
     forced = choice == "required" or isinstance(choice, dict)
     return {"tools": tools, "forced": True, "grammar": given.get("grammar")} if forced else {"tools": tools}
+
+
+def served_at(interaction_id: UUID | None) -> datetime | None:
+    """When the request came: templates that print the day render what they did then. None for imports."""
+    return uuid7_time(interaction_id) if interaction_id else None
 
 
 def is_erased(content_hash: str) -> bool:

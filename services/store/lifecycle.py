@@ -36,6 +36,7 @@ WHY: Mapping[str, str] = {
     "rejected": "not shown to be better, or worse somewhere",
     "quarantined": "the artefact is at fault",
 }
+HEADS_PASSED = "what they draft is accepted often enough to be tried on traffic"
 # What is in one of these never goes live again.
 CONDEMNED = ("rejected", "quarantined", "rolled_back")
 # Marks, among an event's evidence, which artefacts changed state with it.
@@ -81,7 +82,8 @@ def advance(
     step = move(session, digest, state)
     artifact = session.get_one(Artifact, digest)
     if step is not None:
-        tell(session, artifact, step, actor=actor, reason=reason or WHY.get(state, state), evidence=evidence)
+        why = HEADS_PASSED if (artifact.kind, state) == ("speculator", "verified") else WHY.get(state, state)
+        tell(session, artifact, step, actor=actor, reason=reason or why, evidence=evidence)
     return artifact
 
 

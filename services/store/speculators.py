@@ -10,6 +10,7 @@ from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from services.errors import Conflict
+from services.store import runs
 from services.store.lifecycle import locked, move, record_change, require_own, short
 from services.store.models import Artifact, Deployment, DeploymentEvent
 from services.store.speculation import Heads
@@ -74,7 +75,7 @@ def stage_canary(session: Session, project_id: UUID, digest: str, share: float, 
         raise Conflict(f"heads {short(digest)} draft already")
     replaced = deployment.speculator_canary_digest
     if replaced is not None:
-        move(session, replaced, "retired")
+        _move(session, replaced, "retired")
         _record(session, deployment, "speculator_retired", replaced, None, _because(decision, "newer heads are tried"))
     _towards_traffic(session, digest, "canary")
     deployment.speculator_canary_digest = digest
@@ -98,7 +99,7 @@ def go_live(session: Session, project_id: UUID, digest: str, decision: Decision)
     _towards_traffic(session, digest, "live")
     for other in (old, deployment.speculator_canary_digest):
         if other not in (None, digest):
-            move(session, other, "retired")
+            _move(session, other, "retired")
     deployment.speculator_digest = digest
     deployment.speculator_last_good_digest = old
     _end_canary(deployment)
@@ -115,7 +116,7 @@ def withdraw_canary(session: Session, project_id: UUID, decision: Decision, *, s
     canary = deployment.speculator_canary_digest
     if canary is None:
         raise Conflict("no heads are being tried")
-    move(session, canary, state)
+    _move(session, canary, state)
     _end_canary(deployment)
     _record(session, deployment, _kind(state), canary, deployment.speculator_digest, decision)
     return deployment
@@ -131,9 +132,9 @@ def roll_back(session: Session, project_id: UUID, decision: Decision, *, state: 
     if condemned is None:
         raise Conflict("no heads are live: the suffix drafter works alone already")
     target = _usable(session, deployment, deployment.speculator_last_good_digest)
-    move(session, condemned, state)
+    _move(session, condemned, state)
     if target is not None:
-        move(session, target, "live")
+        _move(session, target, "live")
     deployment.speculator_digest = target
     deployment.speculator_last_good_digest = None
     _record(session, deployment, "speculator_rolled_back", condemned, target, decision)
@@ -150,7 +151,7 @@ def retire(session: Session, project_id: UUID, decision: Decision) -> Deployment
     deployment.speculator_last_good_digest = None
     _end_canary(deployment)
     for digest in leaving:
-        move(session, digest, "retired")
+        _move(session, digest, "retired")
         _record(session, deployment, "speculator_retired", digest, None, decision)
     return deployment
 
@@ -207,7 +208,13 @@ def _usable(session: Session, deployment: Deployment, digest: str | None) -> str
 def _towards_traffic(session: Session, digest: str, state: str) -> None:
     for station in TOWARDS_STAGED.get(session.get_one(Artifact, digest).state, ()):
         move(session, digest, station)
+    _move(session, digest, state)
+
+
+def _move(session: Session, digest: str, state: str) -> None:
+    """A step, and the word for it on the run that trained these heads."""
     move(session, digest, state)
+    runs.went_on(session, session.get_one(Artifact, digest).run_id, state.replace("_", " "))
 
 
 def _end_canary(deployment: Deployment) -> None:

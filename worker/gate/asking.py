@@ -8,6 +8,7 @@ from engine.text.supervision import asked_in
 from engine.text.tokenizer import Tokenizer
 from services.store import evaluation_answers, failpoints, runs
 from services.store.evaluation_answers import Answer, Key
+from services.store.examples import served_at
 from services.store.jobs import JobCancelled, Lease
 from services.store.models import Example
 from worker.gate.judge import Pair, ask_pair, outcome_of
@@ -60,11 +61,22 @@ class Asking:
 
     def _answer_of(self, one: Example) -> Ask:
         return ask_answer(
-            self._tokenizer, one.id, one.messages, one.completion or "", self._context, asked_in(one.asked)
+            self._tokenizer,
+            one.id,
+            one.messages,
+            one.completion or "",
+            self._context,
+            asked_in(one.asked, served_at(one.interaction_id)),
         )
 
     def _likelihood_of(self, one: Example) -> Ask:
-        return ask_likelihood(self._tokenizer, one.id, one.messages, one.completion or "", asked_in(one.asked))
+        return ask_likelihood(
+            self._tokenizer,
+            one.id,
+            one.messages,
+            one.completion or "",
+            asked_in(one.asked, served_at(one.interaction_id)),
+        )
 
     def _ask(self, adapter: str | None, asks: Sequence[Ask]) -> dict[Key, Answer]:
         before = self._done

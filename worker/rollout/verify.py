@@ -12,6 +12,7 @@ from engine.messages import Generate, Sampling
 from engine.sync_client import SyncEngineClient
 from engine.text.supervision import NOTHING, Asked, answer_ids, asked_in, prompt_ids, said_text
 from engine.text.tokenizer import Tokenizer
+from services.store.examples import served_at
 from services.store.models import Evaluation, EvaluationRow, Example
 
 GOLDEN_PROMPTS = 8
@@ -64,13 +65,16 @@ def golden_prompts(
     # What the engine refused then it refuses again: that says nothing of the weights.
     answered = EvaluationRow.details["candidate"]["finish"].as_string().is_distinct_from("error")
     rows = session.execute(
-        select(Example.messages, Example.asked, EvaluationRow.candidate_output)
+        select(Example.messages, Example.asked, Example.interaction_id, EvaluationRow.candidate_output)
         .join(Example, Example.id == EvaluationRow.example_id)
         .where(EvaluationRow.evaluation_id == evaluation.scalar_subquery(), answered)
         .order_by(EvaluationRow.candidate_output == EvaluationRow.baseline_output, EvaluationRow.example_id)
         .limit(limit)
     )
-    return [GoldenPrompt(row.messages, row.candidate_output, asked_in(row.asked)) for row in rows]
+    return [
+        GoldenPrompt(row.messages, row.candidate_output, asked_in(row.asked, served_at(row.interaction_id)))
+        for row in rows
+    ]
 
 
 def compare(client: SyncEngineClient, tokenizer: Tokenizer, digest: str, prompts: list[GoldenPrompt]) -> Comparison:

@@ -11,8 +11,7 @@ from uuid import UUID
 
 from engine.text.supervision import Asked, Supervised, answer_ids, asked_in, prompt_ids, supervise, turn_end
 from engine.text.tokenizer import Tokenizer
-from services.store.base import uuid7_time
-from services.store.examples import beside
+from services.store.examples import beside, served_at
 from services.store.forms import is_supervised, rows_of
 from services.store.models import Example, InteractionBody
 
@@ -119,8 +118,8 @@ def asked_of(example: Example, bodies: Bodies) -> Asked:
     """What the example's request said beside its messages; when it came is in its id. Examples of older releases kept
     nothing of it: there it is read from the log while that has it."""
     body = bodies.get(example.interaction_id) if example.interaction_id else None
-    at = uuid7_time(example.interaction_id) if example.interaction_id else None
-    return asked_in(example.asked or beside(body.parameters if body is not None else None))._replace(at=at)
+    kept = example.asked or beside(body.parameters if body is not None else None)
+    return asked_in(kept, served_at(example.interaction_id))
 
 
 def _rows(kind: str, tokenizer: Tokenizer, example: Example, end: int, asked: Asked) -> list[AnyRow]:
