@@ -36,7 +36,7 @@ HEAD_STEPS: Mapping[str, tuple[str, ...]] = {
 TARGET = "target"
 MARGIN_POINTS = 3
 EVENT_LIMIT = 5000
-ROW_LIMIT = 40
+ROW_LIMIT = 8
 LOG_LINES = 40
 
 

@@ -55,9 +55,11 @@ def points(value: float | None, digits: int = 1) -> str:
 
 
 def figure(value: float | None, digits: int = 3) -> str:
-    """A number to `digits` significant places."""
+    """A number to `digits` significant places, or all places before the point."""
     if value is None:
         return "–"
+    if 10**digits <= abs(value) < 1e9:
+        return f"{value:,.0f}".replace("-", "−")
     return f"{value:.{digits}g}".replace("-", "−")
 
 

@@ -66,7 +66,7 @@ def test_harm_to_what_was_right_refuses_however_good_the_target_is() -> None:
     decision = decide(drawn(1, 200, 0.0, 1.0) + kept(1200, lost=120), look=1)
 
     assert not decision.promote
-    assert decision.reasons[0].startswith("may be worse on accepted by more than 3 points: -10.0 points")
+    assert decision.reasons[0].startswith("may be worse on accepted by more than 3 points: −10.0 points")
 
 
 def test_a_guarded_slice_with_rows_enough_must_show_that_nothing_is_lost_and_is_told_how_many_would() -> None:
@@ -77,7 +77,7 @@ def test_a_guarded_slice_with_rows_enough_must_show_that_nothing_is_lost_and_is_
     assert unharmed.promote
     assert not unharmed.slices["accepted"].weak
     assert not unsure.promote
-    assert unsure.reasons[0].startswith("may be worse on accepted by more than 3 points: -2.5 points")
+    assert unsure.reasons[0].startswith("may be worse on accepted by more than 3 points: −2.5 points")
     assert 0 < unsure.wanted["accepted"] == unsure.needed
 
 

@@ -253,4 +253,5 @@ def _until_strong(result: SliceResult, policy: Policy) -> int:
 
 
 def _interval(result: SliceResult) -> str:
-    return f"{100 * result.delta:+.1f} points [{100 * result.low:+.1f}, {100 * result.high:+.1f}]"
+    figures = f"{100 * result.delta:+.1f} points [{100 * result.low:+.1f}, {100 * result.high:+.1f}]"
+    return figures.replace("-", "−")
