@@ -27,9 +27,9 @@ up: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/python -m examples.demo $(ARGS)
 
-# Many tests wait for processes of their own, so three take turns on two cores; a file's tests share what it sets up.
+# A file's tests share what it sets up, so they stay in one process.
 test: $(STAMP) chromium
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

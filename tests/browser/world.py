@@ -50,6 +50,7 @@ def build(session: Session) -> list[Scene]:
         Scene("revision", f"{HERE}/datasets/golden/{digest}"),
         Scene("runs", f"{HERE}/runs"),
         Scene("runs-none", f"{HERE}/runs?kind=kto&state=working"),
+        Scene("run-triggers", f"{HERE}/runs/triggers"),
         Scene("run-new", f"{HERE}/runs/new?kind=sft"),
         Scene("run-new-wrong", f"{HERE}/runs/new?kind=dpo", _wrong_run),
         *(Scene(f"run-{place}", f"{HERE}/runs/{run}") for place, run in enumerate(runs)),
