@@ -19,13 +19,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import UUID
 
 import httpx
 import psutil
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 
 from benchmarks.learning_cells import Cell
 from examples.loop.drive import Plan, configure, review, reviewers
@@ -34,6 +35,7 @@ from examples.loop.platform import Platform, platform
 from services.settings import Settings
 from services.store import deployments, jobs, projects
 from services.store.base import Sessions, make_sessions
+from services.store.leases import HEARTBEAT_SECONDS, LEASE_SECONDS
 from services.store.models import Artifact, Deployment, DeploymentEvent, Interaction, Job, Run
 
 ROOT = Path(__file__).parents[1]
@@ -154,6 +156,15 @@ class Arena:
         with self.sessions() as session:
             return session.get_one(Job, job_id).state not in ("queued", "running")
 
+    def end_silent_leases(self) -> None:
+        """A dead worker's lease ends after two missed heartbeats, not after a minute; what follows is the same."""
+        left = timedelta(seconds=LEASE_SECONDS - 2 * HEARTBEAT_SECONDS)
+        silent = (Job.state == "running") & (Job.lease_expires_at < func.now() + left)
+        with self.sessions.begin() as session:
+            session.execute(
+                update(Job).where(silent, Job.lease_expires_at > func.now()).values(lease_expires_at=func.now())
+            )
+
     # --- what must hold ---
 
     def wrong_of_run(self, run_id: UUID) -> list[str]:
@@ -241,7 +252,7 @@ def _strike(arena: Arena, case: Case, over: Callable[[], bool]) -> tuple[bool, b
     if reached:
         arena.kill(case.victim)
     arena.disarm()
-    return reached, _until(over, CASE_SECONDS)
+    return reached, _until(lambda: arena.end_silent_leases() or over(), CASE_SECONDS)
 
 
 def _active(arena: Arena) -> str | None:

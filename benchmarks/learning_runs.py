@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from uuid import uuid4
 
 import numpy as np
 from sqlalchemy import select
@@ -26,7 +25,7 @@ from examples.grammars.simulate import APPLICATIONS
 from examples.loop.drive import Plan, run_loop
 from examples.loop.platform import platform
 from services.settings import Settings
-from services.store.base import make_sessions
+from services.store.base import make_sessions, uuid7
 from services.store.models import Annotation, DeploymentEvent, Example, InteractionBody, Run
 from worker.training.preflight import Preflight, check
 
@@ -175,8 +174,8 @@ def _named(ready: Preflight, words: str) -> bool:
 
 def _corrected(one: Any) -> Example:  # noqa: ANN401 - a grammar's example
     return Example(
-        id=uuid4(), split="train", kind="preference", source="corrected", group_key=one.facts,
-        messages=list(one.messages), completion=one.house, rejected=one.base, interaction_id=uuid4(), pii=[],
+        id=uuid7(), split="train", kind="preference", source="corrected", group_key=one.facts,
+        messages=list(one.messages), completion=one.house, rejected=one.base, interaction_id=uuid7(), pii=[],
     )  # fmt: skip
 
 
