@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -45,6 +46,7 @@ SOURCES = (
 )  # fmt: skip
 OF_THE_ENGINE = ("reconcile.", "probe.")
 OF_A_SWAP = ("deploy.", *OF_THE_ENGINE)
+PARTS = {"run": ("job.", "train.", "evaluate."), "swap": OF_A_SWAP}
 NEVER_HERE = ("reconcile.retreating",)  # needs an artefact that no engine can load; tests/rollout goes there
 VICTIMS = ("worker", "dispatcher", "engine", "gateway", "trainer")
 PLAN = Plan(clients=2, review_rate=10.0, rate=2.0, judgements=300, window_seconds=5)
@@ -303,10 +305,14 @@ def arena(order: Path) -> Iterator[tuple[Arena, list[str], App]]:
 
 
 def _taught(made: Arena) -> str:
-    """An adapter the gate has compared with the base; deployed over it."""
-    if _active(made) is not None:
-        with made.running.admin() as admin:
-            admin.post(f"/api/p/{made.project}/deployment/rollback", json={"reason": "compare with the base"})
+    """An adapter the gate has compared with the base; deployed over it. What served before is retired."""
+    with made.sessions.begin() as session:
+        deployment = deployments.get(session, made.project_id)
+        if deployment.active_digest is not None:
+            deployments.flip(
+                session, made.project_id, expected_generation=deployment.generation, digest=None, actor="benchmark",
+                reason="the next one is compared with the base as well",
+            )  # fmt: skip
     run_id = made.start_run(TEACHING)
     if not _until(lambda: made.run_over(run_id), CASE_SECONDS):
         raise RuntimeError("the first run did not end")
@@ -345,12 +351,12 @@ def _lost(sessions: Sessions, sent: int) -> int:
     return max(0, sent - landed())
 
 
-def kills(scale: float) -> Cell:
-    """The line of the table."""
-    return cell(*measure(max(1, round(5 * scale)), (), _print))
+def kills(part: str, scale: float) -> Cell:
+    """A line of the table."""
+    return cell(part, *measure(max(1, round(5 * scale)), PARTS[part], _print))
 
 
-def cell(outcomes: Sequence[Outcome], answers: int, lost: int) -> Cell:
+def cell(part: str, outcomes: Sequence[Outcome], answers: int, lost: int) -> Cell:
     bad = [one for one in outcomes if one.wrong]
     missed = [one for one in outcomes if not one.reached]
     measured = (
@@ -362,8 +368,9 @@ def cell(outcomes: Sequence[Outcome], answers: int, lost: int) -> Cell:
         "answers": answers,
         "lost": lost,
     }
+    victims = f"{'trainer, ' if part == 'run' else ''}worker, dispatcher, engine, gateway"
     return Cell(
-        "kill -9 of trainer, worker, dispatcher, engine, gateway at each failpoint of run and swap",
+        f"kill -9 of {victims} at each failpoint of a {part}",
         "one artefact, one live digest, no lost request", measured, not bad and not lost, raw,
     )  # fmt: skip
 
@@ -374,7 +381,7 @@ def _print(outcome: Outcome) -> None:
     print(f"{case.point:24} {case.victim:12} {case.turn}  {outcome.seconds:6.1f} s  {verdict}", flush=True)
 
 
-CELLS: dict[str, Callable[[float], Cell]] = {"kills": kills}
+CELLS: dict[str, Callable[[float], Cell]] = {part: partial(kills, part) for part in PARTS}
 
 
 def main() -> int:
@@ -383,7 +390,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="prefixes of failpoints, with commas between them")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    done = cell(*measure(options.times, [part for part in options.only.split(",") if part], _print))
+    done = cell("run or swap", *measure(options.times, [part for part in options.only.split(",") if part], _print))
     print(done.measured)
     if options.out:
         options.out.write_text(json.dumps(done._asdict(), indent=1) + "\n", encoding="utf-8")
