@@ -16,6 +16,7 @@ from services.errors import Conflict, NotFound
 from services.settings import Settings
 from services.store import deployments, failpoints, runs, speculators
 from services.store.jobs import JobCancelled, JobFailed, Lease
+from services.store.lifecycle import CONDEMNED
 from services.store.models import Artifact, Project
 from services.store.speculation import read_config
 from services.store.speculators import Decision
@@ -23,7 +24,6 @@ from services.store.speculators import Decision
 ACTOR = "rollout"
 # An engine that is being restarted is back well within this.
 CONNECT_SECONDS = 30.0
-UNFIT = ("rejected", "quarantined", "rolled_back")
 
 log = structlog.get_logger()
 
@@ -70,7 +70,7 @@ def _begin(lease: Lease, order: Order) -> str | None:
     """The adapter that the heads were trained on. Raises Conflict when these heads cannot draft for this project."""
     with lease.transaction() as session:
         artifact = deployments.require_own(session, order.project_id, order.digest, "speculator")
-        if artifact.state in UNFIT:
+        if artifact.state in CONDEMNED:
             raise Conflict(f"heads {order.digest[:12]} are {artifact.state}")
         if not read_config(session.get_one(Project, order.project_id).config).enabled:
             raise Conflict("speculation is switched off for this project")
@@ -154,7 +154,7 @@ def condemn(session: Session, project_id: UUID, digest: str, actor: str, reason:
         speculators.withdraw_canary(session, project_id, decision, state="quarantined")
     elif digest == heads.live:
         speculators.roll_back(session, project_id, decision, state="quarantined")
-    elif session.get_one(Artifact, digest).state not in UNFIT:
+    elif session.get_one(Artifact, digest).state not in CONDEMNED:
         deployments.advance(session, digest, "quarantined")
 
 
