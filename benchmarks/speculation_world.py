@@ -118,11 +118,15 @@ class World:
         known = len(self.answers)
         order(CLIENT, message)
         while len(self.answers) == known:
-            self.core.step()
-            self._collect({})
-            time.sleep(0.0002)
+            self.idle()
         if self.answers[-1].error:
             raise RuntimeError(f"{message.digest[:12]}: {self.answers[-1].error}")
+
+    def idle(self) -> None:
+        """A step with nothing to serve: what was ordered goes on."""
+        self.core.step()
+        self._collect({})
+        time.sleep(0.0002)
 
     def _collect(self, inside: dict[str, Told]) -> None:
         for _, message in self.core.outbox:

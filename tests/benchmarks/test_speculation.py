@@ -131,7 +131,7 @@ def test_swaps_are_counted_when_they_happened_and_refusals_apart(world: World) -
     assert swapper.failed == 0
     swapped = len(swapper.moments)
     while len(swapper.moments) == swapped:  # the last answer may have come in the middle of a swap
-        world.core.step()
+        world.idle()
         next(steps)
     assert {slot.digest for slot in world.core.drafting.speculators.table()} & {first, second} == {swapper.now}
 
