@@ -184,7 +184,7 @@ def train_heads(platform: Platform, plan: Plan, tell: Tell) -> bool:
         for run, step, steps in _events(admin, run_id, plan.heads_seconds):
             tell(Progress("heads", step, steps))
             if run["state"] not in UNFINISHED:
-                return bool(run["state"] == "succeeded" and run["phase"] in ("canary", "live"))
+                return bool(run["state"] == "succeeded" and run["phase"] != "refused")
         admin.post(f"/api/runs/{run_id}/cancel")
     return False
 

@@ -158,7 +158,7 @@ def _heads(session: Session, project_id: UUID) -> tuple[str, datetime | None]:
     ).first()
     if run is None:
         return "not trained", None
-    if run.artifact_digest is None or run.phase not in ("canary", "live"):
+    if run.artifact_digest is None or run.state != "succeeded" or run.phase == "refused":
         return f"{run.phase}, not tried on traffic: {_why(session, run)}", None
     events = session.scalars(
         select(DeploymentEvent)

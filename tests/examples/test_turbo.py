@@ -18,7 +18,7 @@ from examples.loop.report import Gaps, Report, Served, wilson
 from examples.loop.turbo import Pair, Rate, Timed, Turbo, measure, pair, rate, stages
 from services.store import partitions, projects, runs, speculators
 from services.store.base import Sessions
-from services.store.models import Project
+from services.store.models import Artifact, Project
 from services.store.speculators import Decision
 from tests.console.seed_speed import answer, heads
 
@@ -104,6 +104,7 @@ def run_heads(session: Session, project: UUID, phase: str) -> str:
     owner = session.get_one(Project, project)
     run = runs.start(session, owner, params={}, created_by="test", kind="speculator")
     run.artifact_digest = heads(session, owner, "tried")
+    session.get_one(Artifact, run.artifact_digest).run_id = run.id
     runs.finish(session, run, "succeeded", phase)
     return run.artifact_digest
 
