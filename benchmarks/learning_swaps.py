@@ -44,6 +44,10 @@ TEMPERATURE = 0.7
 PROJECT = "entities"
 WARM_SWAPS = 50
 FLAT_MB = 20.0
+# What the suffix drafter remembers is bounded, but at its default of a million tokens (about 20 MB) it is still filling
+# when the last swap is over. It is full before the first one that counts, so that whatever else grows is seen.
+SUFFIX_TOKENS = 1 << 14
+FULL_SECONDS = 120.0
 
 
 class Ask(NamedTuple):
@@ -114,7 +118,10 @@ def _request(tokenizer: Tokenizer, ask: Ask, digest: str, number: int) -> Genera
 @contextmanager
 def _platform(made: Sequence[Path]) -> Iterator[tuple[World, list[str]]]:
     """A database, the engine on the starter, gateway and shipper; the adapters as artefacts of the project."""
-    with database() as postgres, make_world(postgres, real_engine=True, WHET_MODEL="starter") as world:
+    with (
+        database() as postgres,
+        make_world(postgres, real_engine=True, WHET_MODEL="starter", WHET_SUFFIX_TOKENS=str(SUFFIX_TOKENS)) as world,
+    ):
         digests = []
         for directory in made:
             manifest = (directory / "manifest.json").read_bytes()
@@ -151,7 +158,13 @@ def _measure(world: World, digests: Sequence[str], asks: Sequence[Ask], wanted: 
     blocks = []
     with SyncEngineClient(world.settings.engine_socket) as client:
         _swap(world, client, next(order), None)
-        _load(world, asks, lambda: [_swap_next(world, client, order) for _ in range(min(WARM_SWAPS, wanted))])
+
+        def warming() -> None:
+            for _ in range(min(WARM_SWAPS, wanted)):
+                _swap_next(world, client, order)
+            _await_full(client)
+
+        _load(world, asks, warming)
         for start in range(0, wanted, BLOCK):
             count = min(BLOCK, wanted - start)
             swapped: list[tuple[float, float]] = []
@@ -165,6 +178,15 @@ def _measure(world: World, digests: Sequence[str], asks: Sequence[Ask], wanted: 
             blocks.append(Block(heard, swapped, engine.memory_info().rss / 1e6))
             blocks.append(Block(_load(world, asks, lambda took=took: time.sleep(took)), [], 0.0))  # type: ignore[misc]
     return blocks
+
+
+def _await_full(client: SyncEngineClient) -> None:
+    """Until the project's corpus has no room left. Raises RuntimeError when traffic does not fill it."""
+    deadline = time.monotonic() + FULL_SECONDS
+    while not any(corpus.tokens >= SUFFIX_TOKENS for corpus in client.status().corpora):
+        if time.monotonic() > deadline:
+            raise RuntimeError("the suffix corpus does not fill: its growth would pass for that of swaps")
+        time.sleep(0.2)
 
 
 def _swap_next(world: World, client: SyncEngineClient, order: Iterator[str]) -> tuple[float, float]:

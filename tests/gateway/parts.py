@@ -115,7 +115,7 @@ class World:
                 "tests.gateway.fake_engine", settings.engine_socket, f"--step-ms={self.step_ms}", *fake_options
             )
         options = {"model": settings.model_path, "socket": settings.engine_socket, "artifacts": settings.artifacts,
-                   "precision": settings.precision, "threads": 1}  # fmt: skip
+                   "precision": settings.precision, "threads": 1, "suffix-tokens": settings.suffix_tokens}  # fmt: skip
         return self.start("engine.process", *(f"--{name}={value}" for name, value in options.items()))
 
     def start_gateway(self, **environment: str) -> Process:
