@@ -76,6 +76,7 @@ class KtoParams(TrainParams):
     lr: float = Field(1e-3, gt=0, le=0.1, description="Highest learning rate; it rises, then falls as a cosine.")
     batch_size: int = Field(8, ge=2, le=256, description="Examples a step and device; their mix estimates the drift.")
     beta: float = Field(0.1, gt=0, le=10, description="How strongly it is held to the base; low lets it go further.")
+    sft_weight: float = Field(1.0, ge=0, le=100, description="Weight of imitating right answers beside telling apart.")
     good_weight: float = Field(1.0, gt=0, le=100, description="Weight of answers marked right.")
     bad_weight: float = Field(1.0, gt=0, le=100, description="Weight of answers marked wrong.")
 

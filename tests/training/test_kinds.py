@@ -29,10 +29,10 @@ KINDS = ("sft", "dpo", "kto")
 QUICK = {"rank": 8, "alpha": 16, "lr": 0.01, "epochs": 4, "batch_size": 8, "max_length": 64}
 
 
-def trainer_of(kind: str, model: Path, work: Path, rows: list[dict[str, Any]] | None = None) -> Any:  # noqa: ANN401
+def trainer_of(kind: str, model: Path, work: Path, rows: list[dict[str, Any]] | None = None, **changes: object) -> Any:  # noqa: ANN401
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    spec = make_spec(kind, model, work)
+    spec = make_spec(kind, model, work, **changes)
     written = [json.loads(line) for line in Path(spec.rows_file).read_text().splitlines()]
     base = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager")
     return trainers.make(
@@ -111,6 +111,28 @@ def test_a_collator_that_shifts_the_mask_is_refused(tiny_model: Path, tmp_path: 
     trainer.data_collator = shifted
     with pytest.raises(Refused, match="other tokens or labels"):
         trainers.confirm(trainer, rows)
+
+
+def test_kto_imitates_right_answers_beside_telling_them_from_wrong_ones(tiny_model: Path, tmp_path: Path) -> None:
+    import torch
+
+    plain, both = (trainer_of("kto", tiny_model, tmp_path / str(weight), sft_weight=weight) for weight in (0.0, 0.5))
+    batch = next(iter(both.get_train_dataloader()))
+    right = batch["label"].bool()
+    assert right.any()
+    assert not right.all()
+
+    added = both.compute_loss(both.model, batch) - plain.compute_loss(plain.model, batch)
+    with torch.no_grad():
+        logits = both.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    nats = -logits.log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
+    learned = batch["completion_mask"][:, 1:].bool() & right[:, None]
+    torch.testing.assert_close(added, 0.5 * nats[learned].mean(), rtol=1e-4, atol=1e-5)
+
+    added.backward()
+    assert any(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in both.model.parameters())
+    none_right = batch | {"label": torch.zeros_like(batch["label"])}
+    assert both.compute_loss(both.model, none_right) == plain.compute_loss(plain.model, none_right)
 
 
 # --- through the job --------------------------------------------------------------------------------------

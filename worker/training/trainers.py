@@ -6,7 +6,8 @@ KTO takes rows in their order because each brings the answer it is compared with
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def make(
         r=spec.rank, lora_alpha=spec.alpha, lora_dropout=0.0, target_modules=sorted(spec.targets),
         task_type="CAUSAL_LM",
     )  # fmt: skip
-    kind, settings = _classes(spec.kind)
+    kind, settings = _classes(spec)
     trainer = kind(
         model=model,
         args=settings(**_common(spec, len(rows), on_gpu=on_gpu), **_own(spec)),
@@ -53,17 +54,48 @@ def make(
     return trainer
 
 
-def _classes(kind: str) -> tuple[Any, Any]:
+def _classes(spec: Spec) -> tuple[Any, Any]:
     from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
     def as_they_are(_self: object, dataset: Any, *_: object) -> Any:  # noqa: ANN401
         """In the place of TRL's tokenisation: the rows are the serving engine's own ids."""
         return dataset
 
-    if kind == "sft":
-        return SFTTrainer, SFTConfig
-    trainer, settings = (DPOTrainer, DPOConfig) if kind == "dpo" else (KTOTrainer, KTOConfig)
-    return type(trainer.__name__, (trainer,), {"_prepare_dataset": as_they_are}), settings
+    class PairsAsTheyAre(DPOTrainer):  # type: ignore[misc]
+        _prepare_dataset = as_they_are
+
+    class MarksAsTheyAre(KTOTrainer):  # type: ignore[misc]
+        _prepare_dataset = as_they_are
+
+        def compute_loss(self, model: Any, inputs: Columns, *args: Any, **named: Any) -> Any:  # noqa: ANN401
+            with _outputs_learned_from(model) as seen:
+                loss = super().compute_loss(model, inputs, *args, **named)
+            return loss + spec.sft_weight * imitation(seen[-1].log_probs, inputs) if seen and spec.sft_weight else loss
+
+    return {
+        "sft": (SFTTrainer, SFTConfig), "dpo": (PairsAsTheyAre, DPOConfig), "kto": (MarksAsTheyAre, KTOConfig),
+    }[spec.kind]  # fmt: skip
+
+
+def imitation(log_probs: Any, batch: Columns) -> Any:  # noqa: ANN401
+    """Nats a token of a batch's answers marked right; 0 when it has none. TRL's DPO calls this the loss "sft", its KTO
+    lacks it. `log_probs` [rows, tokens − 1]."""
+    right = batch["label"].bool().to(log_probs.device)
+    learned = batch["completion_mask"].to(log_probs.device)[right, 1:].bool()
+    return -log_probs[right][learned].mean() if right.any() else 0.0
+
+
+@contextmanager
+def _outputs_learned_from(model: Any) -> Iterator[list[Any]]:  # noqa: ANN401
+    """What the model's forward passes return while gradients are kept."""
+    import torch
+
+    seen: list[Any] = []
+    hook = model.register_forward_hook(lambda *call: seen.append(call[-1]) if torch.is_grad_enabled() else None)
+    try:
+        yield seen
+    finally:
+        hook.remove()
 
 
 def _common(spec: Spec, rows: int, *, on_gpu: bool) -> Columns:
