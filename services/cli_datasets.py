@@ -102,7 +102,12 @@ def to_parquet(path: Path) -> None:
     try:
         # Not Arrow's own reader of JSON, which takes texts that look like dates for dates.
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        pq.write_table(pa.Table.from_pylist(rows), path.with_suffix(".parquet"))
+        table = pa.Table.from_pylist(rows)
+        # A split whose prompts offered no tools has the column all the same, of the same type as the other's.
+        tools = table.schema.get_field_index("tools")
+        if tools >= 0:
+            table = table.set_column(tools, "tools", table["tools"].cast(pa.string()))
+        pq.write_table(table, path.with_suffix(".parquet"))
     except pa.ArrowException as error:
         raise InvalidRequest(f"{path.name} is written, but no Parquet file can hold its rows: {error}") from error
 

@@ -28,6 +28,7 @@ class MappingForm(BaseModel):
     chosen: str = ""
     rejected: str = ""
     label: str = ""
+    tools: str = ""
     group: str = ""
 
 

@@ -8,6 +8,7 @@ from uuid import UUID
 from services.store import examples, revisions
 from services.store.base import Sessions
 from services.store.forms import Form, rows_of
+from services.store.models import Example
 from services.store.revisions import Located
 
 
@@ -20,9 +21,15 @@ def lines(sessions: Sessions, revision_id: UUID, form: Form, split: str | None =
         for example, _ in revisions.stream(session, revision_id, split):
             rows = [] if examples.is_erased(example.content_hash) else rows_of(example, form)
             for row in rows:
-                whole = {**row, "example": example.content_hash, "split": example.split}
+                whole = {**row, "tools": _tools(example), "example": example.content_hash, "split": example.split}
                 yield json.dumps(whole, ensure_ascii=False).encode() + b"\n"
             session.expunge(example)
+
+
+def _tools(example: Example) -> str | None:
+    """What the request offered, as JSON text: TRL reads it so, and a Parquet column has one type."""
+    offered = (example.asked or {}).get("tools")
+    return json.dumps(offered, ensure_ascii=False) if offered else None
 
 
 def file_name(found: Located, form: Form, split: str | None) -> str:

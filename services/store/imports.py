@@ -31,6 +31,7 @@ FIELDS = {
     "chosen": "the better of two answers",
     "rejected": "the worse of two answers",
     "label": "whether the completion is good: true or false",
+    "tools": "the functions that the prompt offered, as a list or its JSON",
     "group": "what must stay on one side of the split: a session, user or template",
 }
 # Other names under which files bring these fields.
@@ -42,6 +43,7 @@ ALIASES = {
     "chosen": ("chosen", "preferred"),
     "rejected": ("rejected",),
     "label": ("label",),
+    "tools": ("tools",),
     "group": ("group", "group_key", "session", "user"),
 }
 MESSAGES_MOST = 200
@@ -161,6 +163,7 @@ def _draft(cells: Mapping[str, Any], author: str) -> Draft:
         interaction_id=None,
         annotation_ids=(),
         reviewers=(author,),
+        asked={"tools": tools} if (tools := _offered(cells.get("tools"))) else None,
     )
 
 
@@ -180,6 +183,15 @@ def _asked(cells: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str | None]:
     if not messages:
         raise _BadRow("asks nothing")
     return messages, completion
+
+
+def _offered(value: object) -> list[Any]:
+    value = _maybe_json(value)
+    if value is None or value in ("", "[]"):
+        return []
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise _BadRow("has tools that are no list of functions")
+    return _plain_json(value, "tools")
 
 
 def _user(prompt: object) -> dict[str, Any]:
@@ -205,6 +217,10 @@ def _chat(value: object, name: str) -> list[dict[str, Any]]:
             raise _BadRow(f"has a message in {name} without a role ({', '.join(ROLES)})")
         if not isinstance(message.get("content", ""), str | list):
             raise _BadRow(f"has a message in {name} whose content is neither text nor parts")
+    return _plain_json(value, name)
+
+
+def _plain_json(value: list[Any], name: str) -> list[Any]:
     try:
         _checked(json.dumps(value, ensure_ascii=False, allow_nan=False).replace("\\u0000", "\x00"), name)
     except (TypeError, ValueError, RecursionError) as error:

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import func, select
 
+from services.cli_datasets import to_parquet
 from services.errors import InvalidRequest, TooLarge, Unprocessable, WhetError
-from services.store import datasets, import_files, imports, revisions
+from services.store import dataset_export, datasets, import_files, imports, revisions
 from services.store.imports import Parsed
 from services.store.models import Dataset, DatasetImport, DatasetImportExample, Example
 from tests.curation.world import World
@@ -70,6 +72,26 @@ def test_forms_of_trl_are_taken_as_they_are() -> None:
     assert (chat.kind, chat.messages, chat.completion) == ("completion", prompt, "y")
 
 
+def test_tools_come_back_as_they_were_exported(world: World, tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    rows = [ROWS[0], ROWS[1] | {"tools": tools}, ROWS[2] | {"tools": json.dumps(tools)}, ROWS[3] | {"tools": "[]"}]
+    _, record = begin(world, jsonl(rows))
+    with world.sessions.begin() as session:
+        imports.finish(session, session.get_one(DatasetImport, record.id), None, "ada")
+        revision = build_revision(session, world.project_id, "golden")
+
+    file = tmp_path / "train.jsonl"
+    file.write_bytes(b"".join(dataset_export.lines(world.sessions, revision.id, "prompt-completion")))
+    to_parquet(file)
+
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert sorted(line["tools"] or "" for line in lines) == ["", "", json.dumps(tools), json.dumps(tools)]
+    for name in ("train.jsonl", "train.parquet"):
+        again = imports.parse(name, (tmp_path / name).read_bytes(), None, "ada")
+        assert again.refusal is None
+        assert {one.content_hash for one in again.drafts} == {line["example"] for line in lines}
+
+
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
@@ -79,6 +101,7 @@ def test_forms_of_trl_are_taken_as_they_are() -> None:
         ({"prompt": [{"role": "boss", "content": "x"}], "completion": "x"}, "without a role"),
         ({"prompt": "x\x00", "completion": "x"}, "a character that cannot be stored"),
         ({"prompt": "x", "completion": "x" * 100_001}, "they end at 100,000"),
+        ({"prompt": "x", "completion": "x", "tools": "weather"}, "row 6 has tools that are no list of functions"),
     ],
 )
 def test_a_bad_row_is_told_by_its_number_and_stops_the_file(row: dict[str, Any], sentence: str) -> None:

@@ -193,12 +193,12 @@ def test_datasets_and_trl_read_what_is_exported(
         "prompt-completion": {"prompt", "completion"}, "preference": {"prompt", "chosen", "rejected"},
         "unpaired": {"prompt", "completion", "label"},
     }  # fmt: skip
-    assert set(read.column_names) == wanted[form] | {"example", "split"}
+    assert set(read.column_names) == wanted[form] | {"tools", "example", "split"}
     for row, line in zip(read, lines, strict=True):
         assert is_conversational(row)
         assert {name: _bare(row[name]) for name in row} == {name: _bare(line[name]) for name in line}
     if form == "preference":
-        plain = read.remove_columns(["example", "split"])
+        plain = read.remove_columns(["tools", "example", "split"])
         assert len(unpair_preference_dataset(plain)) == 2 * rows
 
 
