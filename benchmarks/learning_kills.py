@@ -4,8 +4,9 @@
 
 A case orders the worker to hold at a failpoint, kills trainer, worker, dispatcher, engine or gateway there, lets go,
 and waits for the ending. Then there must be one artefact of the run, one live digest that row, history and engine
-agree on, and every answer an app received to its end must be in Postgres. Places of a run are walked by short runs
-of their own, places of a swap by deploying two evaluated adapters in turns, in mode "direct".
+agree on, and every answer an app received to its end must be in Postgres, by its id. Places of a run are walked by
+short runs of their own, places of a swap by deploying two evaluated adapters in turns, in mode "direct". The trainer is
+killed as it starts and after more and more steps.
 """
 
 import argparse
@@ -29,6 +30,7 @@ import httpx
 import psutil
 from sqlalchemy import func, select, update
 
+from benchmarks.landed import missing
 from benchmarks.learning_cells import Cell
 from examples.loop.drive import Plan, configure, review, reviewers
 from examples.loop.people import App
@@ -37,21 +39,23 @@ from services.settings import Settings
 from services.store import deployments, jobs, projects
 from services.store.base import Sessions, make_sessions
 from services.store.leases import HEARTBEAT_SECONDS, LEASE_SECONDS
-from services.store.models import Artifact, Deployment, DeploymentEvent, Interaction, Job, Run
+from services.store.models import Artifact, Deployment, DeploymentEvent, Job, Run, RunEvent
 
 ROOT = Path(__file__).parents[1]
 SOURCES = (
     "worker/tasks.py", "worker/training/run.py", "worker/gate/evaluate.py", "worker/gate/asking.py",
     "worker/rollout/swap.py", "worker/rollout/reconcile.py",
 )  # fmt: skip
-OF_THE_ENGINE = ("reconcile.", "probe.")
-OF_A_SWAP = ("deploy.", *OF_THE_ENGINE)
+ALL_THE_TIME = ("reconcile.",)  # come by at every look at the engine
+OF_A_SWAP = ("deploy.", "probe.", *ALL_THE_TIME)
 PARTS = {"run": ("job.", "train.", "evaluate."), "swap": OF_A_SWAP}
 NEVER_HERE = ("reconcile.retreating",)  # needs an artefact that no engine can load; tests/rollout goes there
 VICTIMS = ("worker", "dispatcher", "engine", "gateway", "trainer")
 PLAN = Plan(clients=2, review_rate=10.0, rate=2.0, judgements=300, window_seconds=5)
 TEACHING = {"epochs": 4}
 SHORT = {"max_steps": 3}
+LONG = {"max_steps": 30, "checkpoint_steps": 5}
+TRAINER_STEPS = (0, 3, 7, 14, 24)  # of LONG's; 0: as soon as the process is there
 CASE_SECONDS = 240.0
 
 
@@ -131,6 +135,12 @@ class Arena:
         """The part's own processes, without the guard that would tell the supervisor."""
         state = json.loads((self.settings.sockets / "platform.json").read_text())
         return [one.pid for one in psutil.Process(state["parts"][name]["guard"]).children(recursive=True)]
+
+    def step_of(self, run_id: UUID) -> int:
+        """The last step that a run's trainer told of; −1 while there is no trainer."""
+        with self.sessions() as session:
+            told = session.scalar(select(func.max(RunEvent.step)).where(RunEvent.run_id == run_id))
+        return told if told is not None else 0 if self.trainers() else -1
 
     def trainers(self) -> list[int]:
         found = [psutil.Process(pid) for pid in self._part("trainer")]
@@ -225,19 +235,22 @@ def walk(arena: Arena, pair: Sequence[str], case: Case) -> Outcome:
     began = time.monotonic()
     if case.point.startswith(OF_A_SWAP):
         digest = next(one for one in pair if one != _active(arena))
-        if case.point.startswith(OF_THE_ENGINE):  # come by all the time: the swap goes first
+        if case.point.startswith(ALL_THE_TIME):  # the swap goes first, or it is held before there is one
             job_id = arena.deploy(digest)
             arena.arm(case.point)
         else:
             arena.arm(case.point)
             job_id = arena.deploy(digest)
-        reached, over = _strike(arena, case, lambda: arena.job_over(job_id))
+        reached, over = _strike(arena, case, arena.reached.exists, lambda: arena.job_over(job_id))
         wrong = arena.wrong_of_swap(job_id, digest)
     else:
-        if case.point != "training":
+        training = case.point == "training"
+        if not training:
             arena.arm(case.point)
-        run_id = arena.start_run(SHORT if case.point != "training" else {"max_steps": 30})
-        reached, over = _strike(arena, case, lambda: arena.run_over(run_id))
+        run_id = arena.start_run(LONG if training else SHORT)
+        step = TRAINER_STEPS[case.turn % len(TRAINER_STEPS)]
+        there = (lambda: arena.step_of(run_id) >= step) if training else arena.reached.exists
+        reached, over = _strike(arena, case, there, lambda: arena.run_over(run_id))
         wrong = arena.wrong_of_run(run_id)
     wrong += arena.wrong_of_deployment()
     if not over:
@@ -245,16 +258,19 @@ def walk(arena: Arena, pair: Sequence[str], case: Case) -> Outcome:
     return Outcome(case, round(time.monotonic() - began, 1), reached, wrong)
 
 
-def _strike(arena: Arena, case: Case, over: Callable[[], bool]) -> tuple[bool, bool]:
+def _strike(arena: Arena, case: Case, there: Callable[[], bool], over: Callable[[], bool]) -> tuple[bool, bool]:
     """Wait for the place, kill there, let go, wait for the ending."""
-    there = arena.reached.exists if case.point != "training" else lambda: bool(arena.trainers())
-    reached = _until(lambda: there() or over(), CASE_SECONDS) and there()
-    if case.point == "training":
-        time.sleep(0.5 + 2.5 * case.turn)  # a start, a first step, a checkpoint: somewhere else each time
+    again = case.point.startswith(ALL_THE_TIME)  # also after the swap is over
+    reached = _until(lambda: there() or (not again and over()), CASE_SECONDS) and there()
     if reached:
         arena.kill(case.victim)
     arena.disarm()
-    return reached, _until(lambda: arena.end_silent_leases() or over(), CASE_SECONDS)
+
+    def ended() -> bool:
+        arena.end_silent_leases()
+        return over()
+
+    return reached, _until(ended, CASE_SECONDS)
 
 
 def _active(arena: Arena) -> str | None:
@@ -334,21 +350,7 @@ def measure(times: int, only: Sequence[str], tell: Callable[[Outcome], None]) ->
             outcomes.append(walk(made, pair, case))
             tell(outcomes[-1])
         app.stop()
-        received = app.counts.sent - app.counts.failed
-        return outcomes, received, _lost(made.sessions, received)
-
-
-def _lost(sessions: Sessions, sent: int) -> int:
-    def landed() -> int:
-        with sessions() as session:
-            # What failed on the way is logged as well, so whole answers are at most these.
-            query = (
-                select(func.count()).select_from(Interaction).where(Interaction.finish_reason.in_(("stop", "length")))
-            )
-            return session.scalar(query) or 0
-
-    _until(lambda: landed() >= sent, 60)
-    return max(0, sent - landed())
+        return outcomes, len(app.counts.answered), len(missing(made.sessions, app.counts.answered))
 
 
 def kills(part: str, scale: float) -> Cell:
@@ -358,10 +360,11 @@ def kills(part: str, scale: float) -> Cell:
 
 def cell(part: str, outcomes: Sequence[Outcome], answers: int, lost: int) -> Cell:
     bad = [one for one in outcomes if one.wrong]
-    missed = [one for one in outcomes if not one.reached]
+    killed = [one for one in outcomes if one.reached]
+    late = len(outcomes) - len(killed)
     measured = (
-        f"{len(outcomes)} kills at {len({one.case.point for one in outcomes})} places: {len(bad)} left something "
-        f"wrong, {len(missed)} came too late; {answers:,} answers received, {lost} not logged"
+        f"{len(killed)} kills at {len({one.case.point for one in killed})} places: {len(bad)} left something wrong"
+        f"{f', {late} more came too late' if late else ''}; {answers:,} answers received, {lost} not logged"
     )
     raw = {
         "outcomes": [[*one.case, one.seconds, one.reached, one.wrong] for one in outcomes],
@@ -371,7 +374,7 @@ def cell(part: str, outcomes: Sequence[Outcome], answers: int, lost: int) -> Cel
     victims = f"{'trainer, ' if part == 'run' else ''}worker, dispatcher, engine, gateway"
     return Cell(
         f"kill -9 of {victims} at each failpoint of a {part}",
-        "one artefact, one live digest, no lost request", measured, not bad and not lost, raw,
+        "one artefact, one live digest, no lost request", measured, not bad and not lost and not late, raw,
     )  # fmt: skip
 
 

@@ -20,11 +20,11 @@ from typing import NamedTuple
 
 import httpx
 import psutil
-from sqlalchemy import func, select
 
 from benchmarks.adapters import write_adapter
 from benchmarks.figures import STARTER
 from benchmarks.gateway import database
+from benchmarks.landed import missing
 from benchmarks.learning_cells import Cell
 from engine.messages import Generate, Sampling
 from engine.offline import LocalEngine
@@ -33,7 +33,7 @@ from engine.text.tokenizer import Tokenizer
 from examples.grammars.common import stream
 from examples.grammars.simulate import APPLICATIONS
 from services.store import deployments
-from services.store.models import Artifact, Interaction
+from services.store.models import Artifact
 from tests.gateway.parts import World, make_world
 
 SWAPS, BLOCK = 1000, 25
@@ -68,6 +68,7 @@ class Heard(NamedTuple):
     ended: float
     gap: float
     failure: str = ""
+    id: str = ""
 
 
 def swaps(scale: float) -> Cell:
@@ -78,8 +79,9 @@ def swaps(scale: float) -> Cell:
         made = [write_adapter(Path(directory), STARTER, RANK, seed, SCALE) for seed in range(ADAPTERS)]
         right = _references(made, asks)
         with _platform(made) as (world, digests):
-            blocks = _measure(world, digests, asks, wanted)
-            lost = _not_logged(world, sum(len(block.heard) for block in blocks))
+            warm, blocks = _measure(world, digests, asks, wanted)
+            whole = [one.id for heard in (warm, *(block.heard for block in blocks)) for one in heard if not one.failure]
+            lost = len(missing(world.sessions, whole))
     return _judge(blocks, right, wanted, lost)
 
 
@@ -152,7 +154,8 @@ class Block(NamedTuple):
     memory_mb: float
 
 
-def _measure(world: World, digests: Sequence[str], asks: Sequence[Ask], wanted: int) -> list[Block]:
+def _measure(world: World, digests: Sequence[str], asks: Sequence[Ask], wanted: int) -> tuple[list[Heard], list[Block]]:
+    """What was heard while it warmed up, and the blocks."""
     engine = psutil.Process(world.processes[0].pid)
     order = itertools.cycle(digests)
     blocks = []
@@ -164,7 +167,7 @@ def _measure(world: World, digests: Sequence[str], asks: Sequence[Ask], wanted: 
                 _swap_next(world, client, order)
             _await_full(client)
 
-        _load(world, asks, warming)
+        warm = _load(world, asks, warming)
         for start in range(0, wanted, BLOCK):
             count = min(BLOCK, wanted - start)
             swapped: list[tuple[float, float]] = []
@@ -177,7 +180,7 @@ def _measure(world: World, digests: Sequence[str], asks: Sequence[Ask], wanted: 
             took = time.perf_counter() - began
             blocks.append(Block(heard, swapped, engine.memory_info().rss / 1e6))
             blocks.append(Block(_load(world, asks, lambda took=took: time.sleep(took)), [], 0.0))  # type: ignore[misc]
-    return blocks
+    return warm, blocks
 
 
 def _await_full(client: SyncEngineClient) -> None:
@@ -242,7 +245,7 @@ def _hear(client: httpx.Client, ask: Ask, number: int) -> Heard:
         "max_tokens": TOKENS, "stream": True,
     }  # fmt: skip
     began = last = time.perf_counter()
-    gap, text, ended, adapter = 0.0, "", "", ""
+    gap, text, ended, adapter, name = 0.0, "", "", "", ""
     try:
         with client.stream("POST", "/v1/chat/completions", json=body) as answer:
             adapter = answer.headers.get("x-whet-adapter", "")
@@ -253,24 +256,15 @@ def _hear(client: httpx.Client, ask: Ask, number: int) -> Heard:
                     now = time.perf_counter()
                     gap, last = (max(gap, now - last) if text else 0.0), now
                     chunk = json.loads(line[6:])
+                    name = chunk.get("id", name)
                     if "error" in chunk:
                         return Heard(number, adapter, text, began, now, gap, str(chunk["error"]))
                     text += chunk["choices"][0]["delta"].get("content") or "" if chunk["choices"] else ""
                 ended = line or ended
     except httpx.HTTPError as error:
         return Heard(number, adapter, text, began, time.perf_counter(), gap, repr(error))
-    return Heard(number, adapter, text, began, last, gap, "" if ended == "data: [DONE]" else "the stream was cut")
-
-
-def _not_logged(world: World, at_least: int) -> int:
-    """Answers that never reached Postgres, after the shipper had time for them."""
-    deadline = time.monotonic() + 60
-    while True:
-        with world.sessions() as session:
-            landed = session.scalar(select(func.count()).select_from(Interaction)) or 0
-        if landed >= at_least or time.monotonic() > deadline:
-            return max(0, at_least - landed)
-        time.sleep(0.2)
+    cut = "" if ended == "data: [DONE]" else "the stream was cut"
+    return Heard(number, adapter, text, began, last, gap, cut, name)
 
 
 def _judge(blocks: Sequence[Block], right: Mapping[tuple[str, int], str], wanted: int, lost: int) -> Cell:

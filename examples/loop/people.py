@@ -21,13 +21,15 @@ MAX_TOKENS = 200
 
 @dataclass
 class Counts:
-    """What one side saw with its own eyes, to be compared with the rows in Postgres."""
+    """What one side saw with its own eyes, to be compared with the rows in Postgres. `answered` are the ids of answers
+    received whole."""
 
     sent: int = 0
     failed: int = 0
     reviewed: int = 0
     corrected: int = 0
     errors: deque[str] = field(default_factory=lambda: deque(maxlen=20))
+    answered: list[str] = field(default_factory=list)
 
 
 class App:
@@ -83,7 +85,7 @@ class App:
                 model=self._application, messages=typed, stream=True, temperature=0, max_tokens=MAX_TOKENS,
                 user=user if user is not None else omit,
             )  # fmt: skip
-            text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+            received = list(chunks)
         except (OpenAIError, httpx.HTTPError) as error:
             with self._lock:
                 self.counts.sent += 1
@@ -92,7 +94,8 @@ class App:
             raise
         with self._lock:
             self.counts.sent += 1
-        return text
+            self.counts.answered.append(received[0].id)
+        return "".join(chunk.choices[0].delta.content or "" for chunk in received if chunk.choices)
 
     def _work(self) -> None:
         for example in self._examples():
