@@ -80,14 +80,15 @@ def _learned(session: Session, run: Run) -> list[UUID]:
 
 
 def keep(session: Session, run_id: UUID, examples: Sequence[Example]) -> None:
-    """These are what the run replays, whatever an earlier attempt drew."""
+    """These are what the run replays from now on."""
     session.execute(delete(RunExample).where(RunExample.run_id == run_id))
     if examples:
         session.execute(insert(RunExample), [{"run_id": run_id, "example_id": one.id} for one in examples])
 
 
 def kept(session: Session, run_id: UUID) -> list[Example]:
-    """What an earlier attempt drew, without what was erased since."""
+    """What the run replays, without what was erased since; every attempt gets it in the same order, or no checkpoint of
+    an earlier one would fit."""
     drawn = (
         select(Example)
         .join(RunExample, RunExample.example_id == Example.id)

@@ -216,7 +216,37 @@ def test_what_the_revision_before_taught_is_replayed_to_its_share(world: World) 
     assert all(one.messages[0]["content"].startswith("old") for one in examples)
     with world.sessions() as session:
         assert {one.id for one in replay.kept(session, run_id)} == {one.id for one in examples}
-    assert {one.id for one in drawn(world, run_id, 40, replay=0.2)[0]} == {one.id for one in examples}
+
+
+def test_every_attempt_replays_the_same_rows_in_the_same_order_or_none_again(world: World) -> None:
+    revised(world, "old", 50)
+    run_id = run_on(world, revised(world, "new", 40))
+    first, told = drawn(world, run_id, 40, replay=0.2)
+    with world.sessions.begin() as session:
+        session.get_one(Run, run_id).preflight = {"replay": told}
+    revised(world, "older", 50)
+
+    assert [one.id for one in drawn(world, run_id, 40, replay=0.2)[0]] == [one.id for one in first]
+    with world.sessions.begin() as session:
+        replay.keep(session, run_id, [])
+    assert drawn(world, run_id, 40, replay=0.2)[0] == []
+
+
+def test_the_trainer_tells_the_time_as_its_worker_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Templates print the local day."""
+    monkeypatch.setenv("TZ", "America/New_York")
+    assert child._environment()["TZ"] == "America/New_York"
+
+
+def test_each_rank_loads_onto_its_own_gpu(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    loading.load(make_spec("sft", tiny_model, tmp_path), 64, on_gpu=True)
+    assert chosen == [3]
 
 
 def test_what_adapters_that_served_had_learned_is_replayed(world: World) -> None:

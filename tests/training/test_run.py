@@ -20,6 +20,7 @@ from services.store import datasets, failpoints, jobs, runs
 from services.store.jobs import JobCancelled, JobFailed, Lease, LostLease
 from services.store.models import Artifact, Example, Job, Revision, Run, RunEvent
 from tests.curation.world import World
+from tests.training.test_launch import revised
 from worker.curation.build import build_revision
 from worker.training.child import TrainerDied
 from worker.training.run import _bodies, train_job
@@ -29,7 +30,7 @@ QUICK = {"rank": 8, "alpha": 16, "lr": 0.01, "epochs": 10, "batch_size": 8, "max
 ENDLESS = QUICK | {"epochs": 100, "batch_size": 1}
 
 
-def start(world: World, rows: int = 16, **params: float) -> Run:
+def start(world: World, rows: int = 16, **params: object) -> Run:
     """A queued run on a fresh revision."""
     for index in range(rows):
         world.corrected(f"say number {index}", "no", f"the answer is {index}")
@@ -112,7 +113,8 @@ def assert_peft_loads_it(model: Path, directory: Path) -> None:
 
 
 def test_a_killed_trainer_and_a_second_attempt_leave_one_artefact(world: World, tiny_settings: Settings) -> None:
-    run = start(world, epochs=60, checkpoint_steps=20)
+    revised(world, "say again number", 20, "keep")
+    run = start(world, epochs=60, checkpoint_steps=20, replay=0.3, replay_from="keep")
 
     def kill() -> None:
         wait_for(lambda: any((event.step or 0) > 24 for event in events(world, run.id, "progress")))
@@ -133,6 +135,7 @@ def test_a_killed_trainer_and_a_second_attempt_leave_one_artefact(world: World, 
 
     attempt(world, run, tiny_settings)
 
+    assert all(event.payload["replay"]["drawn"] > 0 for event in events(world, run.id, "preflight"))
     told = [event.payload for event in events(world, run.id, "log") if event.payload.get("name") == "resumed"]
     assert len(told) == 1
     assert told[0]["detail"]["checkpoint"] != "checkpoint-0"
@@ -183,6 +186,7 @@ def test_cancelling_ends_the_trainer_and_the_run(world: World, tiny_settings: Se
     canceller.join()
 
     assert children() == []
+    assert not (tiny_settings.home / "runs" / str(run.id)).exists(), "it holds what the run read"
     with world.sessions() as session:
         assert session.get_one(Run, run.id).state == "cancelled"
         assert session.scalars(select(Artifact)).all() == []

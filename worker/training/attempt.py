@@ -1,5 +1,6 @@
 """What the training jobs of both kinds of runs do alike: sweep, run the trainer process, report, end the run."""
 
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 from uuid import UUID
@@ -30,6 +31,11 @@ def sweep(lease: Lease, settings: Settings, keep: str = "") -> None:
     """Remove that, and what earlier attempts of this run left; `keep` outlives attempts."""
     sweep_finished(lease, settings)
     artifact.sweep_work(settings.home / "runs" / lease.payload["run_id"], keep={str(lease.fence), keep})
+
+
+def remove_work(settings: Settings, run_id: UUID) -> None:
+    """A run that is over leaves no copy of what it read behind."""
+    shutil.rmtree(settings.home / "runs" / str(run_id), ignore_errors=True)
 
 
 def run_trainer(lease: Lease, run_id: UUID, spec: Spec | HeadsSpec, work: Path) -> None:

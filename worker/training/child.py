@@ -19,8 +19,8 @@ TERMINATE_SECONDS = 5.0
 TAIL_BYTES = 8000
 ROOT = Path(__file__).parents[2]
 LORA, HEADS = "worker.training.lora", "worker.training.heads"
-# The trainer gets what it needs and no secret: it reads text that strangers wrote.
-PASSED_ON = ("PATH", "HOME", "LANG", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
+# The trainer gets what it needs and no secret: it reads text that strangers wrote. Templates print the local day.
+PASSED_ON = ("PATH", "HOME", "LANG", "TZ", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
 
 
 class TrainerRefused(RuntimeError):

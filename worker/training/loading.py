@@ -1,6 +1,7 @@
 """The base model as a trainer wants it: precision, attention, and four-bit weights when asked."""
 
 import importlib.util
+import os
 from typing import Any
 
 from worker.training.process import Refused
@@ -31,6 +32,8 @@ def load(spec: Spec, longest: int, *, on_gpu: bool) -> Any:  # noqa: ANN401 - tr
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    if on_gpu and (rank := os.environ.get("LOCAL_RANK")):
+        torch.cuda.set_device(int(rank))  # four-bit weights go to the current device at once, accelerate moves none
     dtype = torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float32
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention(longest, on_gpu=on_gpu)}
     if spec.quantize == "nf4":

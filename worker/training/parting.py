@@ -47,13 +47,13 @@ def draw(session: Session, run: Run, params: TrainParams, own: int) -> Drawn:
     Raises JobFailed when the data set to replay is not there.
     """
     wanted = math.ceil(own * params.replay / (1 - params.replay)) if params.replay else 0
-    found = replay.kept(session, run.id)
-    if not found and wanted:
+    drawn_before = "replay" in (run.preflight or {})
+    if wanted and not drawn_before:
         try:
-            found = replay.pool(session, run, params.replay_from, limit=wanted)
+            replay.keep(session, run.id, replay.pool(session, run, params.replay_from, limit=wanted))
         except NotFound as error:
             raise JobFailed(f"replay_from: {error.message}") from error
-        replay.keep(session, run.id, found)
+    found = replay.kept(session, run.id)
     share = len(found) / (own + len(found)) if found else 0.0
     return Drawn(found, {"wanted": wanted, "drawn": len(found), "share": round(share, 4), "from": params.replay_from})
 

@@ -1,7 +1,6 @@
 """A training run's "train" job: preflight, the trainer process, the artefact, the hand-over to the gate."""
 
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,9 +60,11 @@ def train_job(lease: Lease, settings: Settings) -> None:
         _train(lease, settings, run_id)
     except JobCancelled:
         attempt.finish(lease, run_id, "cancelled", "cancelled", None)
+        attempt.remove_work(settings, run_id)
         raise
     except JobFailed as error:
         attempt.finish(lease, run_id, "failed", "failed", str(error))
+        attempt.remove_work(settings, run_id)
         raise
 
 
@@ -96,7 +97,7 @@ def _train(lease: Lease, settings: Settings, run_id: UUID) -> None:
     failpoints.reach("train.renamed")
     _hand_over(lease, order, built)
     failpoints.reach("train.committed")
-    shutil.rmtree(work.parent, ignore_errors=True)
+    attempt.remove_work(settings, run_id)
     log.info("adapter built", digest=built.digest)
 
 

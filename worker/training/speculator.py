@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -63,14 +62,14 @@ def speculator_job(lease: Lease, settings: Settings) -> None:
         _train(lease, settings, run_id)
     except TooLittle as error:
         attempt.finish(lease, run_id, "succeeded", "refused", str(error))
-        _remove_work(settings, run_id)
+        attempt.remove_work(settings, run_id)
     except JobCancelled:
         attempt.finish(lease, run_id, "cancelled", "cancelled", None)
-        _remove_work(settings, run_id)
+        attempt.remove_work(settings, run_id)
         raise
     except JobFailed as error:
         attempt.finish(lease, run_id, "failed", "failed", str(error))
-        _remove_work(settings, run_id)
+        attempt.remove_work(settings, run_id)
         raise
 
 
@@ -86,11 +85,6 @@ def _require_room(settings: Settings, params: SpeculatorParams, tokens: int) -> 
             f"{words} words do not fit the engine's slots of {settings.speculator_vocabulary}: "
             "ask for a smaller vocabulary, or raise WHET_SPECULATOR_VOCABULARY"
         )
-
-
-def _remove_work(settings: Settings, run_id: UUID) -> None:
-    """A run that is over leaves no copy of the log behind."""
-    shutil.rmtree(settings.home / "runs" / str(run_id), ignore_errors=True)
 
 
 def _train(lease: Lease, settings: Settings, run_id: UUID) -> None:
@@ -130,7 +124,7 @@ def _train(lease: Lease, settings: Settings, run_id: UUID) -> None:
     failpoints.reach("speculator.renamed")
     _hand_over(lease, order, built, report)
     failpoints.reach("speculator.committed")
-    shutil.rmtree(work.parent, ignore_errors=True)
+    attempt.remove_work(settings, run_id)
     log.info("heads built", digest=built.digest, **report["tau"])
 
 
