@@ -11,6 +11,9 @@ from services.store.forms import Form, rows_of
 from services.store.models import Example
 from services.store.revisions import Located
 
+# What a prompt that forces a call ends with: engine.text.tools, which tables may not import.
+CALL_OPEN, CALL_CLOSE = "<tool_call>\n", "</tool_call>"
+
 
 def lines(sessions: Sessions, revision_id: UUID, form: Form, split: str | None = None) -> Generator[bytes]:
     """One JSON object a line, each with the content hash and the split it came from, in manifest order.
@@ -21,9 +24,21 @@ def lines(sessions: Sessions, revision_id: UUID, form: Form, split: str | None =
         for example, _ in revisions.stream(session, revision_id, split):
             rows = [] if examples.is_erased(example.content_hash) else rows_of(example, form)
             for row in rows:
-                whole = {**row, "tools": _tools(example), "example": example.content_hash, "split": example.split}
+                said = _begun(row) if (example.asked or {}).get("forced") else row
+                whole = {**said, "tools": _tools(example), "example": example.content_hash, "split": example.split}
                 yield json.dumps(whole, ensure_ascii=False).encode() + b"\n"
             session.expunge(example)
+
+
+def _begun(row: dict[str, Any]) -> dict[str, Any]:
+    """An answer that had to be a call may begin in the prompt, as it was served; who reads a file prompts without."""
+
+    def opened(text: str) -> str:
+        cut = CALL_CLOSE in text and not text.lstrip().startswith(CALL_OPEN.strip())
+        return f"{CALL_OPEN}{text}" if cut else text
+
+    answers = [name for name in ("completion", "chosen", "rejected") if name in row]
+    return row | {name: [{**one, "content": opened(one["content"])} for one in row[name]] for name in answers}
 
 
 def _tools(example: Example) -> str | None:

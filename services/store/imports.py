@@ -186,8 +186,13 @@ def _asked(cells: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str | None]:
 
 
 def _offered(value: object) -> list[Any]:
-    value = _maybe_json(value)
-    if value is None or value in ("", "[]"):
+    """A list, or JSON of one as exports have it; null and nothing are none."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except (ValueError, RecursionError):
+            raise _BadRow("has tools that are no list of functions") from None
+    if value is None:
         return []
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise _BadRow("has tools that are no list of functions")

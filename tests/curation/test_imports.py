@@ -6,16 +6,18 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import func, select
 
+from engine.text.tools import CLOSE, FORCED_PREFIX
 from services.cli_datasets import to_parquet
 from services.errors import InvalidRequest, TooLarge, Unprocessable, WhetError
 from services.store import dataset_export, datasets, import_files, imports, revisions
+from services.store.forms import Form
 from services.store.imports import Parsed
 from services.store.models import Dataset, DatasetImport, DatasetImportExample, Example
 from tests.curation.world import World
@@ -74,7 +76,8 @@ def test_forms_of_trl_are_taken_as_they_are() -> None:
 
 def test_tools_come_back_as_they_were_exported(world: World, tmp_path: Path) -> None:
     tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
-    rows = [ROWS[0], ROWS[1] | {"tools": tools}, ROWS[2] | {"tools": json.dumps(tools)}, ROWS[3] | {"tools": "[]"}]
+    given = (None, tools, json.dumps(tools, indent=1), "[]")
+    rows = [row | {"tools": offered} for row, offered in zip(ROWS, given, strict=False)]
     _, record = begin(world, jsonl(rows))
     with world.sessions.begin() as session:
         imports.finish(session, session.get_one(DatasetImport, record.id), None, "ada")
@@ -90,6 +93,28 @@ def test_tools_come_back_as_they_were_exported(world: World, tmp_path: Path) -> 
         again = imports.parse(name, (tmp_path / name).read_bytes(), None, "ada")
         assert again.refusal is None
         assert {one.content_hash for one in again.drafts} == {line["example"] for line in lines}
+
+
+def test_a_forced_call_is_exported_with_the_beginning_that_stood_in_its_prompt(world: World) -> None:
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    call = '{"name": "weather", "arguments": {}}\n</tool_call>'
+    _, record = begin(world, jsonl([ROWS[0] | {"completion": call, "tools": tools}]))
+    with world.sessions.begin() as session:
+        imports.finish(session, session.get_one(DatasetImport, record.id), None, "ada")
+        revision = build_revision(session, world.project_id, "golden")
+        [example] = session.scalars(select(Example))
+        example.asked = {"tools": tools, "forced": True}
+
+    for form, name in (("prompt-completion", "completion"), ("unpaired", "completion")):
+        [line] = dataset_export.lines(world.sessions, revision.id, cast(Form, form))
+        assert json.loads(line)[name] == [{"role": "assistant", "content": f"{FORCED_PREFIX['hermes']}{call}"}]
+    assert CLOSE == dataset_export.CALL_CLOSE
+
+
+@pytest.mark.parametrize("nothing", [None, "", " ", "null", "[]", "[ ]"])
+def test_no_tools_may_be_spelled_in_many_ways(nothing: str | None) -> None:
+    [plain], [spelled] = (parsed([row]).drafts for row in (ROWS[0], ROWS[0] | {"tools": nothing}))
+    assert spelled.content_hash == plain.content_hash
 
 
 @pytest.mark.parametrize(
