@@ -66,7 +66,9 @@ class DpoParams(TrainParams):
 
     lr: float = Field(1e-3, gt=0, le=0.1, description="Highest learning rate; it rises, then falls as a cosine.")
     beta: float = Field(0.1, gt=0, le=10, description="How strongly it is held to the base; low lets it go further.")
-    sft_weight: float = Field(1.0, ge=0, le=100, description="Weight of imitating the better answer beside preferring.")
+    sft_weight: float = Field(
+        1.0, ge=0, le=100, description="Weight of imitating the answers that are better or right."
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Share of the pairs believed to be the wrong way.")
 
 
@@ -76,7 +78,9 @@ class KtoParams(TrainParams):
     lr: float = Field(1e-3, gt=0, le=0.1, description="Highest learning rate; it rises, then falls as a cosine.")
     batch_size: int = Field(8, ge=2, le=256, description="Examples a step and device; their mix estimates the drift.")
     beta: float = Field(0.1, gt=0, le=10, description="How strongly it is held to the base; low lets it go further.")
-    sft_weight: float = Field(1.0, ge=0, le=100, description="Weight of imitating right answers beside telling apart.")
+    sft_weight: float = Field(
+        1.0, ge=0, le=100, description="Weight of imitating the answers that are better or right."
+    )
     good_weight: float = Field(1.0, gt=0, le=100, description="Weight of answers marked right.")
     bad_weight: float = Field(1.0, gt=0, le=100, description="Weight of answers marked wrong.")
 
