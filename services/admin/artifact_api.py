@@ -31,6 +31,7 @@ def show_artifact(caller: Trainer, digest: Digest) -> dict[str, Any]:
         "tainted_at": shapes.moment(found.artifact.tainted_at), "manifest": found.artifact.manifest,
         "run": shapes.run(found.run) if found.run else None,
         "revision": shapes.revision(found.revision) if found.revision else None,
+        "replayed": found.replayed,
         "evaluations": [shapes.evaluation(row) for row in found.evaluations],
         "served": [
             {"as": span.how, "generation": span.generation, "since": shapes.moment(span.since),

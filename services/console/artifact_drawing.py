@@ -14,7 +14,7 @@ def draw(slug: str, about: About, answered: Answered) -> Drawing:
     here = f"/p/{slug}"
     digest = about.artifact.digest
     columns = [
-        Column("Learned from", [_source(here, about)]),
+        Column("Learned from", [_source(here, about), *_replayed(about)]),
         Column("Run", [_run(here, about)] if about.run else []),
         Column("Artefact", [Node(digest[:12], about.artifact.state.replace("_", " "), None, "here")]),
         Column("Judged by", [_evaluation(here, one, digest) for one in about.evaluations[:MOST]]),
@@ -27,7 +27,9 @@ def draw(slug: str, about: About, answered: Answered) -> Drawing:
 
 def _edges(columns: list[Column]) -> list[tuple[Place, Place]]:
     middle = Place(2, 0)
-    first = [(Place(0, 0), Place(1, 0)), (Place(1, 0), middle)] if columns[1].nodes else [(Place(0, 0), middle)]
+    taught = Place(1, 0) if columns[1].nodes else middle
+    first = [(Place(0, row), taught) for row in range(len(columns[0].nodes))]
+    first += [(taught, middle)] if columns[1].nodes else []
     judged = [(middle, Place(3, row)) for row in range(len(columns[3].nodes))]
     after = Place(3, 0) if columns[3].nodes else middle
     return first + judged + [(after, Place(4, row)) for row in range(len(columns[4].nodes))]
@@ -39,6 +41,11 @@ def _source(here: str, about: About) -> Node:
         return Node(said, "logged answers" if said == "the log" else "made elsewhere")
     href = f"{here}/datasets/{about.dataset.name}/{about.revision.digest}"
     return Node(f"{about.dataset.name} {about.revision.digest[:8]}", f"{about.revision.train_count:,} to train", href)
+
+
+def _replayed(about: About) -> list[Node]:
+    count = about.replayed
+    return [Node("older examples", f"{count:,} replayed")] if count else []
 
 
 def _run(here: str, about: About) -> Node:

@@ -28,7 +28,7 @@ def interaction_lineage(request: Request, here: Viewer, interaction_id: UUID) ->
     found = descent.trace(here.session, here.project.id, interaction_id)
     blind = still_blind(here, found.item)
     context = {
-        "found": found, "blind": blind, "taught": descent.taught,
+        "found": found, "blind": blind, "part": descent.part,
         "drawing": descent_drawing.draw(here.project.slug, found, blind=blind),
         "told": descent_drawing.in_words(found),
     }  # fmt: skip
@@ -42,11 +42,7 @@ def artifact_page(
     """What taught it, who judged it, where and how much it answered, and back to the interactions."""
     about = artifact_view.about(here.session, here.project.id, digest)
     answered = _answered(request, here, about)
-    rows = (
-        artifact_view.lessons(here.session, about.revision, limit=PAGE, offset=start)
-        if about.revision is not None
-        else []
-    )
+    rows = artifact_view.lessons(here.session, about, limit=PAGE, offset=start)
     context: dict[str, Any] = {
         "about": about, "answered": answered, "origins": ORIGINS, "lessons": rows, "start": start, "shown": PAGE,
         "scores": {one.id: _scores(one) for one in about.evaluations},

@@ -14,7 +14,18 @@ from services.console.embedder import Embedder
 from services.console.tokens import token_pieces
 from services.console.views import page
 from services.errors import InvalidRequest, Unavailable
-from services.store import browse, drafts, evaluations, feedback, interactions, pages, saved_views, search, speed
+from services.store import (
+    browse,
+    drafts,
+    evaluations,
+    feedback,
+    interactions,
+    pages,
+    replay,
+    saved_views,
+    search,
+    speed,
+)
 from services.store.models import ReviewItem, Run
 from services.store.search import Found, Search, parsed
 
@@ -98,6 +109,7 @@ def interaction(request: Request, here: Viewer, interaction_id: UUID) -> Respons
     logged = interactions.get(here.session, here.project.id, interaction_id)
     item = browse.review_item(here.session, interaction_id)
     taught = pages.taught(here.session, interaction_id)
+    replays = replay.replaying(here.session, here.project.id, interaction_id)
     context: dict[str, Any] = {
         "record": logged.interaction,
         "body": logged.body,
@@ -110,16 +122,18 @@ def interaction(request: Request, here: Viewer, interaction_id: UUID) -> Respons
         "blind": still_blind(here, item),
         "judgements": browse.judgements(here.session, interaction_id),
         "taught": taught,
-        "adapters": _adapters(taught),
+        "replays": replays,
+        "adapters": _adapters(taught, replays),
         "evaluated": evaluations.of_interaction(here.session, interaction_id),
         "back": parsed(request.query_params).query,
     }
     return page(request, here, "interaction.html", context)
 
 
-def _adapters(taught: Sequence[pages.TaughtBy]) -> dict[str, Run]:
+def _adapters(taught: Sequence[pages.TaughtBy], replays: Sequence[replay.Replayed]) -> dict[str, Run]:
     """The adapters that trained on it, with their runs."""
     runs = [lesson.run for lesson in taught if lesson.run is not None and lesson.split == "train"]
+    runs += [one.run for one in replays]
     return {run.artifact_digest: run for run in runs if run.artifact_digest is not None and run.kind != "speculator"}
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from services.console.graph import Column, Drawing, Node, Place, lay_out
 from services.console.wording import SPLITS, VERDICTS
-from services.store.descent import Descent, taught
+from services.store.descent import Descent, part, taught
 from services.store.models import Artifact, Evaluation, Run
 from services.store.served import Span
 
@@ -36,9 +36,12 @@ def draw(slug: str, found: Descent, *, blind: bool) -> Drawing:
 def in_words(found: Descent) -> str:
     """The picture in a sentence."""
     learned = sum(taught(found, run) for run in found.runs)
+    replayed = sum(part(found, run) == "replayed" for run in found.runs)
+    again = f" ({replayed} replayed it)" if replayed else ""
     return (
         f"{len(found.judgements)} judgements, {len(found.examples)} examples in {found.copies_in_all} revisions, "
-        f"{learned} runs that learned from it, {len(found.artifacts)} artefacts, {len(found.evaluations)} evaluations"
+        f"{learned} runs that learned from it{again}, {len(found.artifacts)} artefacts, "
+        f"{len(found.evaluations)} evaluations"
     )
 
 
@@ -74,8 +77,7 @@ def _revisions(here: str, found: Descent) -> list[Node]:
 
 
 def _run(here: str, found: Descent, run: Run) -> Node:
-    verb = "taught" if taught(found, run) else "tested"
-    return Node(f"{run.kind} run", f"{verb}: {run.phase}", f"{here}/runs/{run.id}", _mood_of_run(run))
+    return Node(f"{run.kind} run", f"{part(found, run)}: {run.phase}", f"{here}/runs/{run.id}", _mood_of_run(run))
 
 
 def _mood_of_run(run: Run) -> str:
@@ -129,11 +131,15 @@ def _edges(columns: Sequence[Column], found: Descent) -> Edges:
 
 def _of_runs(found: Descent) -> Edges:
     rows = {copy.revision.id: row for row, copy in enumerate(found.copies[:MOST])}
+    examples = {one.id: row for row, one in enumerate(found.examples[:MOST])}
     weights = {one.digest: row for row, one in enumerate(found.artifacts[:MOST])}
     edges: Edges = []
     for row, run in enumerate(found.runs[:MOST]):
         if run.revision_id in rows:
             edges.append((Place(3, rows[run.revision_id]), Place(4, row)))
+        # No revision brought what is replayed: its line runs past them.
+        again = [one.example_id for one in found.replays if one.run.id == run.id]
+        edges += [(Place(2, examples[one]), Place(4, row)) for one in again if one in examples]
         if run.artifact_digest in weights:
             edges.append((Place(4, row), Place(5, weights[run.artifact_digest])))
     return edges

@@ -5,7 +5,7 @@ from datetime import datetime
 from typing import NamedTuple
 from uuid import UUID
 
-from sqlalchemy import func, select
+from sqlalchemy import Exists, func, select
 from sqlalchemy.orm import Session
 
 from services.errors import NotFound
@@ -20,18 +20,23 @@ from services.store.models import (
     Revision,
     RevisionExample,
     Run,
+    RunExample,
 )
 
 EVENTS_MOST = 50
 
 
 class About(NamedTuple):
-    """An artefact and everything one step before and after it. Speculators are trained on the log: no revision."""
+    """An artefact and everything one step before and after it. Speculators are trained on the log: no revision.
+
+    `replayed` counts the older examples that its run was given beside the revision's.
+    """
 
     artifact: Artifact
     run: Run | None
     revision: Revision | None
     dataset: Dataset | None
+    replayed: int
     evaluations: list[Evaluation]
     spans: list[served.Span]
     taken: list[AuditEvent]
@@ -47,11 +52,15 @@ class Answered(NamedTuple):
 
 
 class Lesson(NamedTuple):
-    """An example of the revision an artefact was trained on, and whether its interaction is still in the log."""
+    """An example that an artefact was trained on, and whether its interaction is still in the log.
+
+    `weight` is the revision's; what was replayed is not in it and has none.
+    """
 
     example: Example
-    weight: float
+    weight: float | None
     logged: bool
+    replayed: bool = False
 
 
 def about(session: Session, project_id: UUID, digest: str) -> About:
@@ -66,10 +75,15 @@ def about(session: Session, project_id: UUID, digest: str) -> About:
         run=run,
         revision=revision,
         dataset=session.get(Dataset, revision.dataset_id) if revision else None,
+        replayed=_replayed(session, run) if run else 0,
         evaluations=_evaluations(session, project_id, digest),
         spans=[span for span in reversed(served.spans(session, project_id)) if span.digest == digest],
         taken=_taken(session, digest),
     )
+
+
+def _replayed(session: Session, run: Run) -> int:
+    return session.scalar(select(func.count()).where(RunExample.run_id == run.id)) or 0
 
 
 def _evaluations(session: Session, project_id: UUID, digest: str) -> list[Evaluation]:
@@ -108,11 +122,18 @@ def answered(session: Session, artifact: Artifact) -> Answered:
     return Answered(counts, sum(row[2] for row in rows), min(firsts, default=None), max(lasts, default=None))
 
 
-def lessons(session: Session, revision: Revision, *, limit: int, offset: int) -> Sequence[Lesson]:
-    """The rows it was trained on, in the revision's order."""
-    logged = select(Interaction.id).where(Interaction.id == Example.interaction_id).exists()
+def lessons(session: Session, about: About, *, limit: int, offset: int) -> Sequence[Lesson]:
+    """The rows it was trained on: the revision's in its order, then those replayed."""
+    if about.run is None or about.revision is None:
+        return []
+    own = _own(session, about.revision, limit=limit, offset=offset)
+    rest, passed = limit - len(own), max(0, offset - about.revision.train_count)
+    return [*own, *(_older(session, about.run, limit=rest, offset=passed) if rest and about.replayed else [])]
+
+
+def _own(session: Session, revision: Revision, *, limit: int, offset: int) -> list[Lesson]:
     rows = session.execute(
-        select(Example, RevisionExample.weight, logged)
+        select(Example, RevisionExample.weight, _logged())
         .join(RevisionExample, RevisionExample.example_id == Example.id)
         .where(RevisionExample.revision_id == revision.id, RevisionExample.split == "train")
         .order_by(RevisionExample.position)
@@ -120,3 +141,19 @@ def lessons(session: Session, revision: Revision, *, limit: int, offset: int) ->
         .offset(offset)
     )
     return [Lesson(*row) for row in rows]
+
+
+def _older(session: Session, run: Run, *, limit: int, offset: int) -> list[Lesson]:
+    rows = session.execute(
+        select(Example, _logged())
+        .join(RunExample, RunExample.example_id == Example.id)
+        .where(RunExample.run_id == run.id)
+        .order_by(Example.id)
+        .limit(limit)
+        .offset(offset)
+    )
+    return [Lesson(example, None, logged, replayed=True) for example, logged in rows]
+
+
+def _logged() -> Exists:
+    return select(Interaction.id).where(Interaction.id == Example.interaction_id).exists()

@@ -1,12 +1,12 @@
 """What became of one interaction: judged, copied, trained on, tested with, and what those weights then did."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 from uuid import UUID
 
 from sqlalchemy import case, func, select
 from sqlalchemy.orm import Session
 
-from services.store import browse, interactions, served
+from services.store import browse, interactions, replay, served
 from services.store.models import (
     Artifact,
     Dataset,
@@ -23,6 +23,7 @@ from services.store.models import (
 
 # A golden example is in every later revision; what is beyond this is counted, not listed.
 COPIES_MOST = 200
+Part = Literal["taught", "replayed", "tested"]
 
 
 class Copy(NamedTuple):
@@ -38,6 +39,7 @@ class Descent(NamedTuple):
     """Everything that came of an interaction, step by step. Newest first within a step, judgements oldest first.
 
     `tested` names the evaluations that used a copy of it; the others judged weights that it taught.
+    `replays` are the runs that were given it again, beside what their own revision holds.
     """
 
     interaction: Interaction
@@ -48,6 +50,7 @@ class Descent(NamedTuple):
     copies: list[Copy]
     copies_in_all: int
     runs: list[Run]
+    replays: list[replay.Replayed]
     artifacts: list[Artifact]
     evaluations: list[Evaluation]
     tested: frozenset[UUID]
@@ -59,7 +62,8 @@ def trace(session: Session, project_id: UUID, interaction_id: UUID) -> Descent:
     logged = interactions.get(session, project_id, interaction_id)
     examples = _examples(session, project_id, interaction_id)
     copies, in_all = _copies(session, [one.id for one in examples])
-    runs = _runs(session, project_id, copies)
+    replays = replay.replaying(session, project_id, interaction_id)
+    runs = _runs(session, project_id, copies, replays)
     artifacts = _artifacts(session, [run.artifact_digest for run in runs if run.artifact_digest])
     evaluations, tested = _evaluations(session, project_id, examples, artifacts)
     made = {one.digest for one in artifacts}
@@ -72,6 +76,7 @@ def trace(session: Session, project_id: UUID, interaction_id: UUID) -> Descent:
         copies=copies,
         copies_in_all=in_all,
         runs=runs,
+        replays=replays,
         artifacts=artifacts,
         evaluations=evaluations,
         tested=tested,
@@ -81,7 +86,14 @@ def trace(session: Session, project_id: UUID, interaction_id: UUID) -> Descent:
 
 def taught(descent: Descent, run: Run) -> bool:
     """Whether a run learned from the interaction, rather than only being compared by it."""
-    return any(copy.revision.id == run.revision_id and copy.split == "train" for copy in descent.copies)
+    return part(descent, run) != "tested"
+
+
+def part(descent: Descent, run: Run) -> Part:
+    """What the interaction was to a run: a lesson of its revision, an older one replayed, or only a test."""
+    if any(copy.revision.id == run.revision_id and copy.split == "train" for copy in descent.copies):
+        return "taught"
+    return "replayed" if any(one.run.id == run.id for one in descent.replays) else "tested"
 
 
 def _opinions(session: Session, project_id: UUID, interaction_id: UUID) -> int:
@@ -110,10 +122,13 @@ def _copies(session: Session, examples: list[UUID]) -> tuple[list[Copy], int]:
     return [Copy(*row) for row in rows], in_all
 
 
-def _runs(session: Session, project_id: UUID, copies: list[Copy]) -> list[Run]:
+def _runs(session: Session, project_id: UUID, copies: list[Copy], replays: list[replay.Replayed]) -> list[Run]:
+    """Those on a revision that holds it, and those that replayed it."""
     revisions = {copy.revision.id for copy in copies}
     wanted = select(Run).where(Run.project_id == project_id, Run.revision_id.in_(revisions))
-    return list(session.scalars(wanted.order_by(Run.id.desc()))) if revisions else []
+    found = {one.run.id: one.run for one in replays}
+    found |= {run.id: run for run in session.scalars(wanted)} if revisions else {}
+    return sorted(found.values(), key=lambda run: run.id, reverse=True)
 
 
 def _artifacts(session: Session, digests: list[str]) -> list[Artifact]:

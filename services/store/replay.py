@@ -5,6 +5,7 @@ before this one, or from a data set that the run names. What the run's own revis
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, delete, exists, func, insert, select
@@ -15,6 +16,13 @@ from services.store.models import Artifact, Example, Revision, RevisionExample, 
 
 SERVED = ("live", "retired", "rolled_back")
 REVISIONS_MOST = 10
+
+
+class Replayed(NamedTuple):
+    """A run, and an older example that it was given again."""
+
+    run: Run
+    example_id: UUID
 
 
 def pool(session: Session, run: Run, dataset: str, *, limit: int) -> list[Example]:
@@ -84,6 +92,18 @@ def keep(session: Session, run_id: UUID, examples: Sequence[Example]) -> None:
     session.execute(delete(RunExample).where(RunExample.run_id == run_id))
     if examples:
         session.execute(insert(RunExample), [{"run_id": run_id, "example_id": one.id} for one in examples])
+
+
+def replaying(session: Session, project_id: UUID, interaction_id: UUID) -> list[Replayed]:
+    """Runs that were given an example of the interaction again, oldest first."""
+    drawn = (
+        select(Run, RunExample.example_id)
+        .join(RunExample, RunExample.run_id == Run.id)
+        .join(Example, Example.id == RunExample.example_id)
+        .where(Run.project_id == project_id, Example.interaction_id == interaction_id)
+        .order_by(Run.id, Example.id)
+    )
+    return [Replayed(*row) for row in session.execute(drawn)]
 
 
 def kept(session: Session, run_id: UUID) -> list[Example]:

@@ -4,6 +4,7 @@ import hashlib
 import math
 import re
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from services.console import charts, wording
 from services.console.memo import Memo
 from services.console.views import WEB
-from services.console.worddiff import diff
+from services.console.worddiff import LETTERS_MOST, Piece, diff, longest_common
 
 
 def test_vendored_files_are_the_published_ones() -> None:
@@ -37,7 +38,10 @@ def test_every_static_file_a_page_names_exists() -> None:
     assert [name for name in named if not (WEB / "static" / name).is_file()] == []
 
 
-@given(st.text(max_size=200), st.text(max_size=200))
+TEXTS = st.text(max_size=200) | st.text("ab \n.", max_size=60)
+
+
+@given(TEXTS, TEXTS)
 def test_a_difference_rebuilds_both_texts(old: str, new: str) -> None:
     pieces = diff(old, new)
     assert "".join(piece.text for piece in pieces if piece.kind != "new") == old
@@ -48,6 +52,44 @@ def test_a_difference_marks_words_and_not_letters() -> None:
     assert [(piece.kind, piece.text) for piece in diff("a big dog", "a small dog")] == [
         ("same", "a "), ("gone", "big"), ("new", "small"), ("same", " dog"),
     ]  # fmt: skip
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=12), st.lists(st.sampled_from("abc"), max_size=12))
+def test_the_words_that_stay_are_as_many_as_the_classic_table_says(old: list[str], new: list[str]) -> None:
+    table = [[0] * (len(new) + 1) for _ in range(len(old) + 1)]
+    for i, word in enumerate(old):
+        for j, other in enumerate(new):
+            table[i + 1][j + 1] = table[i][j] + 1 if word == other else max(table[i][j + 1], table[i + 1][j])
+    matches = longest_common(old, new)
+    assert len(matches) == table[-1][-1]
+    assert all(old[one.old] == new[one.new] for one in matches)
+    assert all(a.old < b.old and a.new < b.new for a, b in pairwise(matches))
+
+
+def test_blanks_are_not_compared_and_not_lost() -> None:
+    assert [(piece.kind, piece.text) for piece in diff("a  big dog\n", "a big dog")] == [
+        ("same", "a"), ("gone", "  "), ("new", " "), ("same", "big dog"), ("gone", "\n"),
+    ]  # fmt: skip
+
+
+def test_a_word_that_two_sentences_share_by_chance_does_not_cut_them_up() -> None:
+    old, new = "Ada and Bo came late that day", "Nobody knows who wrote and sent this"
+    assert [piece.kind for piece in diff(old, new)] == ["gone", "new"]
+
+
+def test_a_large_pair_without_a_likeness_is_shown_whole() -> None:
+    old, new = (" ".join(f"{letter}{place % 700}" for place in range(1800)) for letter in "ab")
+    assert diff(f"Yes: {old} so.", f"Yes: {new} so.") == [
+        Piece("same", "Yes: "), Piece("gone", old), Piece("new", new), Piece("same", " so."),
+    ]  # fmt: skip
+    assert diff("a" * LETTERS_MOST + "!", "b") == [Piece("gone", "a" * LETTERS_MOST + "!"), Piece("new", "b")]
+
+
+def test_a_long_text_with_one_word_changed_shows_that_word() -> None:
+    words = [f"w{place}" for place in range(2400)]
+    changed = [*words[:1500], "other", *words[1501:]]
+    pieces = diff(" ".join(words), " ".join(changed))
+    assert [piece for piece in pieces if piece.kind != "same"] == [Piece("gone", "w1500"), Piece("new", "other")]
 
 
 @given(

@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 
 from services.console import descent_drawing
 from services.console.graph import Column, Node, Place, lay_out
-from services.store import deployments, descent, reviews, served
+from services.store import artifact_view, datasets, deployments, descent, examples, replay, reviews, revisions, served
 from services.store.base import Sessions
 from services.store.models import (
     Artifact,
@@ -224,10 +224,92 @@ def test_an_export_is_noted_and_shown(
     assert noted.status_code == 201
     assert client.post(f"/api/artifacts/{'e' * 64}/exports", json={"to": "lorax"}, headers=key).status_code == 404
     shown = client.get(f"/api/artifacts/{digest}", headers=key).json()
+    assert shown["replayed"] == 0
     assert (shown["state"], shown["served"][0]["as"], shown["answered"]) == ("live", "live", {"live": 1})
     page = sign_in("v@example.org", "viewer", lived_in.id).get(f"/p/entities/artifacts/{digest}").text
     assert "artifact.export" in page
     assert "lorax" in page
+
+
+# --- what was replayed ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def replayed(sessions: Sessions, lived_in: Project) -> Example:
+    """An example of an older data set that the live adapter's run, and no other, was given again."""
+    with sessions.begin() as session:
+        logged = seed.interaction(session, lived_in.id, output="an older answer")
+        older = examples.Draft(
+            kind="completion", source="accepted", split="train", slice="target", group_key="older",
+            messages=[{"role": "user", "content": "an older question"}], completion="an older answer", rejected=None,
+            interaction_id=logged.id, annotation_ids=(), reviewers=(),
+        )  # fmt: skip
+        [kept] = examples.add_examples(session, lived_in.id, [older])
+        example = session.get_one(Example, kept.example_id)
+        revisions.create(session, datasets.get_or_create(session, lived_in.id, "older"), [kept], {})
+        live = session.get_one(Artifact, session.get_one(Deployment, lived_in.id).active_digest)
+        assert live.run_id is not None
+        replay.keep(session, live.run_id, [example])
+        return example
+
+
+def test_an_answer_that_was_replayed_leads_to_the_weights_it_taught(
+    sessions: Sessions, lived_in: Project, replayed: Example, sign_in: SignIn
+) -> None:
+    digest = live_digest(sessions, lived_in)
+    assert replayed.interaction_id is not None
+    with sessions() as session:
+        found = descent.trace(session, lived_in.id, replayed.interaction_id)
+    [run] = found.runs
+    assert run.artifact_digest == digest
+    assert (descent.part(found, run), descent.taught(found, run)) == ("replayed", True)
+    assert [one.digest for one in found.artifacts] == [digest]
+    assert [span.digest for span in found.spans] == [digest]
+    assert "1 runs that learned from it (1 replayed it)" in descent_drawing.in_words(found)
+    client = sign_in("v@example.org", "viewer", lived_in.id)
+    told = client.get(f"/p/entities/interactions/{replayed.interaction_id}/lineage").text
+    assert "taught it, replayed" in told
+    assert "No run has used" not in told
+    page = client.get(f"/p/entities/interactions/{replayed.interaction_id}").text
+    assert "Replayed by <a" in page
+    assert re.search(rf"Adapters it taught.*{digest}", page, re.DOTALL)
+
+
+def test_the_line_of_what_was_replayed_runs_from_its_example_to_the_run(
+    sessions: Sessions, lived_in: Project, replayed: Example
+) -> None:
+    assert replayed.interaction_id is not None
+    with sessions() as session:
+        found = descent.trace(session, lived_in.id, replayed.interaction_id)
+    drawn = descent_drawing.draw("entities", found, blind=False)
+    heads = {head: x for x, head in drawn.heads}
+    start, end = heads["Examples"] + drawn.box_width, heads["Runs"]
+    assert len([path for path in drawn.paths if path.startswith(f"M{start:g},") and f" {end:g}," in path]) == 1
+
+
+def test_an_adapter_lists_what_was_replayed_after_its_revision(
+    sessions: Sessions, lived_in: Project, replayed: Example, sign_in: SignIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = live_digest(sessions, lived_in)
+    with sessions() as session:
+        about = artifact_view.about(session, lived_in.id, digest)
+        assert about.revision is not None
+        own = about.revision.train_count
+        pages = [artifact_view.lessons(session, about, limit=3, offset=start) for start in range(0, own + 4, 3)]
+        other = artifact_view.about(session, lived_in.id, uuid.uuid5(lived_in.id, "bad").hex * 2)
+    lessons = [lesson for page in pages for lesson in page]
+    assert [lesson.replayed for lesson in lessons] == [False] * own + [True]
+    assert lessons[-1].example.id == replayed.id
+    assert (about.replayed, other.replayed) == (1, 0)
+    monkeypatch.setattr("services.console.artifacts.PAGE", own)
+    client = sign_in("v@example.org", "viewer", lived_in.id)
+    first = client.get(f"/p/entities/artifacts/{digest}").text
+    assert f"?start={own}" in first
+    assert "then 1 older, replayed" in first
+    assert "older examples, 1 replayed" in boxes(first)
+    last = client.get(f"/p/entities/artifacts/{digest}?start={own}").text
+    assert f"/p/entities/interactions/{replayed.interaction_id}/lineage" in last
+    assert "That is all" in last
 
 
 # --- spans and geometry -----------------------------------------------------------------------------------

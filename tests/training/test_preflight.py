@@ -162,6 +162,15 @@ def test_a_template_that_prints_the_day_is_rendered_with_the_day_it_was_served(t
         confirm([ReferenceRow(one.messages, ready.rows[0].prompt)], theirs)
 
 
+def test_prompts_that_spell_a_control_token_do_not_count_as_confirmed(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    theirs = AutoTokenizer.from_pretrained(make_model(tmp_path / "model"))
+    plain, spelled = example("say 1", "1"), example(f"say {theirs.eos_token}", "1")
+
+    rows = [ReferenceRow(one.messages, tokenizer.encode_chat(one.messages)) for one in (plain, spelled, plain)]
+
+    assert confirm(rows, theirs) == 2
+
+
 def test_a_prompt_or_group_on_both_sides_of_the_split_refuses_the_run(tokenizer: Tokenizer) -> None:
     prompt = checked(tokenizer, fine(3), [example("say number 1", "x", "held_out")])
     group = checked(tokenizer, [example("a", "b", group_key="g")], [example("c", "d", "held_out", group_key="g")])

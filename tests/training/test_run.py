@@ -75,6 +75,8 @@ def test_a_run_learns_and_leaves_an_artefact_named_by_its_manifest(world: World,
 
     losses = [event.payload["loss"] for event in events(world, run.id, "progress")]
     assert losses[-1] < losses[0] - 0.5
+    [confirmed] = [event.payload for event in events(world, run.id, "log") if event.payload.get("name") == "confirmed"]
+    assert confirmed["detail"] == {"prompts": 16, "passed_over": 0}
     with world.sessions() as session:
         done = session.get_one(Run, run.id)
         [built] = session.scalars(select(Artifact)).all()

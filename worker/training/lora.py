@@ -44,8 +44,9 @@ def train(spec: Spec, report: Tell) -> None:
     require_quantizer(spec.quantize)
     on_gpu = on_cuda(spec)
     tokenizer = AutoTokenizer.from_pretrained(spec.model)
-    confirm(spec.reference, tokenizer)
-    report(Stage(name="confirmed", detail={"prompts": len(spec.reference)}))
+    compared = confirm(spec.reference, tokenizer)
+    passed_over = len(spec.reference) - compared
+    report(Stage(name="confirmed", detail={"prompts": compared, "passed_over": passed_over}))
     rows = [json.loads(line) for line in Path(spec.rows_file).read_text(encoding="utf-8").splitlines()]
     held_back = validation.read(spec.validation_file)
     chosen = swept(spec, tokenizer, rows, held_back, report, on_gpu=on_gpu)
@@ -125,8 +126,12 @@ def _longest_answer(row: dict[str, Any]) -> list[int]:
     return max((row[name] for name in names if name in row), key=len)
 
 
-def confirm(reference: Sequence[ReferenceRow], tokenizer: Any) -> None:  # noqa: ANN401 - transformers ships no types
-    """Two renderers that share no code must agree on the token ids, or one of them is wrong. Raises Refused."""
+def confirm(reference: Sequence[ReferenceRow], tokenizer: Any) -> int:  # noqa: ANN401 - transformers ships no types
+    """Two renderers that share no code must agree on the token ids, or one of them is wrong. Raises Refused.
+
+    How many were compared: rows that spell a special token are passed over.
+    """
+    compared = 0
     for row in reference:
         said = json.dumps([row.messages, row.tools], ensure_ascii=False)
         if any(token in said for token in tokenizer.all_special_tokens):
@@ -137,6 +142,8 @@ def confirm(reference: Sequence[ReferenceRow], tokenizer: Any) -> None:  # noqa:
             )
         if list(ids) != row.ids:
             raise Refused("transformers renders a prompt to other token ids than the serving engine: template drift")
+        compared += 1
+    return compared
 
 
 @contextmanager
