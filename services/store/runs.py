@@ -12,8 +12,9 @@ from sqlalchemy import func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from services.errors import Conflict, NotFound
+from services.errors import Conflict, InvalidRequest, NotFound
 from services.store import datasets, jobs, run_params, webhooks
+from services.store.evaluation_config import BASE_ABILITY
 from services.store.models import Artifact, Dataset, Job, Project, Revision, Run, RunEvent
 
 UNFINISHED = ("queued", "running")
@@ -36,9 +37,11 @@ def start(
     """A queued run and its first job: train on `revision`, or build a fresh one of `dataset` before that.
 
     A run of kind "speculator" trains heads on the log instead. `trigger` says why it began: {"line": …}; by hand when
-    None. Raises InvalidRequest for bad parameters, Conflict while another run of the project and of this sort is
-    unfinished.
+    None. Raises InvalidRequest for bad parameters or the base-ability set, Conflict while another run of the project
+    and of this sort is unfinished.
     """
+    if dataset == BASE_ABILITY and kind != "speculator":
+        raise InvalidRequest(run_params.NOT_TAUGHT, param="dataset")
     checked = run_params.checked(kind, params, project.config)
     settle(session, project.id)
     run = Run(project_id=project.id, kind=kind, params=checked.model_dump(mode="json"), created_by=created_by)

@@ -12,22 +12,17 @@ from engine.sync_client import SyncEngineClient
 from engine.text.tokenizer import Tokenizer
 from services.settings import Settings
 from services.store import deployments, evaluation_answers, evaluations, failpoints, revisions, runs, verdicts
-from services.store.evaluation_config import BASE_ABILITY
 from services.store.jobs import JobCancelled, JobFailed, JobWaits, Lease
 from services.store.models import EvaluationRow
 from worker.gate.asking import Asking
-from worker.gate.decide import Decision, decide
+from worker.gate.decide import decide
 from worker.gate.judge import Agreement
 from worker.gate.order import Order, read
-from worker.gate.report import judge_agreement, summarise
+from worker.gate.report import about_general, judge_agreement, summarise
 from worker.gate.rows import Compared, asked_of, make_rows, scored
 from worker.gate.score import EngineCrowded, weights_of
 
 CONNECT_SECONDS = 30.0
-NO_GENERAL = (
-    f"nothing says whether general ability stays: the project has no {BASE_ABILITY} set (import a dataset of that name)"
-)
-
 log = structlog.get_logger()
 
 
@@ -163,7 +158,7 @@ def _conclude(lease: Lease, order: Order, result: Result) -> None:
             evaluation,
             result.rows,
             decision="promote" if decision.promote else "refuse",
-            reasons=_reasons(order, decision),
+            reasons=[*decision.reasons, *about_general(order)] if decision.tested else decision.reasons,
             summary=summarise(order, result.rows, decision, result.judged),
             tested=decision.tested,
             carry=decision.carry,
@@ -180,10 +175,6 @@ def _conclude(lease: Lease, order: Order, result: Result) -> None:
         lease.succeed(session)
     failpoints.reach("evaluate.committed")
     log.info("gate decided", promote=decision.promote, reasons=decision.reasons, candidate=order.candidate)
-
-
-def _reasons(order: Order, decision: Decision) -> list[str]:
-    return decision.reasons if order.general or not decision.tested else [*decision.reasons, NO_GENERAL]
 
 
 def _quarantine(lease: Lease, run_id: UUID, reason: str) -> None:
