@@ -161,7 +161,8 @@ def cancel(here: Lead, run_id: UUID) -> Response:
 
 @router.post("/p/{slug}/runs/{run_id}/retry")
 def retry(request: Request, here: Lead, run_id: UUID) -> Response:
-    """The same again; 409 unless it failed or was cancelled, while another is unfinished, and after three times."""
+    """The same again, or on from what was trained; 409 unless it failed or was cancelled, while another is unfinished,
+    and after three times."""
     run = runs.retry(here.session, _run(here, run_id), here.user.email)
     audit.record(here.session, here.user.email, "run.retry", f"run:{run.id}", {"retry_of": str(run_id)})
     return _to_run(request, here, run)

@@ -12,6 +12,7 @@ from engine.sync_client import SyncEngineClient
 from engine.text.tokenizer import Tokenizer
 from services.settings import Settings
 from services.store import deployments, evaluation_answers, evaluations, failpoints, revisions, runs, verdicts
+from services.store.gate_words import shown
 from services.store.jobs import JobCancelled, JobFailed, JobWaits, Lease
 from services.store.models import EvaluationRow
 from worker.gate.asking import Asking
@@ -151,6 +152,7 @@ def _conclude(lease: Lease, order: Order, result: Result) -> None:
             candidate_digest=order.candidate,
             baseline_digest=order.baseline,
         )
+        summary = summarise(order, result.rows, decision, result.judged)
         for row in result.rows:
             row.evaluation_id = evaluation.id
         evaluations.decide(
@@ -159,13 +161,13 @@ def _conclude(lease: Lease, order: Order, result: Result) -> None:
             result.rows,
             decision="promote" if decision.promote else "refuse",
             reasons=[*decision.reasons, *about_general(order)] if decision.tested else decision.reasons,
-            summary=summarise(order, result.rows, decision, result.judged),
+            summary=summary,
             tested=decision.tested,
             carry=decision.carry,
         )
         runs.add_event(session, order.run_id, "gate", {"promote": decision.promote, "reasons": decision.reasons})
         if decision.promote:
-            deployments.advance(session, order.candidate, "verified")
+            deployments.advance(session, order.candidate, "verified", reason=shown(summary))
             payload = {"project_id": str(order.project_id), "digest": order.candidate, "run_id": str(order.run_id)}
             runs.enter_phase(session, run, "deploying")
             runs.hand_over(session, run, "deploy", payload)
