@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError
 from services.settings import Settings
 from services.store import failpoints, jobs
 from services.store.base import Sessions, make_sessions
-from services.store.jobs import JobCancelled, JobFailed, Lease, LostLease
+from services.store.jobs import JobCancelled, JobFailed, JobWaits, Lease, LostLease
 from worker import logs
 from worker.curation.build import build_job
 from worker.curation.bulk import bulk_job
@@ -162,6 +162,10 @@ def _run(lease: Lease, settings: Settings, handlers: Mapping[str, Handler]) -> C
         reason = str(error)
         log.warning("job failed for good", error=reason)
         return lambda: lease.fail(reason, "\n".join(logs.recent), retry=False)
+    except JobWaits as error:
+        waits_for = str(error)
+        log.warning("job waits", error=waits_for)
+        return lambda: lease.wait(waits_for, "\n".join(logs.recent))
     except WorkerStopping:
         # Another worker may go on at once, and the attempt does not count.
         lease.release()

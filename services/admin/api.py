@@ -205,7 +205,8 @@ def cancel_run(caller: Trainer, run_id: UUID) -> dict[str, Any]:
 
 @router.post("/runs/{run_id}/retry", status_code=201)
 def retry_run(caller: Trainer, run_id: UUID) -> dict[str, Any]:
-    """The same again; 409 unless it failed or was cancelled, while another is unfinished, and after three times."""
+    """The same again, or on from what was trained; 409 unless it failed or was cancelled, while another is unfinished,
+    and after three times."""
     run = runs.retry(caller.session, _run(caller, run_id), caller.actor)
     audit.record(caller.session, caller.actor, "run.retry", f"run:{run.id}", {"retry_of": str(run_id)})
     return shapes.run(run)

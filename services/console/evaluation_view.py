@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session
 from services.console import charts
 from services.store import evaluations, power
 from services.store.evaluation_config import BASE_ABILITY, TARGET
+from services.store.gate_words import headline, verdict
 from services.store.models import Artifact, Dataset, Evaluation, EvaluationRow, Revision, Run
 
 SLICES = {
@@ -86,6 +87,7 @@ def describe(session: Session, evaluation: Evaluation, chosen: Chosen) -> dict[s
     total = evaluations.count_rows(session, evaluation, outcome=chosen.outcome or None, slice_=chosen.slice or None)
     return {
         "evaluation": evaluation,
+        "headline": headline(evaluation),
         "summary": summary,
         "run": session.get(Run, evaluation.run_id) if evaluation.run_id else None,
         "artifact": session.get(Artifact, evaluation.candidate_digest),
@@ -133,16 +135,6 @@ def _scale(drawn: charts.Forest, lowest: float | None) -> Any:  # noqa: ANN401 -
         return lambda _difference: drawn.zero
     unit = (drawn.zero - drawn.margin) / lowest
     return lambda difference: round(drawn.zero + difference * unit, 1)
-
-
-def verdict(name: str, row: Mapping[str, Any]) -> str:
-    """What a slice's interval says: better, kept, weak, worse, or short of what it had to show."""
-    if name == TARGET:
-        return "better" if row["low"] > 0 else "not shown"
-    margin = row.get("margin")
-    if margin is None or row["low"] > -margin:
-        return "kept"
-    return "worse" if row.get("harmed") else "weak" if row.get("weak") else "at risk"
 
 
 def metric_lines(summary: Mapping[str, Any]) -> list[MetricLine]:

@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session
 
 from services.console import charts, run_charts, run_form
 from services.store import evaluations, revisions, runs
+from services.store.gate_words import headline
 from services.store.models import Artifact, Dataset, Evaluation, EvaluationRow, Project, Revision, Run, RunEvent
 
 # What became of the candidate of a run that is over: on trial still, or taken back.
@@ -97,6 +98,7 @@ def describe(session: Session, run: Run, show: str = "") -> dict[str, Any]:
         "counts": revisions.counts(session, revision.id) if revision else None,
         "artifact": session.get(Artifact, run.artifact_digest) if run.artifact_digest else None,
         "evaluation": evaluation,
+        "headline": headline(evaluation) if evaluation else "",
         "scores": scores,
         "metric": evaluation.summary.get("metric", "exact_match") if evaluation else "",
         "means": evaluation.summary.get("means", {}) if evaluation else {},

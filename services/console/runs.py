@@ -14,6 +14,7 @@ from services.console.run_view import before_and_after, describe
 from services.console.views import fragment, page, wants_page
 from services.errors import NotFound
 from services.store import audit, datasets, pages, projects, revisions, runs
+from services.store.evaluation_config import BASE_ABILITY
 from services.store.models import Run
 from services.store.run_params import KINDS, PARAMS, Kind, configured, errors_of
 from services.store.train_when import read_config
@@ -89,7 +90,7 @@ def set_triggers(request: Request, here: Lead, sent: Annotated[dict[str, str], D
 def _form(
     request: Request, here: Here, kind: str, sent: Mapping[str, str], general: str | None = None, *, status: int = 200
 ) -> Response:
-    found = datasets.list_(here.session, here.project.id)
+    found = [one for one in datasets.list_(here.session, here.project.id) if one.name != BASE_ABILITY]
     name = sent.get("dataset") or runs.DEFAULT_DATASET
     chosen = next((dataset for dataset in found if dataset.name == name), None)
     newest = revisions.latest(here.session, chosen.id) if chosen is not None else None
@@ -160,7 +161,8 @@ def cancel(here: Lead, run_id: UUID) -> Response:
 
 @router.post("/p/{slug}/runs/{run_id}/retry")
 def retry(request: Request, here: Lead, run_id: UUID) -> Response:
-    """The same again; 409 unless it failed or was cancelled, while another is unfinished, and after three times."""
+    """The same again, or on from what was trained; 409 unless it failed or was cancelled, while another is unfinished,
+    and after three times."""
     run = runs.retry(here.session, _run(here, run_id), here.user.email)
     audit.record(here.session, here.user.email, "run.retry", f"run:{run.id}", {"retry_of": str(run_id)})
     return _to_run(request, here, run)

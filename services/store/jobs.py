@@ -19,6 +19,7 @@ from services.store.leases import (
     LEASE_SECONDS,
     JobCancelled,
     JobFailed,
+    JobWaits,
     Lease,
     LostLease,
     end_job,
@@ -27,7 +28,7 @@ from services.store.leases import (
 from services.store.models import Job
 
 __all__ = [
-    "Job", "JobCancelled", "JobFailed", "Lease", "LostLease", "Publication", "claim", "enqueue", "expire",
+    "Job", "JobCancelled", "JobFailed", "JobWaits", "Lease", "LostLease", "Publication", "claim", "enqueue", "expire",
     "get", "overdue", "prune", "request_cancel", "take_due", "unpublish",
 ]  # fmt: skip
 

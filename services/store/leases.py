@@ -20,6 +20,9 @@ LEASE_SECONDS = 60.0
 HEARTBEAT_SECONDS = 15.0
 LONGEST_BACK_OFF_SECONDS = 60.0
 LOG_TAIL_CHARACTERS = 8000
+# A job that waits comes back after 2, 4, 8 … and at last every 300 seconds: an hour in all.
+MOST_WAITS = 18
+LONGEST_WAIT_SECONDS = 300.0
 
 log = structlog.get_logger()
 
@@ -30,6 +33,11 @@ class LostLease(RuntimeError):
 
 class JobFailed(RuntimeError):
     """Raised by a handler for a failure that a retry cannot mend; its message is the job's and the run's error."""
+
+
+class JobWaits(RuntimeError):
+    """Raised by a handler when what it needs is away or crowded for now, and nothing is wrong with the work: the job
+    comes back later, for about an hour, and the attempt does not count."""
 
 
 class JobCancelled(RuntimeError):
@@ -120,6 +128,18 @@ class Lease:
             job.state, job.lease_expires_at, job.published_at = "queued", None, None
             job.attempts -= 1
 
+    def wait(self, reason: str, log_tail: str = "") -> None:
+        """Hand the job back for later: each wait is longer than the last, and after `MOST_WAITS` the job has failed."""
+        with self.transaction() as session:
+            job = self._job(session)
+            waits = int(job.payload.get("waits", 0)) + 1
+            if waits > MOST_WAITS:
+                end_job(session, job, "failed", error=f"waited for an hour in vain: {reason}", log_tail=log_tail)
+                return
+            job.payload = {**job.payload, "waits": waits}
+            job.attempts -= 1
+            _queue_again(session, job, reason, log_tail, pause=min(2.0**waits, LONGEST_WAIT_SECONDS))
+
     def fail(self, error: str, log_tail: str = "", *, retry: bool = True) -> None:
         """Record a failed attempt: back to the queue after a pause, or the end when attempts or hope ran out."""
         with self.transaction() as session:
@@ -168,12 +188,16 @@ def retry_or_end(session: Session, job: Job, *, error: str, log_tail: str = "") 
     if job.attempts >= job.max_attempts:
         end_job(session, job, "dead", error=error, log_tail=log_tail)
         return
+    _queue_again(session, job, error, log_tail, pause=min(2.0**job.attempts, LONGEST_BACK_OFF_SECONDS))
+
+
+def _queue_again(session: Session, job: Job, error: str, log_tail: str, *, pause: float) -> None:
+    """Due in `pause` seconds."""
     job.state = "queued"
     job.error = error
     job.log_tail = log_tail[-LOG_TAIL_CHARACTERS:] or job.log_tail
     job.published_at = None
     job.lease_expires_at = None
-    pause = min(2.0**job.attempts, LONGEST_BACK_OFF_SECONDS)
     session.flush()
     session.execute(update(Job).where(Job.id == job.id).values(not_before=func.now() + timedelta(seconds=pause)))
 

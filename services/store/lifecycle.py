@@ -31,7 +31,7 @@ TRANSITIONS: Mapping[str, frozenset[str]] = {
 }
 WHY: Mapping[str, str] = {
     "built": "written, and named by its digest",
-    "verified": "better on what was corrected, no worse on what was not",
+    "verified": "passed the gate",
     "staged": "loaded into a spare slot of the engine",
     "rejected": "not shown to be better, or worse somewhere",
     "quarantined": "the artefact is at fault",

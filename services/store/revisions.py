@@ -75,17 +75,19 @@ def create(
 ) -> Revision:
     """The revision holding exactly these entries; the existing one when the dataset already had it.
 
-    A new revision shares the gate looks of the one that holds most of its held-out part, if at least half of it.
+    A new revision shares the gate looks of the project's most looked-at one that holds at least half of its held-out
+    part, whichever data set that belongs to.
     """
     ordered = sorted(entries, key=lambda entry: (entry.split, entry.content_hash))
     digest = digest_of(_manifest(ordered))
-    session.execute(select(Dataset.id).where(Dataset.id == dataset.id).with_for_update())
+    # Two data sets built at once from the same judgements must see each other's held-out part.
+    session.execute(select(Project.id).where(Project.id == dataset.project_id).with_for_update(key_share=True))
     existing = find(session, dataset.id, digest)
     if existing is not None:
         return existing
     parent = latest(session, dataset.id)
     held_out = [entry for entry in ordered if entry.split == "held_out"]
-    budget = _shared_budget(session, dataset.id, [entry.content_hash for entry in held_out])
+    budget = _shared_budget(session, dataset.project_id, [entry.content_hash for entry in held_out])
     shared = Looks(0, 0.0) if budget is None else lock_looks(session, budget)
     revision = Revision(
         dataset_id=dataset.id,
@@ -124,21 +126,22 @@ def _store_members(session: Session, revision_id: UUID, ordered: Sequence[Entry]
     )
 
 
-def _shared_budget(session: Session, dataset_id: UUID, held_out: list[str]) -> UUID | None:
-    """Adding one row must not buy a fresh look budget on a thousand rows already looked at, whichever of the dataset's
-    revisions has them: one may be built beside a run on another."""
+def _shared_budget(session: Session, project_id: UUID, held_out: list[str]) -> UUID | None:
+    """Adding one row must not buy a fresh look budget on a thousand rows already looked at, and nor must another name:
+    what a project has judged is in the revisions of all its data sets."""
     shared = func.count()
     most = (
         select(_budget)
+        .join(Dataset, Dataset.id == Revision.dataset_id)
         .join(RevisionExample, RevisionExample.revision_id == Revision.id)
         .where(
-            Revision.dataset_id == dataset_id,
+            Dataset.project_id == project_id,
             RevisionExample.split == "held_out",
             among(RevisionExample.content_hash, held_out),
         )
         .group_by(Revision.id)
         .having(2 * shared >= len(held_out))
-        .order_by(shared.desc(), Revision.id.desc())
+        .order_by(Revision.looks.desc(), shared.desc(), Revision.id.desc())
     )
     return session.scalar(most.limit(1)) if held_out else None
 

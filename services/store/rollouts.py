@@ -175,7 +175,7 @@ def _make_room(session: Session, deployment: Deployment, decision: Decision) -> 
     rollout = trials.open_of(session, deployment.project_id, lock=True)
     if replaced is None or rollout is None:
         return
-    reason = "a newer candidate passed the gate before this one was decided on"
+    reason = f"a newer candidate came before this one was decided on: {decision.reason}"
     evidence = trials.figures(rollout)
     step = deployments.end_trial(session, deployment, "superseded", reason)
     record_change(

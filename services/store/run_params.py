@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from services.errors import InvalidRequest
 from services.store.datasets import NAME
+from services.store.evaluation_config import BASE_ABILITY
 
 AdapterKind = Literal["sft", "dpo", "kto"]
 Kind = Literal["sft", "dpo", "kto", "speculator"]
@@ -19,6 +20,7 @@ ADAPTER_KINDS: tuple[AdapterKind, ...] = get_args(AdapterKind)
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EVERY_LINEAR: tuple[Target, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MOST_TRIALS = 16
+NOT_TAUGHT = f"{BASE_ABILITY} measures what an adapter forgets, so no run is trained on it"
 Params = TypeVar("Params", bound=BaseModel)
 
 
@@ -55,6 +57,13 @@ class TrainParams(BaseModel):
         if sweep == 1:
             raise ValueError("a sweep tries at least 2 candidates; 0 tries none")
         return sweep
+
+    @field_validator("replay_from")
+    @classmethod
+    def _leaves_the_measure(cls, replay_from: str) -> str:
+        if replay_from == BASE_ABILITY:
+            raise ValueError(NOT_TAUGHT)
+        return replay_from
 
 
 class SftParams(TrainParams):

@@ -12,9 +12,10 @@ from sqlalchemy import func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from services.errors import Conflict, NotFound
+from services.errors import Conflict, InvalidRequest, NotFound
 from services.store import datasets, jobs, run_params, webhooks
-from services.store.models import Dataset, Job, Project, Revision, Run, RunEvent
+from services.store.evaluation_config import BASE_ABILITY
+from services.store.models import Artifact, Dataset, Job, Project, Revision, Run, RunEvent
 
 UNFINISHED = ("queued", "running")
 TRAININGS = ("train", "train.speculator")
@@ -36,9 +37,11 @@ def start(
     """A queued run and its first job: train on `revision`, or build a fresh one of `dataset` before that.
 
     A run of kind "speculator" trains heads on the log instead. `trigger` says why it began: {"line": …}; by hand when
-    None. Raises InvalidRequest for bad parameters, Conflict while another run of the project and of this sort is
-    unfinished.
+    None. Raises InvalidRequest for bad parameters or the base-ability set, Conflict while another run of the project
+    and of this sort is unfinished.
     """
+    if dataset == BASE_ABILITY and kind != "speculator":
+        raise InvalidRequest(run_params.NOT_TAUGHT, param="dataset")
     checked = run_params.checked(kind, params, project.config)
     settle(session, project.id)
     run = Run(project_id=project.id, kind=kind, params=checked.model_dump(mode="json"), created_by=created_by)
@@ -62,9 +65,12 @@ def _first_job(session: Session, run: Run, dataset: str) -> Job:
 
 
 def retry(session: Session, run: Run, created_by: str) -> Run:
-    """The same again as a run of its own, on the same revision. Raises Conflict unless it failed, or too often."""
+    """The same again as a run of its own, on the same revision; one whose artefact was never judged goes on itself,
+    at its evaluation. Raises Conflict unless it failed or was cancelled, or too often."""
     if run.state not in ("failed", "cancelled"):
         raise Conflict(f"only a run that failed or was cancelled can be tried again; this one is {run.state}")
+    if _unjudged(session, run):
+        return _evaluate_again(session, run, created_by)
     root = _root(session, run)
     number = _retries(session, run.project_id, root) + 1
     if number > MOST_RETRIES:
@@ -77,6 +83,21 @@ def retry(session: Session, run: Run, created_by: str) -> Run:
         revision=session.get(Revision, run.revision_id) if run.revision_id else None,
         trigger={"line": f"retry {number} of {MOST_RETRIES}", "retry_of": str(run.id), "root": root},
     )  # fmt: skip
+
+
+def _unjudged(session: Session, run: Run) -> bool:
+    """Whether what the run trained only waits for the gate."""
+    artifact = session.get(Artifact, run.artifact_digest, populate_existing=True) if run.artifact_digest else None
+    return artifact is not None and artifact.state == "built" and artifact.tainted_at is None
+
+
+def _evaluate_again(session: Session, run: Run, actor: str) -> Run:
+    settle(session, run.project_id)
+    resume(session, run, "evaluating", f"{actor} tried again: what was trained is there, so it goes on from there")
+    run.job_id = None  # the last job is over, and what was asked of it does not hold for the next
+    kind = "evaluate.speculator" if run.kind == "speculator" else "evaluate"
+    hand_over(session, run, kind, {"run_id": str(run.id)})
+    return run
 
 
 def _root(session: Session, run: Run) -> str:
@@ -192,7 +213,7 @@ def resume(session: Session, run: Run, phase: str, why: str) -> None:
     """A finished run goes on after all. Raises Conflict while another run of the project is unfinished."""
     try:
         with session.begin_nested():
-            run.finished_at = None
+            run.finished_at = run.error = None
             run.state, run.phase = "running", phase
             session.flush()
     except IntegrityError as error:
@@ -219,7 +240,8 @@ def request_cancel(session: Session, run_id: UUID) -> Run:
 
 
 def settle(session: Session, project_id: UUID | None = None) -> Sequence[Run]:
-    """End the runs whose job ended without ending them (died three times, or cancelled before a worker took it)."""
+    """End the runs whose job ended without ending them: it died three times, waited in vain, or was cancelled before a
+    worker took it."""
     stuck = (
         select(Run, Job)
         .join(Job, Job.id == Run.job_id)

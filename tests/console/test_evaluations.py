@@ -52,6 +52,31 @@ def test_the_list_and_the_page_say_what_was_decided_and_why(
     assert text_of(reader, f"/p/entities/evaluations/{compared[2].id}").count("<article") == 20
 
 
+def test_the_headline_claims_no_more_than_its_slices_show(
+    sign_in: SignIn, project: Project, compared: list[Evaluation]
+) -> None:
+    reader, promoted = sign_in("ada@example.org", "viewer", project.id), compared[2]
+    words = "Promoted: better on what was corrected; no evident harm on accepted and base-ability, with too few rows"
+
+    assert words in text_of(reader, f"/p/entities/evaluations/{promoted.id}")
+    assert words in text_of(reader, f"/p/entities/runs/{promoted.run_id}")
+
+
+def test_a_comparison_that_tested_nothing_shows_no_look(
+    sign_in: SignIn, project: Project, sessions: Sessions, compared: list[Evaluation]
+) -> None:
+    reader = sign_in("ada@example.org", "viewer", project.id)
+    spent = '<td class="num hide-tablet">4</td>'
+    assert spent in text_of(reader, "/p/entities/evaluations")
+    with sessions.begin() as session:
+        untested = session.get_one(Evaluation, compared[3].id)
+        untested.summary = {**untested.summary, "tested": False}
+
+    assert spent not in text_of(reader, "/p/entities/evaluations")
+    assert text_of(reader, f"/p/entities/evaluations/{untested.id}").count("no look spent") == 1
+    assert "no look spent" in text_of(reader, f"/p/entities/runs/{untested.run_id}")
+
+
 def test_a_level_that_was_handed_on_is_told(
     sign_in: SignIn, project: Project, sessions: Sessions, compared: list[Evaluation]
 ) -> None:

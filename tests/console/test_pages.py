@@ -213,14 +213,14 @@ def test_a_run_page_shows_curves_decision_and_rows(sessions: Sessions, reader: T
     for expected in (
         "Loss",
         "Learning rate",
-        "promoted",
+        "Promoted: ",
         "+87.0",
         "better on what was corrected",
         "the answer would be",
     ):
         assert expected in text
     assert text.count('class="line"') == 3
-    assert "Refused: what serves now stays" in text_of(reader, f"/p/entities/runs/{refused}")
+    assert "Refused: what served stays" in text_of(reader, f"/p/entities/runs/{refused}")
     losses = text_of(reader, f"/p/entities/runs/{promoted}/live?show=loss")
     assert "No row with this outcome" in losses
     assert "data-live-stop" in losses

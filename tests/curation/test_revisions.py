@@ -1,6 +1,7 @@
 """Revisions: differences with their causes, rebuilding, the held-out digest, personal data, exports that TRL reads."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from uuid import uuid4
 
@@ -14,13 +15,13 @@ from services.cli_datasets import to_parquet
 from services.store import dataset_export, evaluations, revision_diff, revisions
 from services.store.forms import FORMS, Form
 from services.store.models import Artifact, Evaluation, Example, Revision
-from tests.curation.world import World
+from tests.curation.world import World, make_world
 from worker.curation.build import build_revision
 
 
-def build(world: World) -> Revision:
+def build(world: World, dataset: str = "golden") -> Revision:
     with world.sessions.begin() as session:
-        return build_revision(session, world.project_id, "golden")
+        return build_revision(session, world.project_id, dataset)
 
 
 def explained(world: World, old: Revision, new: Revision) -> revision_diff.Explained:
@@ -125,6 +126,55 @@ def test_a_look_counts_for_every_revision_that_shares_most_of_the_held_out_part(
     with world.sessions() as session:
         counted = [session.get_one(Revision, one.id).looks for one in (first, second, third, fresh)]
     assert counted == [2, 2, 2, 0]
+
+
+def test_another_data_set_buys_no_fresh_looks_at_the_same_held_out_rows(world: World) -> None:
+    for number in range(3):
+        world.corrected(f"held {number}", "wrong answer", "right answer", "held_out")
+    first = build(world)
+    with world.sessions.begin() as session:
+        revisions.count_look(session, first.id, 0.025)
+
+    renamed = build(world, "golden2")
+
+    with world.sessions.begin() as session:
+        assert revisions.lock_looks(session, renamed.id) == (1, 0.025)
+        revisions.count_look(session, renamed.id)
+        assert revisions.lock_looks(session, first.id) == (2, 0.0)
+    other = make_world(world.sessions, "other")
+    for number in range(3):
+        other.corrected(f"held {number}", "wrong answer", "right answer", "held_out")
+    elsewhere = build(other)
+    with world.sessions.begin() as session:
+        assert revisions.lock_looks(session, elsewhere.id) == (0, 0.0)
+
+
+def test_of_several_counts_the_longest_is_shared(world: World) -> None:
+    world.corrected("held", "wrong answer", "right answer", "held_out")
+    first = build(world)
+    second = build(world, "golden2")
+    with world.sessions.begin() as session:  # as releases left them that counted each data set by itself
+        session.execute(update(Revision).where(Revision.id == second.id).values(look_budget=None))
+        revisions.count_look(session, first.id)
+
+    third = build(world, "golden3")
+
+    with world.sessions.begin() as session:
+        assert revisions.lock_looks(session, third.id).taken == 1
+
+
+def test_two_data_sets_built_at_once_share_their_looks(world: World) -> None:
+    world.corrected("held", "wrong answer", "right answer", "held_out")
+    with ThreadPoolExecutor(1) as pool, world.sessions() as session:
+        first = build_revision(session, world.project_id, "golden")
+        beside = pool.submit(build, world, "golden2")
+        with pytest.raises(TimeoutError):
+            beside.result(1)
+        session.commit()
+        second = beside.result(30)
+
+    with world.sessions() as session:
+        assert revisions.budget_of(session, second.id) == revisions.budget_of(session, first.id) == first.id
 
 
 def test_rejected_answers_and_unpaired_corrections_reach_their_forms(world: World) -> None:

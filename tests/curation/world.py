@@ -115,11 +115,11 @@ class World:
             self.project(session).config = config
 
 
-def make_world(sessions: Sessions, **config: object) -> World:
-    """A project `support` with two reviewers."""
+def make_world(sessions: Sessions, slug: str = "support", **config: object) -> World:
+    """A project with two reviewers."""
     with sessions.begin() as session:
-        project = projects.create(session, "support", config=config)
-        people = [UserAccount(email=f"{name}@example.com", name=name) for name in ("ada", "bela")]
+        project = projects.create(session, slug, config=config)
+        people = [UserAccount(email=f"{name}@{slug}.example.com", name=name) for name in ("ada", "bela")]
         session.add_all(people)
         session.flush()
         return World(sessions, project.id, [person.id for person in people])

@@ -13,7 +13,7 @@ from services.settings import Settings
 from services.store import datasets, evaluations, examples, jobs, revisions, runs
 from services.store.examples import Draft
 from services.store.jobs import JobCancelled, JobFailed
-from services.store.models import Artifact, Evaluation, EvaluationRow, Interaction, Job, Revision, Run
+from services.store.models import Artifact, DeploymentEvent, Evaluation, EvaluationRow, Interaction, Job, Revision, Run
 from tests.curation.world import World
 from tests.gate.conftest import Trained
 from worker.gate.evaluate import evaluate_job
@@ -102,6 +102,8 @@ def test_a_better_adapter_is_verified_and_handed_to_deployment(
     assert (revision.looks, revision.look_carry) == (1, 0.025)
     assert evaluation.summary["sources"]["candidate"] == {"exact_match": 40}
     with world.sessions() as session:
+        verified = session.scalars(select(DeploymentEvent).where(DeploymentEvent.kind == "verified")).one()
+        assert verified.reason == "better on what was corrected; general ability unknown"
         progress = [event.payload for event in runs.events(session, run.id) if event.kind == "evaluating"]
     assert progress[-1] == {"done": 80, "total": 80}
 

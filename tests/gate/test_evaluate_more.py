@@ -1,7 +1,9 @@
 """The evaluate job beyond its main path: answers kept, verdicts reused, likelihood, checks, base ability, overrides."""
 
+import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from uuid import UUID
@@ -14,7 +16,7 @@ from engine.sync_client import SyncEngineClient
 from engine.text.tokenizer import Tokenizer
 from services.errors import Conflict, InvalidRequest
 from services.settings import Settings
-from services.store import base_ability, evaluations, failpoints, jobs, runs
+from services.store import base_ability, evaluations, examples, failpoints, jobs, replay, runs
 from services.store.evaluation_config import BASE_ABILITY
 from services.store.examples import Draft
 from services.store.models import (
@@ -31,7 +33,7 @@ from services.store.models import (
 )
 from tests.curation.world import World
 from tests.gate.conftest import Trained
-from tests.gate.test_evaluate import NOTHING_KEPT, corrected, evaluate, start
+from tests.gate.test_evaluate import NOTHING_KEPT, corrected, draft, evaluate, start
 from worker.gate.evaluate import evaluate_job
 from worker.gate.judge import CHOICES
 from worker.gate.score import Ask, ask_all, ask_answer, ask_likelihood
@@ -244,6 +246,62 @@ def test_without_a_base_ability_set_the_decision_says_so(
         evaluation = evaluations.of_run(session, run.id)
     assert evaluation is not None
     assert "no base-ability set" in evaluation.reasons[-1]
+
+
+def test_general_prompts_that_the_run_was_taught_or_replayed_do_not_guard(
+    world: World, trained: Trained, engine_settings: Settings, shipped: Path
+) -> None:
+    taught, replayed = (
+        replace(draft(f"tell {number}", "as trained"), split="train", source="imported", reviewers=("bela",))
+        for number in (3, 5)
+    )
+    run = start(world, trained, [*corrected(35), taught])
+    with world.sessions.begin() as session:
+        [entry] = examples.add_examples(session, world.project_id, [replayed])
+        replay.keep(session, run.id, [session.get_one(Example, entry.example_id)])
+
+    evaluate(world, run, engine_settings)
+
+    with world.sessions() as session:
+        evaluation = evaluations.of_run(session, run.id)
+        guarded = session.scalars(
+            select(Example.messages)
+            .join(EvaluationRow, EvaluationRow.example_id == Example.id)
+            .where(EvaluationRow.slice == BASE_ABILITY)
+        ).all()
+    asked = {messages[0]["content"] for messages in guarded}
+    assert asked == {f"tell {number}" for number in range(40) if number not in (3, 5)}
+    assert evaluation is not None
+    assert evaluation.summary["general_left_out"] == {"own_task": 0, "trained": 2}
+    assert evaluation.reasons[-1] == "2 of the 40 rows of base-ability are left out, as the run was trained on them"
+
+
+def test_a_set_that_is_all_of_the_projects_own_task_is_not_called_missing(
+    world: World, trained: Trained, engine_settings: Settings, shipped: Path
+) -> None:
+    system = {"role": "system", "content": "You are the desk."}
+    lines = [json.loads(line) for line in shipped.read_text().splitlines()]
+    own = [{"messages": [system, *line["messages"]]} for line in lines]
+    shipped.write_text("\n".join(json.dumps(line) for line in own) + "\n")
+    held = [replace(one, messages=[system, *one.messages]) for one in corrected(35)]
+    run = start(world, trained, held)
+
+    evaluate(world, run, engine_settings)
+
+    with world.sessions() as session:
+        evaluation = evaluations.of_run(session, run.id)
+    assert evaluation is not None
+    assert evaluation.reasons[-1] == (
+        "nothing says whether general ability stays: of the 40 rows of base-ability 40 are of the project’s own task"
+    )
+
+
+def test_no_run_is_trained_on_the_set_that_measures(world: World) -> None:
+    with world.sessions.begin() as session:
+        project = world.project(session)
+        for chosen in ({"dataset": BASE_ABILITY}, {"params": {"replay_from": BASE_ABILITY}}):
+            with pytest.raises(InvalidRequest, match="no run is trained on it"):
+                runs.start(session, project, **{"params": {}, "created_by": "ada", **chosen})  # type: ignore[arg-type]
 
 
 def test_a_person_may_override_a_refusal_once_with_a_reason_and_it_shows(

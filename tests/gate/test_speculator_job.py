@@ -6,11 +6,12 @@ from uuid import UUID
 
 import pytest
 
+from engine.client import EngineGone
 from engine.messages import StepCost
 from services.settings import Settings
 from services.store import jobs, runs
 from services.store.base import Sessions
-from services.store.jobs import JobCancelled, JobFailed, Lease
+from services.store.jobs import JobCancelled, JobFailed, JobWaits, Lease
 from services.store.models import Artifact, Job, Run
 from tests.curation.world import World, make_world
 from tests.gate.test_speculator_gate import measured
@@ -128,6 +129,22 @@ def test_a_run_without_measurements_fails(world: World, settings: Settings) -> N
         evaluate_speculator_job(lease, settings)
 
     assert after(world, run_id)[0].state == "failed"
+
+
+def test_heads_wait_for_an_engine_that_is_away(
+    world: World, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(_engine: FakeEngine) -> Answer:
+        raise EngineGone("not there")
+
+    monkeypatch.setattr(FakeEngine, "status", gone)
+    run_id = trained(world, measured(incumbent=True))
+
+    with claim(world, run_id) as lease, pytest.raises(JobWaits, match="not there"):
+        evaluate_speculator_job(lease, settings)
+
+    run, heads, _ = after(world, run_id)
+    assert (run.state, heads.state) == ("running", "built")
 
 
 def test_a_cancelled_run_is_not_decided(world: World, settings: Settings) -> None:

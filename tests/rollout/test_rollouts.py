@@ -103,6 +103,9 @@ def test_a_newer_candidate_takes_an_undecided_ones_place(world: World) -> None:
     begin(world, NEWER)
     assert (world.state(NEW), world.state(NEWER), deployment(world).canary_digest) == ("retired", "canary", NEWER)
     assert kinds(world)[-2:] == ["canary_superseded", "canary"]
+    with world.sessions() as session:
+        replaced = deployments.events(session, world.project_id)[1]
+    assert replaced.reason == f"a newer candidate came before this one was decided on: {BY_ADA.reason}"
 
 
 def test_a_roll_back_of_what_is_live_ends_the_canary_beside_it(world: World) -> None:

@@ -13,7 +13,7 @@ from sqlalchemy import func, select, update
 from services.settings import Settings
 from services.store import deployments, jobs
 from services.store.jobs import JobCancelled, JobFailed
-from services.store.models import Artifact, DeploymentEvent, Job
+from services.store.models import Artifact, DeploymentEvent, Evaluation, Job
 from tests.rollout.conftest import PROMPTS, ROOT, EngineUnderTest, World
 from worker.rollout.swap import deploy_job
 
@@ -91,6 +91,24 @@ def test_a_promoted_artefact_goes_live_and_ends_its_run(
         "golden_prompts": 8, "differing": 0, "run_id": str(run_id),
     }  # fmt: skip
     assert newest.evidence["states"] == [[new, "staged", "live"], [old, "live", "retired"]]
+
+
+def test_an_overridden_refusal_is_not_said_to_have_passed(
+    world: World, settings: Settings, pair: tuple[str, str], spoken: dict[str, list[str]]
+) -> None:
+    old, new = pair
+    serve(world, old)
+    world.artifact(new, "verified")
+    run_id = world.run(new, baseline=old, outputs=spoken[new])
+    with world.sessions.begin() as session:
+        refused = session.scalars(select(Evaluation).where(Evaluation.run_id == run_id)).one()
+        refused.decision, refused.overridden_by, refused.override_reason = "refuse", "ada", "The metric is wrong."
+
+    attempt(world, settings, order(world, new, run_id))
+
+    with world.sessions() as session:
+        newest = deployments.events(session, world.project_id)[0]
+    assert newest.reason == f"the gate refused run {run_id}; ada let it through: The metric is wrong."
 
 
 def test_answers_that_differ_from_the_record_quarantine_the_artefact(

@@ -75,9 +75,11 @@ def unfinished(session: Session, made: ErasureRequest) -> str | None:
 def rebuild(session: Session, made: ErasureRequest) -> list[dict[str, Any]]:
     """The newest revision of each dataset again, without them. Older ones stay, as hashes without text."""
     holding = select(Revision.dataset_id).where(Revision.id.in_(_holding(made)))
+    # A revision's making locks its project: always in this order.
+    ordered = select(Dataset).where(Dataset.id.in_(holding)).order_by(Dataset.project_id, Dataset.id)
     gone = set(session.scalars(noted(made, "example")))
     rebuilt = []
-    for dataset in session.scalars(select(Dataset).where(Dataset.id.in_(holding)).order_by(Dataset.id)).all():
+    for dataset in session.scalars(ordered).all():
         newest = revisions.latest(session, dataset.id)
         assert newest is not None, "one of its revisions holds an erased row"
         listed = revisions.entries(session, newest.id)

@@ -1,4 +1,4 @@
-"""The gate: a pure function of two score tables. Promote only what is better where it should be and no worse elsewhere.
+"""The gate: a pure function of two score tables. Promote only what is better where it should be and does no harm seen.
 
 - Target slice: the lower bound of the paired, clustered interval must be above 0.
 - Every other slice is guarded: its lower bound must be above minus its margin. A slice with too few rows to show that

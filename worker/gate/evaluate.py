@@ -6,27 +6,24 @@ from uuid import UUID
 
 import structlog
 
-from engine.client import EngineRefused
+from engine.client import EngineGone, EngineRefused
+from engine.messages import Status
 from engine.sync_client import SyncEngineClient
 from engine.text.tokenizer import Tokenizer
 from services.settings import Settings
 from services.store import deployments, evaluation_answers, evaluations, failpoints, revisions, runs, verdicts
-from services.store.evaluation_config import BASE_ABILITY
-from services.store.jobs import JobCancelled, JobFailed, Lease
+from services.store.gate_words import shown
+from services.store.jobs import JobCancelled, JobFailed, JobWaits, Lease
 from services.store.models import EvaluationRow
 from worker.gate.asking import Asking
-from worker.gate.decide import Decision, decide
+from worker.gate.decide import decide
 from worker.gate.judge import Agreement
 from worker.gate.order import Order, read
-from worker.gate.report import judge_agreement, summarise
+from worker.gate.report import about_general, judge_agreement, summarise
 from worker.gate.rows import Compared, asked_of, make_rows, scored
-from worker.gate.score import weights_of
+from worker.gate.score import EngineCrowded, weights_of
 
 CONNECT_SECONDS = 30.0
-NO_GENERAL = (
-    f"nothing says whether general ability stays: the project has no {BASE_ABILITY} set (import a dataset of that name)"
-)
-
 log = structlog.get_logger()
 
 
@@ -42,7 +39,8 @@ class Result(NamedTuple):
 
 
 def evaluate_job(lease: Lease, settings: Settings) -> None:
-    """Handler of "evaluate". Raises EngineGone and EvaluationInterrupted for another attempt."""
+    """Handler of "evaluate". Raises JobWaits while the engine is away or crowded, EvaluationInterrupted for another
+    attempt."""
     run_id = UUID(lease.payload["run_id"])
     try:
         order = _begin(lease, settings, run_id)
@@ -52,6 +50,10 @@ def evaluate_job(lease: Lease, settings: Settings) -> None:
             _conclude(lease, order, result)
     except Broken as error:
         _quarantine(lease, run_id, str(error))
+    except (EngineGone, EngineCrowded) as error:
+        with lease.transaction() as session:
+            runs.add_event(session, run_id, "log", {"line": f"waits for the engine: {error}"})
+        raise JobWaits(str(error)) from error
     except JobCancelled:
         with lease.transaction() as session:
             runs.finish(session, runs.get(session, run_id), "cancelled", "cancelled")
@@ -95,9 +97,12 @@ def _compare(lease: Lease, settings: Settings, order: Order) -> Result:
     tokenizer = Tokenizer.load(_model_directory(settings))
     with SyncEngineClient(settings.engine_socket, connect_seconds=CONNECT_SECONDS) as client:
         asking = Asking(lease, order, client, tokenizer)
-        _load(client, settings, order)
+        # Each when its turn comes: slots that others want are held no longer than they are used.
+        _load(client, settings, order, order.candidate)
         ours = asking.sides(order.candidate)
+        _load(client, settings, order, order.baseline)
         theirs = asking.sides(order.baseline)
+        _load(client, settings, order, order.judging.adapter if order.judging else None)
         compared = asking.judge([Compared(one, theirs[one.id], ours[one.id]) for one in order.examples])
         weights = [weights_of(client.status(), adapter) for adapter in (order.candidate, order.baseline)]
     with lease.transaction() as session:
@@ -107,22 +112,26 @@ def _compare(lease: Lease, settings: Settings, order: Order) -> Result:
     return Result(make_rows(order, compared, human), judged)
 
 
-def _load(client: SyncEngineClient, settings: Settings, order: Order) -> None:
-    """The candidate first. Raises Broken for it; RuntimeError for another attempt when slots are full."""
-    judge = order.judging.adapter if order.judging else None
-    for digest in dict.fromkeys(one for one in (order.candidate, order.baseline, judge) if one):
-        status = client.status()
-        loaded = {slot.digest for slot in status.slots}
-        if digest in loaded:
-            continue
-        if len(loaded) >= status.slots_total:
-            raise RuntimeError("every adapter slot of the engine is taken")
-        try:
-            client.load_adapter(digest, str(settings.artifacts / digest))
-        except EngineRefused as error:
-            if digest == order.candidate and not error.transient:
-                raise Broken(f"the engine refused the adapter: {error}") from error
-            raise
+def _load(client: SyncEngineClient, settings: Settings, order: Order, digest: str | None) -> None:
+    """Have an adapter ready; the engine lets an idle one go for it. Raises Broken for the candidate, EngineCrowded."""
+    if digest is None:
+        return
+    status = client.status()
+    if digest not in {slot.digest for slot in status.slots} and not _has_room(status):
+        raise EngineCrowded("every adapter slot of the engine serves requests")
+    try:
+        client.load_adapter(digest, str(settings.artifacts / digest))
+    except EngineRefused as error:
+        if digest == order.candidate and not error.transient:
+            raise Broken(f"the engine refused the adapter: {error}") from error
+        raise
+
+
+def _has_room(status: Status) -> bool:
+    """Whether a load takes no slot from an adapter with requests: the engine would make one of those leave for it.
+    One that is idle is loaded again when a request asks for it."""
+    free = len(status.slots) < status.slots_total
+    return free or any(slot.state == "ready" and not slot.references for slot in status.slots)
 
 
 # --- deciding ---------------------------------------------------------------------------------------------
@@ -143,6 +152,7 @@ def _conclude(lease: Lease, order: Order, result: Result) -> None:
             candidate_digest=order.candidate,
             baseline_digest=order.baseline,
         )
+        summary = summarise(order, result.rows, decision, result.judged)
         for row in result.rows:
             row.evaluation_id = evaluation.id
         evaluations.decide(
@@ -150,14 +160,14 @@ def _conclude(lease: Lease, order: Order, result: Result) -> None:
             evaluation,
             result.rows,
             decision="promote" if decision.promote else "refuse",
-            reasons=_reasons(order, decision),
-            summary=summarise(order, result.rows, decision, result.judged),
+            reasons=[*decision.reasons, *about_general(order)] if decision.tested else decision.reasons,
+            summary=summary,
             tested=decision.tested,
             carry=decision.carry,
         )
         runs.add_event(session, order.run_id, "gate", {"promote": decision.promote, "reasons": decision.reasons})
         if decision.promote:
-            deployments.advance(session, order.candidate, "verified")
+            deployments.advance(session, order.candidate, "verified", reason=shown(summary))
             payload = {"project_id": str(order.project_id), "digest": order.candidate, "run_id": str(order.run_id)}
             runs.enter_phase(session, run, "deploying")
             runs.hand_over(session, run, "deploy", payload)
@@ -167,10 +177,6 @@ def _conclude(lease: Lease, order: Order, result: Result) -> None:
         lease.succeed(session)
     failpoints.reach("evaluate.committed")
     log.info("gate decided", promote=decision.promote, reasons=decision.reasons, candidate=order.candidate)
-
-
-def _reasons(order: Order, decision: Decision) -> list[str]:
-    return decision.reasons if order.general or not decision.tested else [*decision.reasons, NO_GENERAL]
 
 
 def _quarantine(lease: Lease, run_id: UUID, reason: str) -> None:

@@ -40,7 +40,10 @@ class Judging:
 
 @dataclass(frozen=True)
 class Order:
-    """Candidate and baseline, the rows they are compared on, what scores them and what the gate asks for."""
+    """Candidate and baseline, the rows they are compared on, what scores them and what the gate asks for.
+
+    `own_task` and `trained` count the general prompts that are left out, see `base_ability.General`.
+    """
 
     run_id: UUID
     project_id: UUID
@@ -51,6 +54,8 @@ class Order:
     general: Sequence[Example]
     metrics: dict[str, Metric]
     policy: Policy
+    own_task: int = 0
+    trained: int = 0
     schema: str | None = None
     checks: Sequence[CheckConfig] = field(default_factory=list)
     judging: Judging | None = None
@@ -79,6 +84,7 @@ def read(session: Session, run: Run, model: Path) -> Order:
     assert run.revision_id is not None, "checked before"
     config = session.get_one(Project, run.project_id).config
     held_out = _held_out(session, run.revision_id)
+    general = base_ability.examples(session, run, model / base_ability.SHIPPED, held_out)
     schema = config.get("response_schema")
     return Order(
         run_id=run.id,
@@ -87,7 +93,9 @@ def read(session: Session, run: Run, model: Path) -> Order:
         candidate=run.artifact_digest,
         baseline=deployments.get(session, run.project_id).active_digest,
         held_out=held_out,
-        general=base_ability.examples(session, run.project_id, model / base_ability.SHIPPED, held_out),
+        general=general.rows,
+        own_task=general.own_task,
+        trained=general.trained,
         metrics=_metrics(config),
         policy=make_policy(config),
         schema=json.dumps(schema, sort_keys=True) if schema else None,

@@ -13,6 +13,7 @@ from worker.gate.judge import Agreement, Outcome, agreement
 from worker.gate.order import Order
 from worker.gate.rows import Compared, judged_by
 
+UNKNOWN = "nothing says whether general ability stays"
 SIDES = ("baseline", "candidate")
 CONSISTENT: Mapping[str | None, Outcome] = {"win": "win", "tie": "tie", "loss": "loss"}
 
@@ -29,8 +30,28 @@ def summarise(
         "sources": {side: dict(Counter(row.details[side]["source"] for row in own)) for side in SIDES},
         "answers": {side: _answers([row.details[side] for row in own]) for side in SIDES} if own else {},
         "judge": _judge(order, own, judged),
+        "general_left_out": {"own_task": order.own_task, "trained": order.trained},
         **decision.summary(),
     }
+
+
+def about_general(order: Order) -> list[str]:
+    """What there is to say of the general prompts beside their interval: none, or not all."""
+    left_out = [
+        f"{count:,} {why}"
+        for count, why in ((order.own_task, "are of the project’s own task"), (order.trained, "were trained on"))
+        if count
+    ]
+    every = len(order.general) + order.own_task + order.trained
+    if not every:
+        return [f"{UNKNOWN}: the project has no {BASE_ABILITY} set to score by (import a dataset of that name)"]
+    if not order.general:
+        return [f"{UNKNOWN}: of the {every:,} rows of {BASE_ABILITY} {' and '.join(left_out)}"]
+    if order.trained:
+        return [
+            f"{order.trained:,} of the {every:,} rows of {BASE_ABILITY} are left out, as the run was trained on them"
+        ]
+    return []
 
 
 def _means(rows: Sequence[EvaluationRow]) -> dict[str, dict[str, float]]:

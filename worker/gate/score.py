@@ -21,12 +21,18 @@ CHUNK = 32
 SPARE_TOKENS = 32
 # What another attempt may mend; the rest is the prompt's own fault and an empty answer on both sides.
 PASSING = ("adapter_not_loaded", "overloaded", "internal")
+# Of these, what an engine says that others keep busy.
+CROWDED = ("adapter_not_loaded", "overloaded")
 # Changes when the same request would be asked in another way.
 FORMAT = 1
 
 
 class EvaluationInterrupted(RuntimeError):
     """The engine could not answer this time; the job is worth another attempt."""
+
+
+class EngineCrowded(EvaluationInterrupted):
+    """Others keep the engine or its adapter slots busy; there is room again when they are done."""
 
 
 class Ask(NamedTuple):
@@ -118,7 +124,8 @@ def _answer(tokenizer: Tokenizer, adapter: str | None, ask: Ask, completion: Com
     finished = completion.finished
     if finished.reason in ("error", "cancelled"):
         if finished.code in PASSING or finished.reason == "cancelled":
-            raise EvaluationInterrupted(f"the engine could not answer: {finished.error or finished.reason}")
+            kind = EngineCrowded if finished.code in CROWDED else EvaluationInterrupted
+            raise kind(f"the engine could not answer: {finished.error or finished.reason}")
         return Answer("", "error", 0, 0.0 if ask.scored_from else None)
     if finished.adapter != adapter:
         raise EvaluationInterrupted(f"asked {adapter or 'the base'}, but {finished.adapter or 'the base'} answered")

@@ -8,11 +8,12 @@ from uuid import UUID
 
 import structlog
 
+from engine.client import EngineGone
 from engine.messages import StepCost
 from engine.sync_client import SyncEngineClient
 from services.settings import Settings
 from services.store import deployments, failpoints, runs
-from services.store.jobs import JobCancelled, JobFailed, Lease
+from services.store.jobs import JobCancelled, JobFailed, JobWaits, Lease
 from worker.gate.speculator import Cost, Drafter, Held, Verdict, judge
 
 CONNECT_SECONDS = 30.0
@@ -21,13 +22,16 @@ log = structlog.get_logger()
 
 
 def evaluate_speculator_job(lease: Lease, settings: Settings) -> None:
-    """Handler of "evaluate.speculator". Raises EngineGone for another attempt, JobFailed without anything to judge."""
+    """Handler of "evaluate.speculator". Raises JobWaits while the engine is away, JobFailed with nothing to judge."""
     run_id = UUID(lease.payload["run_id"])
     measured = _begin(lease, run_id)
     if measured is None:
         return
-    with SyncEngineClient(settings.engine_socket, connect_seconds=CONNECT_SECONDS) as client:
-        costs = client.status().costs
+    try:
+        with SyncEngineClient(settings.engine_socket, connect_seconds=CONNECT_SECONDS) as client:
+            costs = client.status().costs
+    except EngineGone as error:
+        raise JobWaits(str(error)) from error
     if lease.cancelled():
         with lease.transaction() as session:
             runs.finish(session, runs.get(session, run_id), "cancelled", "cancelled")

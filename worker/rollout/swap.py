@@ -16,6 +16,7 @@ from engine.text.tokenizer import Tokenizer
 from services.errors import Conflict, NotFound
 from services.settings import Settings
 from services.store import deployments, evaluations, failpoints, rollouts, runs, trials
+from services.store.gate_words import passage
 from services.store.jobs import JobCancelled, JobFailed, Lease
 from services.store.models import Artifact, Job, Project, Run
 from services.store.rollout_config import read_rollout
@@ -132,9 +133,9 @@ def _load(client: SyncEngineClient, settings: Settings, digest: str) -> None:
 
 def _release(lease: Lease, order: Order, generation: int, comparison: Comparison) -> None:
     """On trial, or live at once where the project swaps directly; the run's part ends with either."""
-    reason = f"run {order.run_id} passed the gate" if order.run_id else "deployed by hand"
     evidence = {**comparison.evidence(), "run_id": str(order.run_id) if order.run_id else None}
     with lease.transaction() as session:
+        reason = _why(session, order)
         config = read_rollout(session.get_one(Project, order.project_id).config)
         if config.mode == "direct":
             deployments.flip(
@@ -149,6 +150,12 @@ def _release(lease: Lease, order: Order, generation: int, comparison: Comparison
         lease.succeed(session)
         failpoints.reach("deploy.before_flip")
     log.info("adapter released", digest=order.digest, mode=config.mode)
+
+
+def _why(session: Session, order: Order) -> str:
+    if order.run_id is None:
+        return "deployed by hand"
+    return passage(evaluations.of_run(session, order.run_id), f"run {order.run_id}")
 
 
 def _give_up(lease: Lease, order: Order, phase: str, reason: str) -> None:
