@@ -150,7 +150,11 @@ def order(session: Session, project: Project, digest: str, decision: Decision) -
 
 
 def _serve(session: Session, deployment: Deployment, rollout: Rollout, decision: Decision, share: float) -> Rollout:
-    """Route a share of the users to the candidate, drawn with a new salt, and count from nothing."""
+    """Route a share of the users to the candidate, drawn with a new salt, and count from nothing.
+
+    Raises Conflict for one that was trained on what has been erased since: it serves nobody anew.
+    """
+    require_own(session, deployment.project_id, rollout.digest, "adapter")
     step = move(session, rollout.digest, "canary")
     trials.forget_counts(session, rollout)
     deployment.generation += 1
