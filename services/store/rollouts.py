@@ -145,7 +145,8 @@ def order(session: Session, project: Project, digest: str, decision: Decision) -
         raise Conflict(
             f"artefact {short(digest)} is {artifact.state}; only {', '.join(STARTABLE)} ones can be deployed"
         )
-    payload = {"project_id": str(project.id), "digest": digest, "run_id": None}
+    asked = {"by": decision.actor, "why": decision.reason}
+    payload = {"project_id": str(project.id), "digest": digest, "run_id": None, **asked}
     job = jobs.enqueue(session, "deploy", payload, project_id=project.id, dedupe_key=f"deploy:{project.id}")
     detail = {"digest": digest, "reason": decision.reason}
     audit.record(session, decision.actor, "deployment.order", f"project:{project.id}", detail)

@@ -339,7 +339,9 @@ def test_a_person_orders_a_deployment_of_what_passed_the_gate_and_of_nothing_els
         rollouts.order(session, project, NEW, BY_ADA)
     with world.sessions() as session:
         [job] = session.scalars(select(Job).where(Job.kind == "deploy"))
-        assert job.payload == {"project_id": str(world.project_id), "digest": NEW, "run_id": None}
+        assert job.payload == {
+            "project_id": str(world.project_id), "digest": NEW, "run_id": None, "by": "ada", "why": "because",
+        }  # fmt: skip
         with pytest.raises(Conflict, match="is rejected"):
             rollouts.order(session, session.get_one(Project, world.project_id), NEWER, BY_ADA)
 
