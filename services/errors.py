@@ -1,5 +1,8 @@
 """Errors that know their HTTP status; one handler in `services/app.py` renders them in OpenAI's shape."""
 
+# What the log keeps of a request that found no adapter slot: the machine's want, so no canary is judged by it.
+NO_SLOT = "adapters push one another out: there are too few adapter slots"
+
 
 class WhetError(Exception):
     """An expected failure with a sentence for the caller. `status` is the HTTP status it answers with, `retry_after`

@@ -14,7 +14,16 @@ from services.console.rollout_chart import Gate
 from services.console.wording import duration, milliseconds, percent, points, short
 from services.store import engine_reports, shadow_answers, trials
 from services.store.lifecycle import way_back
-from services.store.models import Artifact, Deployment, DeploymentEvent, EngineReport, Interaction, Job, Rollout
+from services.store.models import (
+    Artifact,
+    Deployment,
+    DeploymentEvent,
+    EngineReport,
+    Evaluation,
+    Interaction,
+    Job,
+    Rollout,
+)
 from services.store.pages import first_id
 from services.store.rollout_config import SHARES, RolloutConfig, read_rollout
 from services.store.rollouts import STARTABLE
@@ -41,6 +50,14 @@ class GuardRow(NamedTuple):
     tolerance: str
     state: str
     told: str
+
+
+class Startable(NamedTuple):
+    """An artefact that a person may have deployed, and in words what its gate compared it with, where that is not
+    what serves now."""
+
+    artifact: Artifact
+    stale: str
 
 
 class Engine(NamedTuple):
@@ -74,7 +91,8 @@ def context(here: Here, deployment: Deployment, events: Sequence[DeploymentEvent
         "engines": engines(session, deployment),
         "may_operate": here.may("operator"),
         "may_roll_back": here.may("operator") and (deployment.active_digest is not None or under_way),
-        "startable": _startable(session, here) if here.may("operator") and not under_way else [],
+        "direct": read_rollout(here.project.config).mode == "direct",
+        "startable": _startable(here, deployment.active_digest) if here.may("operator") and not under_way else [],
         "moved": {event.id: moved(session, event) for event in events[:10] if event.kind in BACK_KINDS},
     }  # fmt: skip
 
@@ -203,12 +221,25 @@ def sentence(text: str) -> str:
     return whole if whole.endswith((".", "!", "?")) else f"{whole}."
 
 
-def _startable(session: Session, here: Here) -> Sequence[Artifact]:
+def _startable(here: Here, active: str | None) -> list[Startable]:
     newest = select(Artifact).where(
         Artifact.project_id == here.project.id, Artifact.kind == "adapter", Artifact.state.in_(STARTABLE),
         Artifact.tainted_at.is_(None),
     )  # fmt: skip
-    return session.scalars(newest.order_by(Artifact.created_at.desc()).limit(MOST_STARTABLE)).all()
+    found = here.session.scalars(newest.order_by(Artifact.created_at.desc()).limit(MOST_STARTABLE))
+    return [Startable(artifact, _stale(here.session, artifact, active)) for artifact in found]
+
+
+def _stale(session: Session, artifact: Artifact, active: str | None) -> str:
+    compared = select(Evaluation).where(
+        Evaluation.project_id == artifact.project_id, Evaluation.candidate_digest == artifact.digest
+    )
+    newest = session.scalars(compared.order_by(Evaluation.created_at.desc()).limit(1)).one_or_none()
+    if newest is None or newest.baseline_digest == active:
+        return ""
+    return (
+        f"compared with {short(newest.baseline_digest) if newest.baseline_digest else 'the base'}, not what serves now"
+    )
 
 
 def state_words(events: Sequence[list[str]]) -> str:

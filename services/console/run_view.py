@@ -120,10 +120,12 @@ def _steps(run: Run, events: Sequence[RunEvent]) -> list[Step]:
     reached: dict[str, datetime] = {}
     for event in events:
         name = step_of(str(event.payload.get("phase", "")), path) if event.kind == "phase" else None
-        if name is not None:
+        # What becomes of weights that were live is no step of their way there.
+        if name is not None and "Live" not in reached:
             reached.setdefault(name, event.at)
     # A project that swaps directly tries nothing.
-    names = [name for name in path if name != "Try" or run.phase != "live" or name in reached]
+    live = run.phase == "live" or "Live" in reached
+    names = [name for name in path if name != "Try" or not live or name in reached]
     furthest = max((names.index(name) for name in reached), default=0)
     steps = []
     for index, name in enumerate(names):

@@ -12,7 +12,7 @@ import structlog
 
 from engine.client import EngineClient, EngineGone, EngineRefused
 from engine.messages import Finished, Generate, Pool, PromptLogprobs, Status, Tokens
-from services.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable, WhetError
+from services.errors import NO_SLOT, DeadlineExceeded, InvalidRequest, Overloaded, Unavailable, WhetError
 
 WATCH_SECONDS = 0.25
 # How often a connected engine is asked how it is. It answers between two steps, and a step of a large model on a CPU
@@ -121,7 +121,7 @@ class EngineLink:
             return opened
         await opened.rest.aclose()
         # Nothing is wrong with the artefact, so older weights must not answer in its place.
-        raise Unavailable("adapters push one another out: there are too few adapter slots", code="overloaded")
+        raise Unavailable(NO_SLOT, code="overloaded")
 
     async def _first(self, message: Generate) -> Opened:
         replies = self.client.generate(message)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from engine.client import EngineGone, EngineRefused, PoolFailed
 from engine.messages import Pool, Pooled
-from services.errors import Overloaded, WhetError
+from services.errors import NO_SLOT, Overloaded, WhetError
 from services.gateway.engine_link import LOADS, EngineLink, fallen_back, gone, refusal, shortened
 
 # How many prompts of one request are with the engine at once: enough to fill its steps, few enough to leave room.
@@ -90,7 +90,7 @@ async def _one(link: EngineLink, message: Pool, began: float) -> Pooled:
                 raise refusal(error.finished) from error
         assert message.adapter is not None, "the base model is always loaded"
         await link.load(message.adapter)
-    raise Overloaded("adapters push one another out: there are too few adapter slots")
+    raise Overloaded(NO_SLOT)
 
 
 def _matrix(replies: Sequence[Pooled]) -> Vectors:

@@ -15,7 +15,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from services.errors import Conflict, NotFound
-from services.store import head_changes, jobs, pins, trials
+from services.store import head_changes, jobs, pins, runs, trials
 from services.store.lifecycle import TRANSITIONS as TRANSITIONS
 from services.store.lifecycle import Move, move
 from services.store.lifecycle import advance as advance
@@ -94,9 +94,9 @@ def flip(
     moves = []
     if digest is not None:
         require_own(session, project_id, digest, "adapter")
-        moves.append(move(session, digest, "live"))
+        moves.append(_move(session, digest, "live"))
     if old is not None:
-        moves.append(move(session, old, "retired"))
+        moves.append(_move(session, old, "retired"))
     deployment.probe_until = None if digest is None else datetime.now(UTC) + PROBE
     return _commit_change(
         session, deployment, to=digest, last_good=old, kind="flip", actor=actor, reason=reason, evidence=evidence,
@@ -126,9 +126,9 @@ def roll_back(
     if condemned is None:
         raise Conflict("the base model serves already: there is nothing to roll back")
     target = way_back(session, project_id, condemned)
-    moves = [move(session, condemned, condemned_state)]
+    moves = [_move(session, condemned, condemned_state)]
     if target is not None:
-        moves.append(move(session, target, "live"))
+        moves.append(_move(session, target, "live"))
     deployment.probe_until = None
     _commit_change(
         session, deployment, to=target, last_good=way_back(session, project_id, target), kind="roll_back",
@@ -192,6 +192,13 @@ def require_open(deployment: Deployment) -> None:
     """Raises Conflict while promotion is frozen."""
     if deployment.frozen:
         raise Conflict("promotion is frozen after automatic roll-backs: a person has to look first")
+
+
+def _move(session: Session, digest: str, state: str) -> Move | None:
+    """A step, and the word for it on the run that trained these weights."""
+    step = move(session, digest, state)
+    runs.weights_went_on(session, digest, state.replace("_", " "))
+    return step
 
 
 def _commit_change(

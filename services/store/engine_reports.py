@@ -1,7 +1,7 @@
 """What engines say of the deployments they serve: which generation each has loaded, and when it was last heard of."""
 
 from collections.abc import Collection, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 from uuid import UUID
 
@@ -56,10 +56,25 @@ def of_project(session: Session, project_id: UUID) -> Sequence[EngineReport]:
     return session.scalars(mine.order_by(EngineReport.engine).execution_options(populate_existing=True)).all()
 
 
-def lagging(session: Session, project_id: UUID, generation: int, now: datetime) -> list[str]:
-    """Engines that are there and have not loaded what this generation may route to them."""
+def lagging(session: Session, project_id: UUID, generation: int, digest: str, now: datetime) -> list[str]:
+    """Engines that are there and have not loaded `digest`, or something else that this generation may route to them."""
     return [
         report.engine
-        for report in of_project(session, project_id)
-        if now - report.seen_at <= AWAY and report.generation < generation
+        for report in _there(session, project_id, now)
+        if report.generation < generation or digest not in report.digests
     ]
+
+
+def loaded_since(session: Session, project_id: UUID, digests: Collection[str], now: datetime) -> datetime | None:
+    """Since when no engine that is there has changed what it has loaded; None while one of them lacks a digest.
+
+    Where no engine is heard of, nothing is known against any moment.
+    """
+    there = _there(session, project_id, now)
+    if any(not set(digests) <= set(report.digests) for report in there):
+        return None
+    return max((report.changed_at for report in there), default=datetime.fromtimestamp(0, UTC))
+
+
+def _there(session: Session, project_id: UUID, now: datetime) -> list[EngineReport]:
+    return [report for report in of_project(session, project_id) if now - report.seen_at <= AWAY]

@@ -109,7 +109,7 @@ PLACES: Mapping[str, Place] = {
     "interaction_body": Gone("interaction", ("id",)),
     "interaction": Gone("interaction", ("id",)),
     # What happened to finished jobs may quote a row; `erasure_traces.forget_quotes` empties that for the whole project.
-    "job": Kept("ids and counts; errors and log tails of finished jobs are emptied"),
+    "job": Kept("ids, counts, why a person ordered one; errors and log tails of finished jobs are emptied"),
     "saved_view": Kept("searches people keep; `erasure_traces.forget_typed` deletes those that name the subject"),
     "bulk_action": Kept("searches of leads; `erasure_traces.forget_typed` empties those that name the subject"),
     "dataset_import": Kept("names of files; `erasure_traces.forget_typed` deletes previews that name the subject"),

@@ -13,12 +13,15 @@ from sqlalchemy import func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from services.errors import Conflict
+from services.errors import NO_SLOT, Conflict
+from services.store import engine_reports
 from services.store.models import Interaction, Rollout, RolloutCount
 from services.store.pages import first_id
 from services.store.refusals import READ, REFUSAL
 
 SIGNAL = "signal"
+# Every request, whatever became of it: what the split of the users is read from.
+ROUTED = "routed"
 ARMS = ("canary", "control")
 # One user's word counts as that of so many requests at most, however many they send.
 MOST_WEIGHT = 20
@@ -35,17 +38,29 @@ UNIT = """
                       WHEN i.session_key IS NOT NULL THEN 's:' || i.session_key
                       ELSE 'k:' || coalesce(i.api_key_id::text, '') || ':' || i.group_key END)
 """
+# Whether an answer is that of its arm's weights, on the base model that they were trained on.
+OURS = """
+    i.adapter_digest IS NOT DISTINCT FROM CASE i.arm WHEN 'canary' THEN :digest ELSE cast(:baseline AS text) END
+"""
+# An engine started with another base model serves neither arm, and one with too few slots refuses what it has no room
+# for: no weights are at fault.
+FIT = """
+    (i.base_digest = (SELECT a.base_digest FROM artifact a WHERE a.digest = :digest)
+     AND i.error IS DISTINCT FROM :no_slot)
+"""
 # Speed and drafts are compared where no heads drafted: heads belong to one adapter, and the candidate has none yet.
 ANSWERS = f"""
     SELECT i.arm, {UNIT} AS unit, m.metric, count(*) AS n, sum(m.value) AS total
     FROM interaction i LEFT JOIN interaction_body b ON b.id = i.id AND b.id >= :floor,
-    LATERAL (SELECT i.finish_reason IN ('stop', 'length') AND served.ours AS answered, served.ours,
-                    i.speculator_digest IS NULL AS plain
-             FROM (SELECT i.arm = 'control' OR i.adapter_digest IS NOT DISTINCT FROM :digest AS ours) served) s,
+    LATERAL (SELECT i.finish_reason IN ('stop', 'length') AND served.ours AND served.fit AS answered,
+                    served.ours AND served.fit AS ours, served.fit, i.speculator_digest IS NULL AS plain,
+                    i.speculator_digest IS NULL AND i.started_at >= cast(:loaded AS timestamptz) AS timed
+             FROM (SELECT {OURS} AS ours, {FIT} AS fit) served) s,
     LATERAL (VALUES
-        ('errors', (i.finish_reason = 'error' OR NOT s.ours)::int::float),
-        ('latency', CASE WHEN s.answered AND s.plain THEN (i.latency_ms > cast(:latency AS float))::int::float END),
-        ('ttft', CASE WHEN s.answered AND s.plain THEN (i.ttft_ms > cast(:ttft AS float))::int::float END),
+        ('{ROUTED}', 0.0),
+        ('errors', CASE WHEN s.fit THEN (i.finish_reason = 'error' OR NOT s.ours)::int::float END),
+        ('latency', CASE WHEN s.answered AND s.timed THEN (i.latency_ms > cast(:latency AS float))::int::float END),
+        ('ttft', CASE WHEN s.answered AND s.timed THEN (i.ttft_ms > cast(:ttft AS float))::int::float END),
         ('length', CASE WHEN s.answered THEN ln(1 + i.completion_tokens) END),
         ('refusals', CASE WHEN s.answered AND b.output IS NOT NULL
                           THEN (left(b.output, {READ}) ~* :refusal)::int::float END),
@@ -63,16 +78,18 @@ ANSWERS = f"""
       AND i.finish_reason <> 'interrupted' AND m.value IS NOT NULL
     GROUP BY 1, 2, 3
 """
+# Some speak before the answer is whole: what they say counts with it.
 FEEDBACK = f"""
     SELECT i.arm, {UNIT} AS unit, 'signal' AS metric, count(*) AS n, sum(m.value) AS total
     FROM feedback f JOIN interaction i ON i.id = f.interaction_id,
     LATERAL (SELECT CASE WHEN f.correction IS NOT NULL THEN 0.0
                          WHEN f.rating IS NOT NULL THEN (f.rating + 1) / 2.0
                          ELSE least(1, greatest(0, (f.score - :worst) / (:best - :worst))) END AS value) m
-    WHERE f.project_id = :project AND f.created_at >= :since AND f.created_at < :until
+    WHERE f.project_id = :project
+      AND greatest(f.created_at, i.finished_at) >= :since AND greatest(f.created_at, i.finished_at) < :until
       AND i.id >= :began AND i.project_id = :project AND i.origin = 'live' AND i.generation = :generation
       AND i.arm IN ('canary', 'control') AND m.value IS NOT NULL
-      AND (i.arm = 'control' OR i.adapter_digest IS NOT DISTINCT FROM :digest)
+      AND {OURS} AND {FIT}
     GROUP BY 1, 2
 """
 OUTPUTS = f"""
@@ -81,7 +98,7 @@ OUTPUTS = f"""
     WHERE i.project_id = :project AND i.id >= :floor AND i.origin = 'live' AND i.generation = :generation
       AND i.arm IN ('canary', 'control') AND i.finished_at >= :since AND i.finished_at < :until
       AND i.finish_reason IN ('stop', 'length')
-      AND (i.arm = 'control' OR i.adapter_digest IS NOT DISTINCT FROM :digest)
+      AND {OURS} AND {FIT}
 """
 
 
@@ -115,10 +132,14 @@ class Output(NamedTuple):
 
 
 class Span(NamedTuple):
-    """What one look counts: answers that finished in [since, until)."""
+    """What one look counts: answers that finished in [since, until).
+
+    Those that began before `loaded` (None: all) may have waited for their weights, and tell nothing of speed.
+    """
 
     since: datetime
     until: datetime
+    loaded: datetime | None
 
 
 NONE = Moments(0, 0, 0.0, 0.0, 0.0, 0.0, 0.0)
@@ -140,7 +161,9 @@ def next_span(
         )
     )
     landed = max((newest or since) - lands_within, now - quiet)
-    return Span(since, max(since, min(landed, now - lands_within)))
+    weights = {digest for digest in (rollout.digest, rollout.baseline_digest) if digest is not None}
+    loaded = engine_reports.loaded_since(session, rollout.project_id, weights, now)
+    return Span(since, max(since, min(landed, now - lands_within)), loaded)
 
 
 def fold(session: Session, rollout: Rollout, span: Span, read: Iterable[tuple[Output, float]] = ()) -> None:
@@ -169,7 +192,7 @@ def fold(session: Session, rollout: Rollout, span: Span, read: Iterable[tuple[Ou
 
 def outputs(session: Session, rollout: Rollout, span: Span) -> list[Output]:
     """A span's answers with their text."""
-    rows = session.execute(text(OUTPUTS), _given(rollout, span))
+    rows = session.execute(text(OUTPUTS), _used(OUTPUTS, _given(rollout, span)))
     return [Output(row.arm, row.unit, row.output, row.parameters) for row in rows]
 
 
@@ -222,7 +245,8 @@ def _given(rollout: Rollout, span: Span) -> dict[str, Any]:
     began = (rollout.canary_at or span.since) - timedelta(seconds=1)
     return {
         "project": rollout.project_id, "generation": rollout.generation, "digest": rollout.digest,
-        "salt": rollout.salt, "since": span.since, "until": span.until,
+        "baseline": rollout.baseline_digest, "no_slot": NO_SLOT,
+        "salt": rollout.salt, "since": span.since, "until": span.until, "loaded": span.loaded,
         # What is said of an answer may come long after it; answers themselves are no older than the longest one.
         "began": first_id(began), "floor": first_id(max(began, span.since - LONGEST)),
         "latency": rollout.reference.get("latency"), "ttft": rollout.reference.get("ttft"),
@@ -230,7 +254,7 @@ def _given(rollout: Rollout, span: Span) -> dict[str, Any]:
 
 
 def _add(session: Session, rollout: Rollout, query: str, given: Mapping[str, Any]) -> None:
-    known = {name: value for name, value in given.items() if f":{name}" in query}
+    known = _used(query, given)
     statement = f"""
         INSERT INTO rollout_count (rollout_id, metric, arm, unit, n, total)
         SELECT :rollout, s.metric, s.arm, s.unit, s.n, s.total FROM ({query}) s
@@ -238,6 +262,10 @@ def _add(session: Session, rollout: Rollout, query: str, given: Mapping[str, Any
         DO UPDATE SET n = rollout_count.n + excluded.n, total = rollout_count.total + excluded.total
     """
     session.execute(text(statement), {**known, "rollout": rollout.id})
+
+
+def _used(query: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if f":{name}" in query}
 
 
 def _add_read(session: Session, rollout: Rollout, read: Iterable[tuple[Output, float]]) -> None:

@@ -35,18 +35,20 @@ def begin(
 ) -> Rollout:
     """Put a staged artefact on trial: in the shadow where the project wants that, else as a canary.
 
+    `run_id`: the run that deploys it; by hand, None, it is the one that trained it.
     One that is on trial already and undecided makes room, as it would for any newer candidate. Raises Conflict for a
     stale look, while promotion is frozen, or for an artefact that is not a staged one of this project.
     """
     deployment = _held(session, project_id, decision)
     deployments.require_open(deployment)
-    require_own(session, project_id, digest, "adapter")
+    artifact = require_own(session, project_id, digest, "adapter")
     if digest in (deployment.active_digest, deployment.canary_digest):
         raise Conflict(f"{short(digest)} is {'live' if digest == deployment.active_digest else 'on trial'} already")
     _make_room(session, deployment, decision)
     rollout = Rollout(
-        project_id=project_id, digest=digest, baseline_digest=deployment.active_digest, run_id=run_id, stage="shadow",
-        generation=deployment.generation, salt=_salt(), config=config.model_dump(mode="json"), share=0.0,
+        project_id=project_id, digest=digest, baseline_digest=deployment.active_digest,
+        run_id=run_id or artifact.run_id, stage="shadow", generation=deployment.generation, salt=_salt(),
+        config=config.model_dump(mode="json"), share=0.0,
     )  # fmt: skip
     session.add(rollout)
     deployment.canary_digest = digest
@@ -58,6 +60,7 @@ def begin(
     deployment.generation += 1
     rollout.generation = deployment.generation
     step = move(session, digest, "shadow")
+    runs.went_on(session, rollout.run_id, "shadow")
     _record(session, deployment, "shadow", None, digest, decision, step, {"requests": config.shadow.requests})
     return rollout
 
@@ -142,7 +145,8 @@ def order(session: Session, project: Project, digest: str, decision: Decision) -
         raise Conflict(
             f"artefact {short(digest)} is {artifact.state}; only {', '.join(STARTABLE)} ones can be deployed"
         )
-    payload = {"project_id": str(project.id), "digest": digest, "run_id": None}
+    asked = {"by": decision.actor, "why": decision.reason}
+    payload = {"project_id": str(project.id), "digest": digest, "run_id": None, **asked}
     job = jobs.enqueue(session, "deploy", payload, project_id=project.id, dedupe_key=f"deploy:{project.id}")
     detail = {"digest": digest, "reason": decision.reason}
     audit.record(session, decision.actor, "deployment.order", f"project:{project.id}", detail)
@@ -150,7 +154,11 @@ def order(session: Session, project: Project, digest: str, decision: Decision) -
 
 
 def _serve(session: Session, deployment: Deployment, rollout: Rollout, decision: Decision, share: float) -> Rollout:
-    """Route a share of the users to the candidate, drawn with a new salt, and count from nothing."""
+    """Route a share of the users to the candidate, drawn with a new salt, and count from nothing.
+
+    Raises Conflict for one that was trained on what has been erased since: it serves nobody anew.
+    """
+    require_own(session, deployment.project_id, rollout.digest, "adapter")
     step = move(session, rollout.digest, "canary")
     trials.forget_counts(session, rollout)
     deployment.generation += 1

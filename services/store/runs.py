@@ -203,10 +203,24 @@ def finish(
 
 
 def went_on(session: Session, run_id: UUID | None, phase: str) -> None:
-    """What has become of the candidate since its run succeeded, which is over with the candidate on trial."""
-    over = update(Run).where(Run.id == run_id, Run.state == "succeeded").values(phase=phase).returning(Run.id)
+    """What has become of the candidate since its run succeeded, which is over with the candidate on trial.
+
+    One that was overtaken while it was deployed has succeeded after all when somebody deploys its weights.
+    """
+    overtaken = (Run.state == "failed") & (Run.phase == "superseded")
+    over = (
+        update(Run)
+        .where(Run.id == run_id, (Run.state == "succeeded") | overtaken, Run.phase != phase)
+        .values(phase=phase, state="succeeded", error=None)
+        .returning(Run.id)
+    )
     if run_id is not None and session.scalar(over) is not None:
         add_event(session, run_id, "phase", {"phase": phase})
+
+
+def weights_went_on(session: Session, digest: str, phase: str) -> None:
+    """The same for whichever run made these weights."""
+    went_on(session, session.scalar(select(Artifact.run_id).where(Artifact.digest == digest)), phase)
 
 
 def resume(session: Session, run: Run, phase: str, why: str) -> None:

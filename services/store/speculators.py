@@ -200,7 +200,7 @@ def _require_fitting(session: Session, deployment: Deployment, digest: str) -> N
 def _usable(session: Session, deployment: Deployment, digest: str | None) -> str | None:
     """The heads to go back to, as long as they may serve and read the adapter that does."""
     artifact = session.get(Artifact, digest, populate_existing=True) if digest is not None else None
-    if artifact is None or artifact.state != "retired":
+    if artifact is None or artifact.state != "retired" or artifact.tainted_at is not None:
         return None
     return digest if artifact.manifest.get("adapter") == deployment.active_digest else None
 
@@ -214,7 +214,7 @@ def _towards_traffic(session: Session, digest: str, state: str) -> None:
 def _move(session: Session, digest: str, state: str) -> None:
     """A step, and the word for it on the run that trained these heads."""
     move(session, digest, state)
-    runs.went_on(session, session.get_one(Artifact, digest).run_id, state.replace("_", " "))
+    runs.weights_went_on(session, digest, state.replace("_", " "))
 
 
 def _end_canary(deployment: Deployment) -> None:

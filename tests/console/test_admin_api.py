@@ -115,7 +115,7 @@ def test_a_lived_in_project_is_told_in_full(api_of: MakeApi, sessions: Sessions)
     assert (back["generation"], back["active_digest"]) == (3, None)
     assert trainer.post("/api/p/entities/deployment/rollback", json={}).status_code == 409
     with sessions() as session:
-        promoted = session.scalars(select(Run.id).where(Run.phase == "live")).one()
+        promoted = session.scalars(select(Run.id).where(Run.phase == "rolled back")).one()
     assert trainer.get(f"/api/runs/{promoted}").json()["evaluation"]["decision"] == "promote"
 
 

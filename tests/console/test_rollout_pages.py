@@ -11,7 +11,7 @@ from services.console.wording import evidence
 from services.settings import Settings
 from services.store import deployments, rollouts, trials
 from services.store.base import Sessions
-from services.store.models import Artifact, Job, Project
+from services.store.models import Artifact, Dataset, Evaluation, Job, Project, Revision
 from services.store.rollout_config import RolloutConfig
 from services.web import create_app
 from tests.console import seed, seed_rollout
@@ -137,6 +137,37 @@ def test_an_artefact_that_passed_can_be_put_on_trial_from_the_page(sessions: Ses
     with sessions.begin() as session:
         session.execute(update(Job).values(state="failed", error="the record is gone"))
     assert "was not deployed: the record is gone" in shown(operator, "canary")
+
+
+def test_the_button_says_where_it_swaps_everybody_at_once(sessions: Sessions, operator: TestClient) -> None:
+    with sessions.begin() as session:
+        for slug, rollout in (("canary", {}), ("direct", {"mode": "direct"})):
+            seed_rollout.adapter(session, seed.project(session, slug, slug.title(), rollout=rollout), f"ready {slug}")
+    for slug, there, absent in (
+        ("canary", "Put on trial", "Swap everybody"), ("direct", "Swap everybody to it now", "Put on trial"),
+    ):  # fmt: skip
+        text = shown(operator, slug)
+        assert f">{there}</button>" in text
+        assert absent not in text
+
+
+def test_what_an_artefact_was_compared_with_is_named_where_something_else_serves(
+    sessions: Sessions, operator: TestClient
+) -> None:
+    with sessions.begin() as session:
+        project = seed.project(session, "canary", "Canary")
+        digest = seed_rollout.adapter(session, project, "ready")
+        dataset = Dataset(project_id=project.id, name="golden")
+        session.add(dataset)
+        session.flush()
+        revision = Revision(dataset_id=dataset.id, digest="r", train_count=0, held_out_count=0, report={})
+        session.add(revision)
+        session.flush()
+        session.add(Evaluation(project_id=project.id, revision_id=revision.id, candidate_digest=digest))
+    assert "not what serves now" not in shown(operator, "canary")
+    with sessions.begin() as session:
+        seed_rollout.live(session, session.get_one(Project, project.id), "newer")
+    assert "compared with the base, not what serves now" in shown(operator, "canary")
 
 
 @pytest.mark.parametrize("role", ["viewer", "reviewer", "lead"])

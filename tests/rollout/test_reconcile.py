@@ -127,13 +127,14 @@ def test_an_engine_says_which_generation_it_has_and_that_it_is_still_there(setti
     assert (generation, digests) == (2, [live])
     with setting.world.sessions.begin() as session:
         session.execute(update(EngineReport).values(seen_at=func.now() - timedelta(minutes=5)))
-        lagging = engine_reports.lagging(session, setting.world.project_id, 3, datetime.now(UTC))
+        lagging = engine_reports.lagging(session, setting.world.project_id, 3, live, datetime.now(UTC))
     assert lagging == [], "one that nobody has heard of for minutes is not waited for"
     setting.clock.now += 5.1
     setting.reconciler.step()
     with setting.world.sessions() as session:
-        assert engine_reports.lagging(session, setting.world.project_id, 3, datetime.now(UTC)) == ["engine"]
-        assert engine_reports.lagging(session, setting.world.project_id, 2, datetime.now(UTC)) == []
+        for generation, digest, lagging in ((3, live, ["engine"]), (2, live, []), (2, "f" * 64, ["engine"])):
+            now = datetime.now(UTC)
+            assert engine_reports.lagging(session, setting.world.project_id, generation, digest, now) == lagging
 
 
 def test_what_goes_live_is_confirmed_by_an_engine_that_serves_it(setting: Setting) -> None:

@@ -1,6 +1,7 @@
 """A candidate's way to traffic as changes of the row: what each does, whom it refuses, and the freeze."""
 
 from concurrent.futures import ThreadPoolExecutor
+from uuid import UUID
 
 import pytest
 from sqlalchemy import select
@@ -242,6 +243,58 @@ def test_a_run_says_what_became_of_its_candidate(world: World, ending: str, phas
         assert (run.phase, path(session, run)[-2:]) == (phase, steps)
 
 
+def taught(world: World, digest: str, phase: str, *, state: str = "succeeded") -> UUID:
+    """A run that is over, and the artefact it made."""
+    run_id = world.run(world.artifact(digest, "staged"), outputs=[])
+    with world.sessions.begin() as session:
+        session.get_one(Artifact, digest).run_id = run_id
+        run = runs.get(session, run_id)
+        run.state, run.phase, run.error = state, phase, None if state == "succeeded" else "overtaken"
+    return run_id
+
+
+@pytest.mark.parametrize("condemned", ["rolled_back", "quarantined"])
+def test_a_run_says_what_became_of_its_live_weights(world: World, condemned: str) -> None:
+    first, second = taught(world, LIVE, "deploying"), taught(world, NEW, "deploying")
+    for digest in (LIVE, NEW):
+        flip(world, digest)
+    assert (world.read_run(first).phase, world.read_run(second).phase) == ("retired", "live")
+    with world.sessions.begin() as session:
+        deployments.roll_back(session, world.project_id, actor="dispatcher", reason="r", condemned_state=condemned)
+    assert (world.read_run(first).phase, world.read_run(second).phase) == ("live", condemned.replace("_", " "))
+    with world.sessions() as session:
+        assert path(session, runs.get(session, first))[-1] == "done"
+        steps = run_view.describe(session, runs.get(session, second))["steps"]
+        assert [(step.name, step.state) for step in steps[-2:]] == [("Deploy", "done"), ("Live", "failed")]
+
+
+@pytest.mark.parametrize(("phase", "state"), [("rejected", "succeeded"), ("stopped", "succeeded"),
+                                              ("superseded", "succeeded"), ("superseded", "failed")])  # fmt: skip
+def test_the_run_of_a_candidate_put_on_trial_by_hand_is_told_too(world: World, phase: str, state: str) -> None:
+    serve(world)
+    run_id = taught(world, NEW, phase, state=state)
+    with world.sessions.begin() as session:
+        config = RolloutConfig(shadow=Shadowing(requests=5))
+        assert rollouts.begin(session, world.project_id, NEW, config, BY_ADA, None).run_id == run_id
+    assert world.read_run(run_id).phase == "shadow"
+    with world.sessions.begin() as session:
+        rollouts.begin_canary(session, world.project_id, BY_ADA)
+        rollouts.promote(session, world.project_id, BY_ADA)
+    run = world.read_run(run_id)
+    assert (run.state, run.phase, run.error) == ("succeeded", "live", None)
+    with world.sessions() as session:
+        told = [event.payload["phase"] for event in runs.events(session, run_id)]
+    assert told == ["shadow", "canary", "live"], "each once"
+
+
+def flip(world: World, digest: str) -> None:
+    with world.sessions.begin() as session:
+        generation = deployments.get(session, world.project_id).generation
+        deployments.flip(
+            session, world.project_id, expected_generation=generation, digest=digest, actor="test", reason="r"
+        )
+
+
 def path(session: Session, run: Run) -> list[str]:
     return [step.state for step in run_view.describe(session, run)["steps"]]
 
@@ -289,7 +342,9 @@ def test_a_person_orders_a_deployment_of_what_passed_the_gate_and_of_nothing_els
         rollouts.order(session, project, NEW, BY_ADA)
     with world.sessions() as session:
         [job] = session.scalars(select(Job).where(Job.kind == "deploy"))
-        assert job.payload == {"project_id": str(world.project_id), "digest": NEW, "run_id": None}
+        assert job.payload == {
+            "project_id": str(world.project_id), "digest": NEW, "run_id": None, "by": "ada", "why": "because",
+        }  # fmt: skip
         with pytest.raises(Conflict, match="is rejected"):
             rollouts.order(session, session.get_one(Project, world.project_id), NEWER, BY_ADA)
 

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from services.errors import Conflict
 from services.store import audit, deployments, projects, speculators
 from services.store.base import make_sessions
-from services.store.models import Artifact
+from services.store.models import Artifact, Run
 from services.store.speculation import Heads
 from tests.rollout.conftest import World
 from tests.rollout.drafters import BECAUSE, deployed, drafting, go_live, heads, history, serve
@@ -180,6 +180,23 @@ def test_a_roll_back_to_an_adapter_brings_its_heads_back(world: World) -> None:
 
     assert (drafting(world), world.state(H1), world.state(H2)) == (Heads(H1), "live", "retired")
     assert told(world)[-2:] == [("speculator_retired", H2, H1), ("speculator_live", H2, H1)]
+
+
+def test_the_runs_of_heads_that_go_and_come_with_their_adapter_say_so(world: World) -> None:
+    serve(world, A)
+    go_live(world, heads(world, H1, adapter=A))
+    with world.sessions.begin() as session:
+        run = Run(project_id=world.project_id, kind="speculator", state="succeeded", phase="live", params={},
+                  artifact_digest=H1, created_by="test")  # fmt: skip
+        session.add(run)
+        session.flush()
+        session.get_one(Artifact, H1).run_id = run_id = run.id
+
+    serve(world, B)
+    assert world.read_run(run_id).phase == "retired"
+    with world.sessions.begin() as session:
+        deployments.roll_back(session, world.project_id, actor="ada", reason="worse")
+    assert world.read_run(run_id).phase == "live"
 
 
 def test_heads_that_a_roll_back_made_live_come_back_with_their_adapter_too(world: World) -> None:

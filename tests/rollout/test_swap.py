@@ -11,9 +11,10 @@ import pytest
 from sqlalchemy import func, select, update
 
 from services.settings import Settings
-from services.store import deployments, jobs
+from services.store import deployments, jobs, projects, rollouts
 from services.store.jobs import JobCancelled, JobFailed
-from services.store.models import Artifact, DeploymentEvent, Evaluation, Job
+from services.store.models import Artifact, DeploymentEvent, Evaluation, Job, Project
+from services.store.rollouts import Decision
 from tests.rollout.conftest import PROMPTS, ROOT, EngineUnderTest, World
 from worker.rollout.swap import deploy_job
 
@@ -109,6 +110,28 @@ def test_an_overridden_refusal_is_not_said_to_have_passed(
     with world.sessions() as session:
         newest = deployments.events(session, world.project_id)[0]
     assert newest.reason == f"the gate refused run {run_id}; ada let it through: The metric is wrong."
+
+
+@pytest.mark.parametrize("mode", ["direct", "canary"])
+def test_what_a_person_has_deployed_tells_who_and_why(
+    world: World, settings: Settings, pair: tuple[str, str], spoken: dict[str, list[str]], mode: str
+) -> None:
+    _, new = pair
+    world.artifact(new, "verified")
+    world.run(new, outputs=spoken[new])
+    with world.sessions.begin() as session:
+        project = session.get_one(Project, world.project_id)
+        projects.configure(session, project, {"rollout": {"mode": mode}})
+        job_id = rollouts.order(session, project, new, Decision("ada", "the desk waits for it", {})).id
+
+    attempt(world, settings, job_id)
+
+    assert job_state(world, job_id) == "succeeded"
+    with world.sessions() as session:
+        newest = deployments.events(session, world.project_id)[0]
+    assert (newest.kind, newest.actor, newest.reason) == (
+        "flip" if mode == "direct" else "canary", "ada", "the desk waits for it",
+    )  # fmt: skip
 
 
 def test_answers_that_differ_from_the_record_quarantine_the_artefact(

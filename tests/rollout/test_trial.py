@@ -9,10 +9,10 @@ import pytest
 from sqlalchemy import select, text, update
 from sqlalchemy.exc import OperationalError
 
-from services.errors import Conflict
+from services.errors import NO_SLOT, Conflict
 from services.settings import Settings
 from services.store import engine_reports, rollout_counts, rollouts, trials
-from services.store.base import make_sessions
+from services.store.base import make_sessions, uuid7
 from services.store.engine_reports import Report
 from services.store.models import EngineReport, Project, Rollout
 from tests.rollout.conftest import ROOT, World
@@ -130,6 +130,92 @@ def test_feedback_that_comes_long_after_its_answer_counts(world: World) -> None:
     say(world, late, rating=1, ago=30.0)
     look(world)
     assert arms(world, "signal")[0] == (1, 1.0)
+
+
+ELSEWHERE = {"base_digest": "another", "adapter_digest": None}
+NO_ROOM = {"finish_reason": "error", "error": NO_SLOT, "ttft_ms": None}
+
+
+@pytest.mark.parametrize(("canary", "control"), [(ELSEWHERE, ELSEWHERE), (NO_ROOM, {})], ids=["base", "slots"])
+def test_what_the_engine_lacks_is_held_against_nobody(
+    world: World, canary: dict[str, object], control: dict[str, object]
+) -> None:
+    serve(world)
+    rollout = begin(world, share=0.5)
+    for user in range(30):
+        answer(world, rollout, "canary", f"a{user}", **canary)
+        answer(world, rollout, "control", f"b{user}", **control)
+    with world.sessions.begin() as session:
+        engine_reports.put(session, "engine", 1, [Report(world.project_id, rollout.generation, (LIVE,))])
+    look(world)
+    assert arms(world, "errors")[0] == (0, 0.0)
+    assert (current(world).stage, deployment(world).automatic_rollbacks) == ("canary", 0)
+    verdict = current(world).verdict
+    assert (verdict["action"], verdict["users"]) == ("wait", [30, 30]), "the split is as it should be"
+    assert "not loaded in engine: if that lasts, another base model or too few adapter slots" in verdict["reason"]
+
+
+@pytest.mark.parametrize(
+    "failing",
+    [{"finish_reason": "error", "error": "EngineGone()"}, {"adapter_digest": LIVE}],
+    ids=["the engine dies of it", "the engine refuses it"],
+)
+def test_what_is_the_candidates_own_fault_counts(world: World, failing: dict[str, object]) -> None:
+    serve(world)
+    rollout = begin(world, share=0.5)
+    for user in range(30):
+        answer(world, rollout, "canary", f"a{user}", **failing)
+        answer(world, rollout, "control", f"b{user}")
+    look(world)
+    assert (current(world).stage, deployment(world).automatic_rollbacks) == ("rolled_back", 1)
+
+
+def test_control_is_what_was_live_when_the_trial_began(world: World) -> None:
+    serve(world)
+    rollout = begin(world, signal="logprob")
+    answer(world, rollout, "control", "own")
+    answer(world, rollout, "control", "fallen back", adapter_digest=None)
+    look(world)
+    assert arms(world, "errors")[1] == (2, 1.0)
+    assert arms(world, "signal")[1][0] == arms(world, "length")[1][0] == 1
+
+
+def test_who_waited_for_weights_to_be_loaded_tells_nothing_of_speed(world: World) -> None:
+    serve(world)
+    rollout = begin(world)
+    with world.sessions.begin() as session:
+        session.execute(update(Rollout).values(reference={"latency": 300.0, "ttft": 50.0}))
+
+    def loaded(*digests: str, ago: float) -> None:
+        with world.sessions.begin() as session:
+            engine_reports.put(session, "engine", 1, [Report(world.project_id, rollout.generation, digests)])
+            session.execute(update(EngineReport).values(changed_at=datetime.now(UTC) - timedelta(seconds=ago)))
+
+    loaded(LIVE, ago=600)
+    answer(world, rollout, "canary", "a", ttft_ms=5000.0, ago=20)
+    look(world)
+    assert (arms(world, "ttft")[0], arms(world, "errors")[0]) == ((0, 0.0), (1, 0.0))
+    loaded(LIVE, NEW, ago=15)
+    answer(world, rollout, "canary", "a", ttft_ms=5000.0, latency_ms=5000.0, ago=0.0)
+    look(world)
+    assert (arms(world, "ttft")[0], arms(world, "latency")[0]) == ((1, 1.0), (1, 1.0))
+    loaded(LIVE, NEW, ago=0.1)
+    answer(world, rollout, "canary", "a", ttft_ms=5000.0, ago=0.0)
+    look(world)
+    assert (arms(world, "ttft")[0], arms(world, "errors")[0][0]) == ((1, 1.0), 3)
+
+
+def test_what_is_said_before_an_answer_is_whole_counts_with_it(world: World) -> None:
+    serve(world)
+    rollout = begin(world)
+    interaction_id = uuid7()
+    say(world, interaction_id, rating=-1, ago=30.0)
+    answer(world, rollout, "control", "other", ago=10.0)
+    look(world)
+    answer(world, rollout, "canary", "hasty", ago=0.0, id=interaction_id)
+    look(world)
+    look(world)
+    assert arms(world, "signal")[0] == (1, 0.0)
 
 
 def test_implicit_needs_no_word_from_anybody(world: World) -> None:

@@ -8,7 +8,7 @@ from sqlalchemy import Select, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from services.errors import Conflict
-from services.store import lifecycle, revisions, runs
+from services.store import lifecycle, revisions, rollouts, runs, speculators
 from services.store.erasure_rows import noted
 from services.store.models import (
     Artifact,
@@ -24,6 +24,8 @@ from services.store.models import (
 from worker.erasure import progress
 
 EXPORTS = ("dataset.export", "interactions.export")
+ACTOR = "erasure"
+TAINTED = "trained on data that has been erased since"
 
 
 def _holding(made: ErasureRequest, split: str | None = None) -> Select[UUID]:
@@ -93,9 +95,12 @@ def rebuild(session: Session, made: ErasureRequest) -> list[dict[str, Any]]:
 
 
 def taint(session: Session, made: ErasureRequest, projects: list[UUID]) -> list[dict[str, Any]]:
-    """Adapters trained on such a revision and heads trained on that part of the log: deployed nowhere any more."""
+    """Adapters trained on such a revision and heads trained on that part of the log: deployed nowhere any more.
+
+    A trial of theirs ends: it could only serve more users and never end well. What is live goes on serving.
+    """
     # Whoever changes a deployment locks its row before its artefacts.
-    session.execute(select(Deployment.project_id).where(Deployment.project_id.in_(projects)).with_for_update())
+    held = session.scalars(select(Deployment).where(Deployment.project_id.in_(projects)).with_for_update()).all()
     reading = or_(Run.revision_id.in_(_holding(made, "train")), Run.id.in_(_replaying(made)))
     trained = select(Run.id).where(reading)
     untainted = select(Artifact).where(Artifact.project_id.in_(projects), Artifact.tainted_at.is_(None))
@@ -107,7 +112,17 @@ def taint(session: Session, made: ErasureRequest, projects: list[UUID]) -> list[
         update(Artifact).where(Artifact.digest.in_([one.digest for one in found])).values(tainted_at=func.now())
     )
     lifecycle.mend_last_good(session, [one.digest for one in found])
+    for deployment in held:
+        _end_trials(session, deployment, {one.digest for one in found})
     return [{"digest": one.digest, "kind": one.kind, "state": one.state} for one in found]
+
+
+def _end_trials(session: Session, deployment: Deployment, tainted: set[str]) -> None:
+    """Of a candidate and of heads. Retired, not condemned: the figures said nothing against them."""
+    if deployment.canary_digest in tainted:
+        rollouts.end(session, deployment.project_id, "stopped", rollouts.Decision(ACTOR, TAINTED, {}))
+    if deployment.speculator_canary_digest in tainted:
+        speculators.withdraw_canary(session, deployment.project_id, speculators.Decision(ACTOR, TAINTED, {}))
 
 
 def _read_span(artifact: Artifact, span: list[str] | None) -> bool:

@@ -31,11 +31,14 @@ log = structlog.get_logger()
 
 
 class Order(NamedTuple):
-    """What the job asks for. `run_id` is None when a person deploys an artefact by hand."""
+    """What the job asks for. `run_id` is None when a person deploys an artefact by hand; `by` is who then, `why` what
+    they said."""
 
     project_id: UUID
     digest: str
     run_id: UUID | None
+    by: str
+    why: str
 
 
 class Broken(RuntimeError):
@@ -66,7 +69,10 @@ def deploy_job(lease: Lease, settings: Settings) -> None:
 def _read_order(lease: Lease) -> Order:
     payload = lease.payload
     run_id = payload.get("run_id")
-    return Order(UUID(payload["project_id"]), str(payload["digest"]), UUID(run_id) if run_id else None)
+    return Order(
+        UUID(payload["project_id"]), str(payload["digest"]), UUID(run_id) if run_id else None,
+        by=payload.get("by") or ACTOR, why=payload.get("why") or "",
+    )  # fmt: skip
 
 
 def _begin(lease: Lease, order: Order) -> int | None:
@@ -137,14 +143,14 @@ def _release(lease: Lease, order: Order, generation: int, comparison: Comparison
     with lease.transaction() as session:
         reason = _why(session, order)
         config = read_rollout(session.get_one(Project, order.project_id).config)
+        decision = Decision(order.by, order.why or reason, evidence, generation)
         if config.mode == "direct":
             deployments.flip(
-                session, order.project_id, expected_generation=generation, digest=order.digest, actor=ACTOR,
-                reason=reason, evidence=evidence,
+                session, order.project_id, expected_generation=generation, digest=order.digest, actor=decision.actor,
+                reason=decision.reason, evidence=evidence,
             )  # fmt: skip
             phase = "live"
         else:
-            decision = Decision(ACTOR, reason, evidence, generation)
             phase = rollouts.begin(session, order.project_id, order.digest, config, decision, order.run_id).stage
         _finish_run(session, order, phase)
         lease.succeed(session)

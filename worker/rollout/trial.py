@@ -86,10 +86,9 @@ def _decide(sessions: Sessions, rollout_id: UUID, now: datetime) -> None:
         found = evidence(rollout_counts.moments(session, rollout.id), rollout.share)
         held = rollout.verdict.get("reason") if rollout.verdict.get("action") == "hold" else None
         verdict = judge(found, trials.config_of(rollout), held=held)
-        lagging = engine_reports.lagging(session, project_id, deployment.generation, now)
-        if verdict.action == "promote" and lagging:
-            reason = f"{verdict.reason}; promotion waits for {', '.join(lagging)} to load the candidate"
-            verdict = verdict._replace(action="wait", reason=reason)
+        lagging = engine_reports.lagging(session, project_id, deployment.generation, rollout.digest, now)
+        if verdict.action in ("promote", "wait") and lagging:
+            verdict = verdict._replace(action="wait", reason=_told_lagging(verdict, lagging))
         newly_held = verdict.action == "hold" and held is None
         remember(rollout, verdict, found, now)
         rollout.verdict = {**rollout.verdict, "lagging": lagging}
@@ -104,9 +103,19 @@ def _decide(sessions: Sessions, rollout_id: UUID, now: datetime) -> None:
         log.info("canary decided", rollout=str(rollout_id), action=verdict.action, reason=verdict.reason)
 
 
+def _told_lagging(verdict: Verdict, lagging: list[str]) -> str:
+    engines = ", ".join(lagging)
+    if verdict.action == "promote":
+        return f"{verdict.reason}; promotion waits for {engines} to load the candidate"
+    return (
+        f"{verdict.reason}; not loaded in {engines}: if that lasts, another base model or too few adapter slots keep "
+        "it out, and such requests count against nobody"
+    )
+
+
 def evidence(found: Mapping[str, Arms], share: float) -> Evidence:
-    """The counts as a judgement wants them: every request has an outcome on `errors`."""
-    everything = found.get("errors", Arms(rollout_counts.NONE, rollout_counts.NONE))
+    """The counts as a judgement wants them."""
+    everything = found.get(rollout_counts.ROUTED, Arms(rollout_counts.NONE, rollout_counts.NONE))
     return Evidence(
         metrics=found,
         requests=(everything.canary.n, everything.control.n),
