@@ -10,17 +10,18 @@ with all its guardrails on measured values, and the first thing it says ends the
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
-from benchmarks.learning_cells import Cell
+from benchmarks.learning_cells import Cell, share
 from services.store.rollout_config import RolloutConfig
 from services.store.rollout_counts import MOST_WEIGHT, Arms, Moments
 from worker.rollout.judge import RAILS, Action, Evidence, judge
 
+Summaries = Mapping[str, Mapping[str, Any]]
 RUNS = 1000
 WORKERS = 2
 # Users who are there at the same time; each leaves after an answer with this chance, so they ask five times on average.
@@ -157,48 +158,58 @@ def summary(endings: list[Ending]) -> dict[str, Any]:
 def peeking(scale: float) -> Cell:
     """No difference: the share of canaries that are rolled back or held all the same, or never promoted."""
     runs = max(20, round(RUNS * scale))
-    endings = trials(runs, World(0.9, 0.9), RolloutConfig())
-    # Nothing but a roll-back ends these: what a canary that nobody promotes risks.
-    patient = trials(max(10, runs // 4), UNPROMOTED, RolloutConfig(), seed=10**6)
-    wrong = sum(ending.action in ("roll_back", "hold") for ending in endings) / runs
-    lasting = sum(ending.action in ("roll_back", "hold") for ending in patient) / len(patient)
-    promoted = [ending for ending in endings if ending.action == "promote"]
-    needed = median(ending.canary for ending in promoted)
+    # Nothing but a roll-back ends the second: what a canary that nobody promotes risks.
+    raw = {
+        "no difference": summary(trials(runs, World(0.9, 0.9), RolloutConfig())),
+        "no difference, never promoted": summary(trials(max(10, runs // 4), UNPROMOTED, RolloutConfig(), seed=10**6)),
+    }
+    measured, met = told_of_peeking(raw)
+    what = "peeking canary, no difference, looked at after every outcome"
+    return Cell(what, "wrongly ended ≤ 5 %", measured, met, raw)
+
+
+def told_of_peeking(raw: Summaries) -> tuple[str, bool]:
+    """In words, and whether the goal is met."""
+    ended, lasting = raw.values()
     measured = (
-        f"{wrong:.1%} of {runs:,} wrongly ended ({lasting:.1%} of {len(patient):,} that nobody promotes, within "
-        f"{UNPROMOTED.longest:,} requests); {len(promoted) / runs:.1%} promoted, median after {needed:,.0f} "
-        "requests of the candidate"
+        f"{share(_ended(ended), ended['runs'])} of {ended['runs']:,} wrongly ended "
+        f"({share(_ended(lasting), lasting['runs'])} of {lasting['runs']:,} that nobody promotes, within "
+        f"{UNPROMOTED.longest:,} requests); {share(ended['endings'].get('promote', 0), ended['runs'])} promoted, "
+        f"median after {ended['promote_median_canary']:,.0f} requests of the candidate"
     )
-    raw = {"no difference": summary(endings), "no difference, never promoted": summary(patient)}
-    return Cell(
-        "peeking canary, no difference, looked at after every outcome", "wrongly ended ≤ 5 %", measured,
-        max(wrong, lasting) <= 0.05, raw,
-    )  # fmt: skip
+    return measured, max(_ended(one) / one["runs"] for one in raw.values()) <= 0.05
 
 
 def harm(scale: float) -> Cell:
     """Ten points worse: how many requests of the candidate until it is rolled back."""
     runs = max(20, round(RUNS * scale))
-    found = {
-        f"{control:.0%} to {canary:.0%}, {share:.0%} of users": trials(
-            runs, World(control, canary, share), RolloutConfig(share=share), seed=2 * 10**6
+    raw = {
+        f"{control:.0%} to {canary:.0%}, {part:.0%} of users": summary(
+            trials(runs, World(control, canary, part), RolloutConfig(share=part), seed=2 * 10**6)
         )
-        for control, canary, share in HARMS
+        for control, canary, part in HARMS
     }
-    first = next(iter(found.values()))
-    back = [ending for ending in first if ending.action == "roll_back"]
-    needed = median(ending.canary for ending in back)
-    whole = median(ending.canary + ending.control for ending in back)
-    promoted = sum(ending.action == "promote" for ending in first) / runs
+    measured, met = told_of_harm(raw)
+    what = "canary with a 10-point harm (90 % to 80 %, outcomes clustered by user)"
+    return Cell(what, "rolled back, median ≤ 300 requests", measured, met, raw)
+
+
+def told_of_harm(raw: Summaries) -> tuple[str, bool]:
+    """In words, and whether the goal is met: by the first of them, 10 % of the users."""
+    first, *_ = raw.values()
+    back, runs, needed = first["endings"].get("roll_back", 0), first["runs"], first["roll_back_median_canary"]
+    others = "; ".join(f"{one['roll_back_median_canary']:,.0f} with {name}" for name, one in list(raw.items())[1:])
     measured = (
-        f"{len(back) / runs:.1%} of {runs:,} rolled back, median after {needed:,.0f} requests of the candidate "
-        f"({whole:,.0f} of both arms); {promoted:.1%} wrongly promoted"
+        f"{share(back, runs)} of {runs:,} rolled back, median after {needed:,.0f} requests of the candidate "
+        f"({first['roll_back_median_all']:,.0f} of both arms); {share(first['endings'].get('promote', 0), runs)} "
+        f"wrongly promoted; medians elsewhere: {others}"
     )
-    met = needed <= 300 and len(back) / runs >= 0.95
-    return Cell(
-        "canary with a 10-point harm (90 % to 80 %, outcomes clustered by user)",
-        "rolled back, median ≤ 300 requests", measured, met, {name: summary(ones) for name, ones in found.items()},
-    )  # fmt: skip
+    return measured, needed <= 300 and back / runs >= 0.95
+
+
+def _ended(found: Mapping[str, Any]) -> int:
+    """How many were rolled back or held."""
+    return sum(found["endings"].get(action, 0) for action in ("roll_back", "hold"))
 
 
 CELLS: dict[str, Callable[[float], Cell]] = {"canary_peeking": peeking, "canary_harm": harm}

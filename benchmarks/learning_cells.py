@@ -1,6 +1,8 @@
-"""What every part of benchmarks/learning.py hands in."""
+"""What every part of benchmarks/learning.py hands in, and how shares are told."""
 
 from typing import Any, NamedTuple
+
+from scipy.stats import binomtest
 
 
 class Cell(NamedTuple):
@@ -11,3 +13,9 @@ class Cell(NamedTuple):
     measured: str
     met: bool
     raw: dict[str, Any]
+
+
+def share(count: int, of: int) -> str:
+    """A share with its 95 % interval (Clopper and Pearson 1934)."""
+    interval = binomtest(count, of).proportion_ci(method="exact")
+    return f"{100 * count / of:.1f} % [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"

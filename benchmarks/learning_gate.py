@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 
-from benchmarks.learning_cells import Cell
+from benchmarks.learning_cells import Cell, share
 from worker.gate.decide import Decision, Policy, Table, decide
 
 Floats = NDArray[np.float64]
@@ -177,12 +176,6 @@ def harm(scale: float) -> Cell:
 def _names_the_guard(decision: Decision) -> bool:
     """Blocked, and for the loss on this guard."""
     return not decision.promote and any(reason.startswith("may be worse on guard 0") for reason in decision.reasons)
-
-
-def share(count: int, of: int) -> str:
-    """A share with its 95 % interval (Clopper and Pearson 1934)."""
-    interval = binomtest(count, of).proportion_ci(method="exact")
-    return f"{100 * count / of:.1f} % [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
 
 
 CELLS: dict[str, Callable[[float], Cell]] = {"looks": looks, "power": power, "harm": harm}
