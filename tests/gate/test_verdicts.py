@@ -5,8 +5,9 @@ from pathlib import Path
 from uuid import UUID
 
 from services.store import base_ability, datasets, imports, people, reviews, verdicts
+from services.store.base import uuid7
 from services.store.imports import parse
-from services.store.models import Example
+from services.store.models import Example, Run
 from tests.curation.world import World
 
 ROOT = Path(__file__).parents[2]
@@ -76,24 +77,30 @@ def chat(system: str | None, question: str, answer: str) -> str:
     return json.dumps({"messages": said})
 
 
+def run(world: World) -> Run:
+    """One that was taught nothing."""
+    return Run(id=uuid7(), project_id=world.project_id)
+
+
 def test_the_projects_own_task_is_left_out_of_the_shipped_set(world: World, tmp_path: Path) -> None:
     shipped = tmp_path / base_ability.SHIPPED
     shipped.write_text("\n".join([chat("Desk.", "a?", "A"), chat("News.", "b?", "B"), chat(None, "c?", "C")]) + "\n")
     own = Example(messages=[{"role": "system", "content": "Desk."}, {"role": "user", "content": "x"}], completion="y")
 
     with world.sessions.begin() as session:
-        first = base_ability.examples(session, world.project_id, shipped, [own])
-        again = base_ability.examples(session, world.project_id, shipped, [])
-        none = base_ability.examples(session, world.project_id, tmp_path / "missing", [own])
+        first = base_ability.examples(session, run(world), shipped, [own])
+        again = base_ability.examples(session, run(world), shipped, [])
+        none = base_ability.examples(session, run(world), tmp_path / "missing", [own])
 
-    assert sorted(one.completion or "" for one in first) == ["B", "C"]
-    assert sorted(one.completion or "" for one in again) == ["A", "B", "C"]
-    assert sorted(one.completion or "" for one in none) == ["B", "C"]
+    assert sorted(one.completion or "" for one in first.rows) == ["B", "C"]
+    assert sorted(one.completion or "" for one in again.rows) == ["A", "B", "C"]
+    assert sorted(one.completion or "" for one in none.rows) == ["B", "C"]
+    assert [found.own_task for found in (first, again, none)] == [1, 0, 1]
 
 
 def test_a_project_without_a_set_on_a_model_without_one_has_none(world: World, tmp_path: Path) -> None:
     with world.sessions.begin() as session:
-        assert base_ability.examples(session, world.project_id, tmp_path / "missing", []) == []
+        assert base_ability.examples(session, run(world), tmp_path / "missing", []) == base_ability.General([])
         assert datasets.list_(session, world.project_id) == []
 
 
@@ -105,9 +112,9 @@ def test_a_set_of_the_projects_own_replaces_the_shipped_one(world: World, tmp_pa
         record = imports.begin(session, dataset, "mine.jsonl", chat(None, "mine?", "yes").encode(), "ada")
         imports.finish(session, record, None, "ada")
 
-        found = base_ability.examples(session, world.project_id, shipped, [])
+        found = base_ability.examples(session, run(world), shipped, [])
 
-    assert [one.completion for one in found] == ["yes"]
+    assert [one.completion for one in found.rows] == ["yes"]
 
 
 def test_the_starter_ships_a_set_that_imports_read() -> None:
