@@ -59,7 +59,7 @@ TRAINER_STEPS = (0, 3, 7, 14, 24)  # of LONG's; 0: as soon as the process is the
 CASE_SECONDS = 600.0
 TEACHING_SECONDS = 900.0
 AFTERWARDS_SECONDS = 5.0  # what follows a swap's last commit: the place behind it, and the engine's confirmation
-ARENAS = 2
+ARENAS = 1
 TRIES = 3  # at a place that went by too fast
 
 
