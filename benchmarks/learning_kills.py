@@ -19,10 +19,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -59,7 +57,6 @@ TRAINER_STEPS = (0, 3, 7, 14, 24)  # of LONG's; 0: as soon as the process is the
 CASE_SECONDS = 600.0
 TEACHING_SECONDS = 900.0
 AFTERWARDS_SECONDS = 5.0  # what follows a swap's last commit: the place behind it, and the engine's confirmation
-ARENAS = 1
 TRIES = 3  # at a place that went by too fast
 
 
@@ -344,24 +341,13 @@ class Walked(NamedTuple):
 
 
 def measure(times: int, only: Sequence[str]) -> Walked:
-    """Every case, dealt out to platforms side by side: most of a case is waiting."""
-    listed = cases(times, only)
-    with ProcessPoolExecutor(ARENAS, mp_context=get_context("spawn")) as pool:
-        parts = list(pool.map(walk_all, [listed[number::ARENAS] for number in range(ARENAS)]))
-    return Walked(
-        [one for part in parts for one in part.outcomes], sum(part.answers for part in parts),
-        sum(part.lost for part in parts),
-    )  # fmt: skip
-
-
-def walk_all(listed: Sequence[Case]) -> Walked:
-    """These cases on one platform."""
+    """Every case, one after the other on one platform."""
     outcomes = []
     with (
         tempfile.TemporaryDirectory(prefix="whet-kills-") as directory,
         arena(Path(directory) / "order") as (made, pair, app),
     ):
-        for case in listed:
+        for case in cases(times, only):
             for _ in range(TRIES):
                 outcome = walk(made, pair, case)
                 _print(outcome)
