@@ -22,6 +22,16 @@ NAMELESS = """
   .map((one) => one.outerHTML)
 """
 
+# Closed and opened again within one frame: the field that was hidden still has the focus when the key comes.
+AGAIN_AT_ONCE = """
+() => {
+  document.querySelector("dialog[open]").close();
+  const hidden = document.activeElement;
+  hidden.dispatchEvent(new KeyboardEvent("keydown", { key: "r", bubbles: true, cancelable: true }));
+  return hidden.id;
+}
+"""
+
 
 def paths(sessions: Sessions) -> list[str]:
     with sessions.begin() as session:
@@ -186,6 +196,8 @@ def test_one_key_takes_a_canary_back_and_never_under_somebodys_hands(sessions: S
     with sessions() as session:
         assert deployments.get(session, project.id).canary_digest is not None
     page.keyboard.press("r")
+    assert page.evaluate(AGAIN_AT_ONCE) == "reason"
+    expect(page.get_by_role("dialog")).to_be_visible()
     page.keyboard.press("Enter")
     expect(page.locator(".toast")).to_contain_text("Rolled back in")
     expect(page.locator(".timeline")).to_contain_text("Canary rolled back")

@@ -26,6 +26,11 @@ export function recall(key) {
   }
 }
 
+// Whether a key pressed at `element` writes there. A field that was hidden keeps the focus until the next frame.
+export function writes(element, fields = "input, select, textarea") {
+  return element.matches?.(fields) && element.checkVisibility();
+}
+
 // --- live parts: the server renders the same template again, the page swaps it in -------------------------
 
 async function refresh(part) {
@@ -80,7 +85,7 @@ document.addEventListener("click", (event) => {
 
 document.addEventListener("keydown", (event) => {
   if (event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
-  if (event.target.matches("input, select, textarea") || document.querySelector("dialog[open]")) return;
+  if (writes(event.target) || document.querySelector("dialog[open]")) return;
   const button = [...document.querySelectorAll("[data-key]")].find((one) => one.dataset.key === event.key);
   if (!button) return;
   event.preventDefault();

@@ -1,6 +1,6 @@
 // The interactions list by keyboard, ticking answers for a bulk action, and copying a request.
 
-import { toast } from "./app.js";
+import { toast, writes } from "./app.js";
 
 const links = () => [...document.querySelectorAll("[data-list] .row-link")];
 
@@ -30,7 +30,7 @@ const keys = {
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
-  if (event.target.matches("input:not([type=checkbox]), select, textarea") || document.querySelector("dialog[open]")) return;
+  if (writes(event.target, "input:not([type=checkbox]), select, textarea") || document.querySelector("dialog[open]")) return;
   const act = keys[event.key];
   if (!act) return;
   event.preventDefault();

@@ -1,6 +1,8 @@
 // Keys to actions. A held key never reaches an item nobody has seen: repeats are ignored, and a key that was down when
 // the item appeared does nothing until it has been let go.
 
+import { writes } from "../app.js";
+
 const SHORTEST_LOOK_MS = 250;
 const DRAWN = { ArrowLeft: "←", ArrowRight: "→", ArrowUp: "↑", ArrowDown: "↓" };
 
@@ -42,7 +44,7 @@ export class Keys {
     const held = event.repeat || this.stale.has(event.code);
     this.down.add(event.code);
     if (document.querySelector("dialog[open]")) return;
-    const typing = event.target.matches?.("textarea, input, select");
+    const typing = writes(event.target);
     const name = (typing ? null : this.capture?.(event)) ?? this.#name(event, typing);
     if (name === null) return;
     event.preventDefault();
