@@ -80,6 +80,7 @@ def describe(session: Session, run: Run, show: str = "") -> dict[str, Any]:
     return {
         "run": run,
         "active": run.state in runs.UNFINISHED,
+        "on_trial": _on_trial(run),
         "steps": _steps(run, events),
         "curves": run_charts.curves(events),
         "timeline": run_charts.timeline(events, run.finished_at or datetime.now(UTC)),
@@ -139,9 +140,13 @@ def _steps(run: Run, events: Sequence[RunEvent]) -> list[Step]:
     return steps
 
 
+def _on_trial(run: Run) -> bool:
+    return run.state == "succeeded" and run.phase in TRYING
+
+
 def _state_of(run: Run) -> str:
     """How far the furthest step is."""
-    if run.state in runs.UNFINISHED or (run.state == "succeeded" and run.phase in TRYING):
+    if run.state in runs.UNFINISHED or _on_trial(run):
         return "now"
     return "failed" if run.state == "failed" or run.phase in (*TAKEN_BACK, "quarantined") else "done"
 
