@@ -56,7 +56,7 @@ def test_the_headline_claims_no_more_than_its_slices_show(
     sign_in: SignIn, project: Project, compared: list[Evaluation]
 ) -> None:
     reader, promoted = sign_in("ada@example.org", "viewer", project.id), compared[2]
-    words = "Passed the gate: better on what was corrected; no evident harm on accepted and base-ability, with too few rows"
+    words = "Passed the gate: better on what was corrected; no evident harm on accepted and base-ability, with too few"
 
     assert words in text_of(reader, f"/p/entities/evaluations/{promoted.id}")
     assert words in text_of(reader, f"/p/entities/runs/{promoted.run_id}")
