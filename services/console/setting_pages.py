@@ -43,7 +43,8 @@ PAGES: Mapping[Part, Told] = {
     "gate": Told(
         "evaluations", "Evaluations", "How the gate scores",
         "What answers of a candidate and of what serves are scored by, and how much worse a candidate may be.",
-        "An evaluation reads its settings when it begins, so what is stored here holds from the next one on.",
+        "An evaluation reads its settings when it begins, or begins again after an interruption; what is stored here "
+        "holds from then on.",
     ),
 }  # fmt: skip
 
