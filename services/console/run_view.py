@@ -120,9 +120,14 @@ def _steps(run: Run, events: Sequence[RunEvent]) -> list[Step]:
     path = HEAD_STEPS if run.kind == "speculator" else STEPS
     reached: dict[str, datetime] = {}
     for event in events:
-        name = step_of(str(event.payload.get("phase", "")), path) if event.kind == "phase" else None
-        # What becomes of weights that were live is no step of their way there.
-        if name is not None and "Live" not in reached:
+        phase = str(event.payload.get("phase", "")) if event.kind == "phase" else ""
+        name = step_of(phase, path)
+        if phase in TRYING and "Live" in reached:
+            # Weights that were live once and are tried again are on their way there anew.
+            del reached["Live"]
+            reached["Try"] = event.at
+        # What else becomes of weights that were live is no step of their way there.
+        elif name is not None and "Live" not in reached:
             reached.setdefault(name, event.at)
     # A project that swaps directly tries nothing.
     live = run.phase == "live" or "Live" in reached

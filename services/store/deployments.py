@@ -197,7 +197,7 @@ def require_open(deployment: Deployment) -> None:
 def _move(session: Session, digest: str, state: str) -> Move | None:
     """A step, and the word for it on the run that trained these weights."""
     step = move(session, digest, state)
-    runs.weights_went_on(session, digest, state.replace("_", " "))
+    runs.went_on(session, digest, state.replace("_", " "))
     return step
 
 

@@ -206,25 +206,20 @@ def finish(
     webhooks.run_finished(session, run)
 
 
-def went_on(session: Session, run_id: UUID | None, phase: str) -> None:
-    """What has become of the candidate since its run succeeded, which is over with the candidate on trial.
+def went_on(session: Session, digest: str, phase: str) -> None:
+    """What has become of weights since the run that made them was over: on trial, live, or taken back from there.
 
-    One that was overtaken while it was deployed has succeeded after all when somebody deploys its weights.
+    However it ended: weights that somebody deployed by hand serve, whether their own deployment failed, was cancelled
+    or was overtaken, so the run has succeeded after all.
     """
-    overtaken = (Run.state == "failed") & (Run.phase == "superseded")
     over = (
         update(Run)
-        .where(Run.id == run_id, (Run.state == "succeeded") | overtaken, Run.phase != phase)
+        .where(Run.artifact_digest == digest, Run.state.not_in(UNFINISHED), Run.phase != phase)
         .values(phase=phase, state="succeeded", error=None)
         .returning(Run.id)
     )
-    if run_id is not None and session.scalar(over) is not None:
+    for run_id in session.scalars(over).all():
         add_event(session, run_id, "phase", {"phase": phase})
-
-
-def weights_went_on(session: Session, digest: str, phase: str) -> None:
-    """The same for whichever run made these weights."""
-    went_on(session, session.scalar(select(Artifact.run_id).where(Artifact.digest == digest)), phase)
 
 
 def resume(session: Session, run: Run, phase: str, why: str) -> None:
