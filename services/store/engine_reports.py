@@ -13,6 +13,8 @@ from services.store.models import EngineReport
 
 # An engine that nobody has heard of for so long is away: it is not waited for, and obeys the row when it is back.
 AWAY = timedelta(seconds=15)
+# One that is being restarted is back within this, with what it had: weights it served are not condemned meanwhile.
+RESTART = timedelta(minutes=10)
 
 
 class Report(NamedTuple):
@@ -54,6 +56,17 @@ def of_project(session: Session, project_id: UUID) -> Sequence[EngineReport]:
     """Every engine that has ever served the project, by name."""
     mine = select(EngineReport).where(EngineReport.project_id == project_id)
     return session.scalars(mine.order_by(EngineReport.engine).execution_options(populate_existing=True)).all()
+
+
+def others(session: Session, project_id: UUID, engine: str) -> list[EngineReport]:
+    """What the other engines say that are there, or that served something of the project when they were last heard of
+    and may only be restarting."""
+    now = datetime.now(UTC)
+    return [
+        report
+        for report in of_project(session, project_id)
+        if report.engine != engine and now - report.seen_at <= (RESTART if report.digests else AWAY)
+    ]
 
 
 def lagging(session: Session, project_id: UUID, generation: int, digest: str, now: datetime) -> list[str]:
