@@ -2,52 +2,20 @@
 
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 from sqlalchemy import func, update
 from structlog.testing import capture_logs
 
-from engine.client import EngineRefused
-from engine.messages import Slot, Status
 from services.store import deployments, engine_reports, rollouts
 from services.store.models import EngineReport
 from services.store.rollout_config import RolloutConfig
 from tests.rollout.conftest import World
+from tests.rollout.slots import TOO_HIGH, Slots
 from tests.rollout.trials import BY_ADA
 from worker.rollout.reconcile import AGAIN_SECONDS, Reconciler
 
 A, B = "a" * 64, "b" * 64
-TOO_HIGH = "rank 32 does not fit slots of rank 8"
-
-
-class Slots:
-    """An engine's adapter slots without its weights; what is named in `refuses` is never loaded."""
-
-    def __init__(self) -> None:
-        self.loaded: list[str] = []
-        self.refuses: set[str] = set()
-        self.asked = 0
-
-    def status(self) -> Status:
-        slots = [
-            Slot(index=place, digest=digest, state="ready", references=0) for place, digest in enumerate(self.loaded)
-        ]
-        figures: dict[str, Any] = dict.fromkeys(
-            ("threads", "running", "waiting", "blocks_total", "blocks_free", "steps"), 0
-        )
-        figures |= {"generated_tokens": 0, "uptime_seconds": 0.0, "pid": 0, "max_context": 64, "slots_total": 4}
-        names = {"id": "s", "base": "base", "model": "m", "dtype": "fp32", "device": "cpu"}
-        return Status(epoch=1, slots=slots, **names, **figures)
-
-    def load_adapter(self, digest: str, _path: str) -> None:
-        self.asked += 1
-        if digest in self.refuses:
-            raise EngineRefused(TOO_HIGH)
-        self.loaded.append(digest)
-
-    def unload_adapter(self, digest: str, *, seconds: float | None = None) -> None:
-        self.loaded.remove(digest)
 
 
 class Engine:

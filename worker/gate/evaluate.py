@@ -12,7 +12,7 @@ from engine.sync_client import SyncEngineClient
 from engine.text.tokenizer import Tokenizer
 from services.settings import Settings
 from services.store import deployments, evaluation_answers, evaluations, failpoints, revisions, runs, verdicts
-from services.store.gate_words import shown
+from services.store.gate_words import evidence, shown
 from services.store.jobs import JobCancelled, JobFailed, JobWaits, Lease
 from services.store.models import EvaluationRow
 from worker.gate.asking import Asking
@@ -167,12 +167,14 @@ def _conclude(lease: Lease, order: Order, result: Result) -> None:
         )
         runs.add_event(session, order.run_id, "gate", {"promote": decision.promote, "reasons": decision.reasons})
         if decision.promote:
-            deployments.advance(session, order.candidate, "verified", reason=shown(summary))
+            why, found = shown(summary), evidence(evaluation)
+            deployments.advance(session, order.candidate, "verified", reason=why, evidence=found)
             payload = {"project_id": str(order.project_id), "digest": order.candidate, "run_id": str(order.run_id)}
             runs.enter_phase(session, run, "deploying")
             runs.hand_over(session, run, "deploy", payload)
         else:
-            deployments.advance(session, order.candidate, "rejected")
+            why, found = "; ".join(decision.reasons), evidence(evaluation)
+            deployments.advance(session, order.candidate, "rejected", reason=why, evidence=found)
             runs.finish(session, run, "succeeded", "refused")
         lease.succeed(session)
     failpoints.reach("evaluate.committed")
@@ -184,6 +186,7 @@ def _quarantine(lease: Lease, run_id: UUID, reason: str) -> None:
     with lease.transaction() as session:
         run = runs.get(session, run_id)
         if run.artifact_digest is not None:
-            deployments.advance(session, run.artifact_digest, "quarantined")
+            found = {"run_id": str(run_id)}
+            deployments.advance(session, run.artifact_digest, "quarantined", reason=reason, evidence=found)
         runs.finish(session, run, "failed", "quarantined", reason)
     raise JobFailed(reason)
