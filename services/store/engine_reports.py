@@ -86,7 +86,16 @@ def loaded_since(session: Session, project_id: UUID, digests: Collection[str], n
     there = _there(session, project_id, now)
     if any(not set(digests) <= set(report.digests) for report in there):
         return None
-    return max((report.changed_at for report in there), default=datetime.fromtimestamp(0, UTC))
+    return _unchanged(there)
+
+
+def unchanged_since(session: Session, project_id: UUID, now: datetime) -> datetime:
+    """Since when no engine that is there was started or changed what it has loaded; long ago where none is heard of."""
+    return _unchanged(_there(session, project_id, now))
+
+
+def _unchanged(reports: Sequence[EngineReport]) -> datetime:
+    return max((report.changed_at for report in reports), default=datetime.fromtimestamp(0, UTC))
 
 
 def _there(session: Session, project_id: UUID, now: datetime) -> list[EngineReport]:

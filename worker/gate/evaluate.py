@@ -14,7 +14,7 @@ from services.settings import Settings
 from services.store import deployments, evaluation_answers, evaluations, failpoints, revisions, runs, verdicts
 from services.store.gate_words import evidence, shown
 from services.store.jobs import JobCancelled, JobFailed, JobWaits, Lease
-from services.store.models import EvaluationRow
+from services.store.models import EvaluationRow, Run
 from worker.gate.asking import Asking
 from worker.gate.decide import decide
 from worker.gate.judge import Agreement
@@ -74,10 +74,22 @@ def _begin(lease: Lease, settings: Settings, run_id: UUID) -> Order | None:
         if run.artifact_digest is None or run.revision_id is None:
             raise JobFailed("the run has no artefact to evaluate")
         runs.enter_phase(session, run, "evaluating")
+        _require_rendering(run, model)
         try:
             return read(session, run, model)
         except (TypeError, ValueError) as error:
             raise JobFailed(f"the project's gate is misconfigured: {error}") from error
+
+
+def _require_rendering(run: Run, model: Path) -> None:
+    """What was trained on prompts of another template or tokenizer loads like any other, and is asked otherwise than
+    it learned. A run may have been trained on another machine, from files that only differ there."""
+    trained = (run.preflight or {}).get("template")
+    if not trained:
+        return
+    ours = Tokenizer.load(model)
+    if (trained["tokenizer"], trained["template"]) != (ours.digest, ours.template_digest):
+        raise JobFailed("template drift: the trainer rendered prompts with other files than serve here; train again")
 
 
 def _model_directory(settings: Settings) -> Path:
