@@ -182,6 +182,7 @@ def test_a_candidate_that_one_engine_refuses_stays_on_trial_in_the_other(
 
     first.step()
     extra.step()
+    extra.step(AGAIN_SECONDS)
 
     assert (first.report()[1], extra.report()[1]) == ([A, B], [A])
     assert world.state(B) in ("shadow", "canary")
