@@ -7,12 +7,15 @@ held-out prompts; those of a kind were drawn with a seed that was not looked at 
 """
 
 import argparse
+import json
 import random
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import UUID
 
 import numpy as np
 from sqlalchemy import select
@@ -25,9 +28,10 @@ from examples.grammars.simulate import APPLICATIONS
 from examples.loop.drive import Plan, run_loop
 from examples.loop.platform import platform
 from services.settings import Settings
-from services.store.base import make_sessions, uuid7
+from services.store.base import make_sessions, uuid7, uuid7_time
 from services.store.models import Annotation, DeploymentEvent, Example, InteractionBody, Run
-from worker.training.preflight import Preflight, check
+from services.store.traffic import Rendering
+from worker.training.preflight import Preflight, check, rendering_since
 
 REVIEWED, ASKED = 400, 300
 RESAMPLES = 4000
@@ -120,53 +124,95 @@ def to_live(scale: float) -> Cell:
 
 # --- what the preflight catches ---------------------------------------------------------------------------
 
-Bodies = dict[Any, InteractionBody]
-Fault = Callable[[Tokenizer, list[Example], Bodies, random.Random], int]
+Bodies = dict[UUID, InteractionBody]
 
 
-def masked_labels(
-    tokenizer: Tokenizer, examples: list[Example], _: dict[Any, InteractionBody], __: random.Random
-) -> int:
+class Looked(NamedTuple):
+    """What a preflight is given: the trainer's tokenizer, its examples with what was served, and the longest row."""
+
+    tokenizer: Tokenizer
+    examples: list[Example]
+    bodies: Bodies
+    limit: int = 1024
+
+
+Fault = Callable[[Looked, Tokenizer, random.Random], Looked]
+
+
+def masked_labels(clean: Looked, _: Tokenizer, __: random.Random) -> Looked:
     """A row length below every prompt's: TRL's own truncation then leaves no label, and the loss goes to 0."""
-    return min(len(tokenizer.encode_chat(example.messages)) for example in examples)
+    lengths = (len(clean.tokenizer.encode_chat(example.messages)) for example in clean.examples)
+    return clean._replace(limit=min(lengths))
 
 
-def template_drift(tokenizer: Tokenizer, _: list[Example], bodies: Bodies, dice: random.Random) -> int:
+def other_tokens(clean: Looked, _: Tokenizer, dice: random.Random) -> Looked:
     """A few prompts were served with one token more than today's rendering has, under the same template's name."""
-    for body in dice.sample(list(bodies.values()), 3):
+    bodies = dict(clean.bodies)
+    for example in dice.sample(clean.examples, 3):
+        body = _body(clean.tokenizer, example)
         place = dice.randrange(len(body.prompt_token_ids))
-        body.prompt_token_ids = [*body.prompt_token_ids[:place], tokenizer.eos_ids[0], *body.prompt_token_ids[place:]]
-    return 1024
+        body.prompt_token_ids.insert(place, clean.tokenizer.eos_ids[0])
+        bodies[body.id] = body
+    return clean._replace(bodies=bodies)
 
 
-FAULTS: dict[str, tuple[Fault, str]] = {
-    "all-masked labels": (masked_labels, "all labels are masked"),
-    "template drift": (template_drift, "template drift"),
+def template_file_changed(clean: Looked, changed: Tokenizer, _: random.Random) -> Looked:
+    """The trainer's machine has another template file than the one that goes on serving: no row bears its digest."""
+    return clean._replace(tokenizer=changed)
+
+
+# Every clean set is injected in each way of a fault.
+FAULTS: dict[str, tuple[tuple[Fault, ...], str]] = {
+    "all-masked labels": ((masked_labels,), "all labels are masked"),
+    "template drift": ((other_tokens, template_file_changed), "template drift"),
 }
 
 
 def caught(name: str, scale: float) -> Cell:
-    """Clean sets of corrections, and the same with the fault; both are looked at by every kind of run."""
-    fault, words = FAULTS[name]
-    tokenizer = Tokenizer.load(STARTER)
+    """Clean sets of corrections, and the same with the fault in each of its ways; all are looked at by every kind of
+    run. Half of the clean sets were served under another template, before its file was changed, and none since."""
+    ways, words = FAULTS[name]
     sets = max(20, round(SETS * scale))
     found = alarms = 0
-    for number in range(sets):
-        dice = random.Random(number)
-        app = dice.choice(list(APPLICATIONS.values()))
-        kind = dice.choice(("sft", "dpo", "kto"))
-        examples = [_corrected(app.sample(dice)) for _ in range(ROWS)]
-        bodies = {one.interaction_id: _body(tokenizer, one) for one in examples}
-        alarms += bool(check(tokenizer, examples, [], bodies, 1024, kind).reasons)
-        limit = fault(tokenizer, examples, bodies, dice)
-        found += _named(check(tokenizer, examples, [], bodies, limit, kind), words)
+    with tempfile.TemporaryDirectory(prefix="whet-learning-") as room:
+        tokenizer, changed = Tokenizer.load(STARTER), _another_template(Path(room))
+        for number in range(sets):
+            dice = random.Random(number)
+            app = dice.choice(list(APPLICATIONS.values()))
+            kind = dice.choice(("sft", "dpo", "kto"))
+            examples = [_corrected(app.sample(dice)) for _ in range(ROWS)]
+            clean = Looked(tokenizer, examples, {one.id: one for one in map(partial(_body, tokenizer), examples)})
+            found += sum(_named(_looked_at(fault(clean, changed, dice), kind), words) for fault in ways)
+            if number % 2:
+                (changed.directory / "chat_template.jinja").touch()
+                clean = clean._replace(tokenizer=changed)
+            alarms += bool(_looked_at(clean, kind).reasons)
+    tried = sets * len(ways)
     return Cell(
         f"injected fault: {name}",
         "caught before promotion, by name; ≤ 5 % false alarms over 200 clean sets",
-        f"{found} of {sets} caught before any compute; {alarms} false alarms in {sets} clean sets",
-        found == sets and alarms <= 0.05 * sets,
-        {"sets": sets, "caught": found, "false_alarms": alarms},
+        f"{found} of {tried} caught before any compute; {alarms} false alarms in {sets} clean sets",
+        found == tried and alarms <= 0.05 * sets,
+        {"sets": sets, "ways": len(ways), "caught": found, "false_alarms": alarms},
     )
+
+
+def _looked_at(given: Looked, kind: str) -> Preflight:
+    """As a run's job looks: the newest prompt counts where it was served since the trainer's files lie there."""
+    newest = max(given.bodies.values(), key=lambda body: body.id)
+    at = uuid7_time(newest.id)
+    since = rendering_since(given.tokenizer.directory)
+    served = Rendering(newest.tokenizer_hash, newest.template_hash, at) if at >= since else None
+    return check(given.tokenizer, given.examples, [], given.bodies, given.limit, kind, served)
+
+
+def _another_template(room: Path) -> Tokenizer:
+    """The starter's, with a template that opens every chat with one word more."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copyfile(STARTER / name, room / name)
+    own = json.loads((room / "tokenizer_config.json").read_text())["chat_template"]
+    (room / "chat_template.jinja").write_text("{{ 'chat ' }}" + own)
+    return Tokenizer.load(room)
 
 
 def _named(ready: Preflight, words: str) -> bool:

@@ -245,6 +245,15 @@ def _show_event(progress: Progress, task: TaskID, event: dict[str, Any]) -> None
             progress.console.print(f"  {reason}", markup=False, highlight=False)
     elif "line" in payload:
         progress.console.print(str(payload["line"]), markup=False, highlight=False)
+    elif "name" in payload:
+        progress.console.print(_stage(payload), markup=False, highlight=False)
+
+
+def _stage(payload: dict[str, Any]) -> str:
+    """Where the trainer has got to, with its figures."""
+    detail = payload.get("detail") or {}
+    told = (value if isinstance(value, str) else json.dumps(value) for value in detail.values())
+    return "  ".join([f"  {payload['name']}", *(f"{name} {value}" for name, value in zip(detail, told, strict=True))])
 
 
 def parameters(pairs: list[str]) -> dict[str, Any]:

@@ -197,15 +197,18 @@ def evidence(found: dict[str, Any]) -> list[tuple[str, str]]:
     """What an event was decided on, as pairs of a name and a figure; what says nothing to people is left out."""
     told = []
     for name, value in found.items():
-        if name in ("states", "run_id", "left_with_adapter") or value is None or isinstance(value, dict):
+        if name in UNTOLD or value is None or isinstance(value, dict):
             continue
         told.append((EVIDENCE.get(name, name.replace("_", " ")), _evidence(name, value)))
     return told
 
 
+# Said elsewhere of an event: what it changed, its links, the gate's reasons; or said to the machine alone.
+UNTOLD = ("states", "run_id", "evaluation", "reasons", "left_with_adapter")
 EVIDENCE = {
     "before": "share before", "differ": "answers that differ", "share_seen": "share that came",
     "golden_prompts": "golden prompts", "differing": "golden prompts that differ",
+    "target": "points on the target slice",
 }  # fmt: skip
 SHARES = (
     "share",
@@ -230,6 +233,8 @@ def _evidence(name: str, value: Any) -> str:  # noqa: ANN401 - whatever JSON hol
         return str(len(value))
     if value is None:
         return "?"
+    if name == "target":
+        return points(value)
     return percent(value, 0) if name in SHARES else count(value) if isinstance(value, int) else figure(value, 4)
 
 

@@ -51,8 +51,9 @@ def events(session: Session, project_id: UUID, *, limit: int = 100) -> list[Depl
     return list(session.scalars(query.order_by(DeploymentEvent.id.desc()).limit(limit)))
 
 
-def override(session: Session, digest: str, *, actor: str, reason: str) -> Artifact:
-    """Let an artefact through that the gate rejected: the one way out of `rejected`, by a person, on record.
+def override(session: Session, digest: str, *, actor: str, reason: str, evidence: dict[str, Any]) -> Artifact:
+    """Let an artefact through that the gate rejected: the one way out of `rejected`, by a person, on record; `evidence`
+    is the gate's.
 
     Raises NotFound, and Conflict for one that is not rejected or was trained on data erased since.
     """
@@ -66,7 +67,7 @@ def override(session: Session, digest: str, *, actor: str, reason: str) -> Artif
     artifact.state = "verified"
     record_change(
         session, deployment, "override", old=deployment.active_digest, to=digest, actor=actor, reason=reason,
-        moves=[Move(digest, "rejected", "verified")],
+        evidence=evidence, moves=[Move(digest, "rejected", "verified")],
     )  # fmt: skip
     return artifact
 
@@ -151,7 +152,7 @@ def count_automatic(session: Session, deployment: Deployment, actor: str) -> Non
     reason = f"{deployment.automatic_rollbacks} automatic roll-backs since somebody last looked"
     record_change(
         session, deployment, "frozen", old=deployment.active_digest, to=deployment.active_digest, actor=actor,
-        reason=reason,
+        reason=reason, evidence={"automatic_rollbacks": deployment.automatic_rollbacks},
     )  # fmt: skip
 
 

@@ -13,6 +13,8 @@ from services.store.models import EngineReport
 
 # An engine that nobody has heard of for so long is away: it is not waited for, and obeys the row when it is back.
 AWAY = timedelta(seconds=15)
+# One that is being restarted is back within this, with what it had: weights it served are not condemned meanwhile.
+RESTART = timedelta(minutes=10)
 
 
 class Report(NamedTuple):
@@ -56,6 +58,17 @@ def of_project(session: Session, project_id: UUID) -> Sequence[EngineReport]:
     return session.scalars(mine.order_by(EngineReport.engine).execution_options(populate_existing=True)).all()
 
 
+def others(session: Session, project_id: UUID, engine: str) -> list[EngineReport]:
+    """What the other engines say that are there, or that served something of the project when they were last heard of
+    and may only be restarting."""
+    now = datetime.now(UTC)
+    return [
+        report
+        for report in of_project(session, project_id)
+        if report.engine != engine and now - report.seen_at <= (RESTART if report.digests else AWAY)
+    ]
+
+
 def lagging(session: Session, project_id: UUID, generation: int, digest: str, now: datetime) -> list[str]:
     """Engines that are there and have not loaded `digest`, or something else that this generation may route to them."""
     return [
@@ -73,7 +86,16 @@ def loaded_since(session: Session, project_id: UUID, digests: Collection[str], n
     there = _there(session, project_id, now)
     if any(not set(digests) <= set(report.digests) for report in there):
         return None
-    return max((report.changed_at for report in there), default=datetime.fromtimestamp(0, UTC))
+    return _unchanged(there)
+
+
+def unchanged_since(session: Session, project_id: UUID, now: datetime) -> datetime:
+    """Since when no engine that is there was started or changed what it has loaded; long ago where none is heard of."""
+    return _unchanged(_there(session, project_id, now))
+
+
+def _unchanged(reports: Sequence[EngineReport]) -> datetime:
+    return max((report.changed_at for report in reports), default=datetime.fromtimestamp(0, UTC))
 
 
 def _there(session: Session, project_id: UUID, now: datetime) -> list[EngineReport]:

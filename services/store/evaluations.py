@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from services.errors import Conflict, InvalidRequest, NotFound
 from services.store import deployments, revisions, runs, webhooks
+from services.store.gate_words import evidence
 from services.store.models import Evaluation, EvaluationRow, Example, Revision, Run
 
 LEAST_REASON = 10
@@ -116,7 +117,8 @@ def override(session: Session, evaluation: Evaluation, *, actor: str, reason: st
     if evaluation.overridden_at is not None:
         raise Conflict(f"{evaluation.overridden_by} has overridden this refusal already")
     run = runs.get(session, evaluation.run_id)
-    deployments.override(session, evaluation.candidate_digest, actor=actor, reason=words)
+    found = evidence(evaluation)
+    deployments.override(session, evaluation.candidate_digest, actor=actor, reason=words, evidence=found)
     evaluation.overridden_at, evaluation.overridden_by, evaluation.override_reason = datetime.now(UTC), actor, words
     payload = {"project_id": str(run.project_id), "digest": evaluation.candidate_digest, "run_id": str(run.id)}
     runs.resume(session, run, "deploying", f"{actor} overrode the gate: {words}")
@@ -128,6 +130,12 @@ def override(session: Session, evaluation: Evaluation, *, actor: str, reason: st
 def of_run(session: Session, run_id: UUID) -> Evaluation | None:
     """The run's decided evaluation."""
     decided = select(Evaluation).where(Evaluation.run_id == run_id, Evaluation.decision != "undecided")
+    return session.scalar(decided.order_by(Evaluation.id.desc()).limit(1))
+
+
+def of_candidate(session: Session, digest: str) -> Evaluation | None:
+    """The last decided evaluation of weights."""
+    decided = select(Evaluation).where(Evaluation.candidate_digest == digest, Evaluation.decision != "undecided")
     return session.scalar(decided.order_by(Evaluation.id.desc()).limit(1))
 
 

@@ -1,4 +1,4 @@
-"""What a gate's figures show, in words: no more than its slices' verdicts say."""
+"""What a gate's figures show, in words and for an event: no more than its slices' verdicts say."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -38,6 +38,16 @@ def headline(evaluation: Evaluation) -> str:
     if evaluation.decision == "promote":
         return f"Passed the gate: {shown(evaluation.summary)}"
     return "Refused by the gate, let through by a person" if evaluation.overridden_by else "Refused: what served stays"
+
+
+def evidence(evaluation: Evaluation | None) -> dict[str, Any]:
+    """What an event keeps of the comparison behind it: which, the interval on the target slice, the gate's reasons."""
+    if evaluation is None:
+        return {}
+    target = (evaluation.summary.get("slices") or {}).get(TARGET)
+    told = {"target": [target["delta"], target["low"], target["high"]]} if target else {}
+    run = {"run_id": str(evaluation.run_id)} if evaluation.run_id else {}
+    return {"evaluation": str(evaluation.id), "reasons": list(evaluation.reasons), **run, **told}
 
 
 def passage(evaluation: Evaluation | None, candidate: str) -> str:

@@ -89,7 +89,9 @@ def advance(
 
 def born(session: Session, artifact: Artifact, *, actor: str = "whet") -> None:
     """The event of an artefact whose row has just been written."""
-    tell(session, artifact, Move(artifact.digest, "training", artifact.state), actor=actor, reason=WHY["built"])
+    step = Move(artifact.digest, "training", artifact.state)
+    found = {"run_id": str(artifact.run_id)} if artifact.run_id else {}
+    tell(session, artifact, step, actor=actor, reason=WHY["built"], evidence=found)
 
 
 def tell(

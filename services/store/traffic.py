@@ -1,19 +1,26 @@
-"""What heads may be trained on: live traffic of one project, as token ids of the tokenizer that serves now."""
+"""What heads may be trained on: live traffic of one project, as token ids of the tokenizer that serves now; and what
+rendered the newest of it.
+"""
 
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from typing import Any, NamedTuple
 from uuid import UUID
 
 from sqlalchemy import Integer, cast, or_, select
 from sqlalchemy.orm import Session
 
+from services.store.base import uuid7_time
 from services.store.erasure_cover import is_erased
 from services.store.models import Interaction, InteractionBody
+from services.store.pages import first_id
 
 # Sizes are read for so many of the newest answers; bodies only for those that are chosen.
 MOST_ANSWERS = 100_000
 PAGE = 500
 COMPLETE = ("stop", "length")
+# How far back the newest answer of a base is looked for.
+MOST_NEWER = 1000
 
 
 class Size(NamedTuple):
@@ -32,6 +39,33 @@ class Answer(NamedTuple):
     answer: list[int]
     parameters: dict[str, Any]
     group: str
+
+
+class Rendering(NamedTuple):
+    """What rendered a prompt, as digests, and when it was served."""
+
+    tokenizer: str
+    template: str
+    at: datetime
+
+
+def newest_rendering(session: Session, project_id: UUID, *, base: str, since: datetime) -> Rendering | None:
+    """Of the last live prompt that a base answered since a moment; None where nothing was served, or is kept, since."""
+    newest = (
+        select(Interaction.id, Interaction.base_digest)
+        .where(Interaction.project_id == project_id, Interaction.origin == "live", Interaction.id >= first_id(since))
+        .order_by(Interaction.id.desc())
+        .limit(MOST_NEWER)
+        .subquery()
+    )
+    found = session.execute(
+        select(InteractionBody.id, InteractionBody.tokenizer_hash, InteractionBody.template_hash)
+        .join(newest, newest.c.id == InteractionBody.id)
+        .where(newest.c.base_digest == base)
+        .order_by(InteractionBody.id.desc())
+        .limit(1)
+    ).one_or_none()
+    return Rendering(found.tokenizer_hash, found.template_hash, uuid7_time(found.id)) if found else None
 
 
 def sizes(session: Session, project_id: UUID, *, tokenizer: str, template: str, base: str) -> list[Size]:

@@ -10,7 +10,7 @@ from services.console.rollout_view import moved
 from services.console.wording import evidence
 from services.settings import Settings
 from services.store import deployments, rollouts, trials
-from services.store.base import Sessions
+from services.store.base import Sessions, uuid7
 from services.store.models import Artifact, Dataset, Evaluation, Job, Project, Revision
 from services.store.rollout_config import RolloutConfig
 from services.web import create_app
@@ -230,6 +230,25 @@ def test_how_fast_traffic_followed_is_read_from_the_log(sessions: Sessions) -> N
 def test_what_an_event_was_decided_on_is_told_in_figures() -> None:
     told = evidence({"states": [["a", "b", "c"]], "run_id": "1", "share": 0.1, "difference": -0.01234, "users": 1200})
     assert told == [("share", "10 %"), ("difference", "−0.01234"), ("users", "1,200")]
+    gate = evidence({"evaluation": "1", "reasons": ["worse on accepted"], "target": [0.04, -0.011, 0.07]})
+    assert gate == [("points on the target slice", "+4.0 (−1.1 to +7.0)")]
+
+
+def test_a_rejection_says_why_and_leads_to_its_comparison_and_its_run(
+    trying: Project, operator: TestClient, sessions: Sessions
+) -> None:
+    comparison, run, digest = uuid7(), uuid7(), "9" * 64
+    with sessions.begin() as session:
+        values = {"digest": digest, "kind": "adapter", "project_id": trying.id, "base_digest": "b", "manifest": {}}
+        session.add(Artifact(**values, state="built"))
+        session.flush()
+        found = {"evaluation": str(comparison), "run_id": str(run), "target": [0.01, -0.02, 0.04], "reasons": ["no"]}
+        deployments.advance(session, digest, "rejected", reason="worse on <b>accepted</b>", evidence=found)
+    text = shown(operator, "canary")
+    assert "worse on &lt;b&gt;accepted&lt;/b&gt;" in text
+    assert "+1.0 (−2.0 to +4.0)" in text
+    assert f'href="/p/canary/evaluations/{comparison}"' in text
+    assert f'href="/p/canary/runs/{run}"' in text
 
 
 def test_the_drawing_holds_every_gate_and_cuts_off_what_nobody_knew_yet() -> None:

@@ -186,6 +186,35 @@ def test_train_sends_its_kind_parameters_and_sweep(home: Path, monkeypatch: pyte
     assert sent == [("/api/p/entities/runs", {"params": {"lr": 1e-3, "sweep": 4}, "dataset": "golden", "kind": "dpo"})]
 
 
+def test_following_a_run_shows_where_its_trainer_has_got_to(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = [
+        {"name": "confirmed", "detail": {"prompts": 64, "passed_over": 0}},
+        {"name": "swept", "detail": {"candidates": 3, "chosen": {"lr": 0.001}}},
+        {"name": "resumed", "detail": {"checkpoint": "checkpoint-20"}},
+        {"line": "trainer: [red]slow[/red]"},
+    ]
+    events = [{"id": place, "kind": "log", "payload": one, "at": "", "step": None} for place, one in enumerate(told, 1)]
+    run = {"state": "succeeded", "phase": "live", "kind": "sft", "artifact_digest": "a" * 64, "error": None}
+
+    def get(_client: object, _path: str, after: int = 0) -> dict[str, Any]:
+        return {**run, "evaluation": None, "events": [event for event in events if event["id"] > after]}
+
+    monkeypatch.setenv("WHET_HOME", str(home))
+    monkeypatch.setenv("WHET_API_KEY", "wh_x")
+    monkeypatch.setattr("services.cli_client.AdminClient.get", get)
+
+    result = whet("runs", "01900000-0000-7000-8000-000000000000")
+
+    assert result.exit_code == 0, result.stderr
+    shown = [line.strip() for line in result.stdout.splitlines()]
+    assert [line for line in shown if line][:4] == [
+        "confirmed  prompts 64  passed_over 0",
+        'swept  candidates 3  chosen {"lr": 0.001}',
+        "resumed  checkpoint checkpoint-20",
+        "trainer: [red]slow[/red]",
+    ]
+
+
 @pytest.fixture
 def model_directory(tmp_path: Path) -> Path:
     made = tmp_path / "model"

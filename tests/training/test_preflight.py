@@ -1,5 +1,6 @@
 """Preflight: what is wrong with the data is said before any compute."""
 
+import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from engine.text.supervision import turn_end
 from engine.text.tokenizer import Tokenizer
 from services.store.base import uuid7
 from services.store.models import Example, InteractionBody
+from services.store.traffic import Rendering
 from tests.training.tiny import TEMPLATE, make_model
 from worker.training.lora import confirm
-from worker.training.preflight import Preflight, check
+from worker.training.preflight import Preflight, check, rendering_since
 from worker.training.process import Refused
 from worker.training.rows import IGNORED, Bodies, make_rows
 from worker.training.spec import ReferenceRow
@@ -140,6 +142,52 @@ def test_a_prompt_that_renders_to_other_ids_than_were_served_refuses_the_run(
     template = ready.report["template"]
     assert (template["equal_to_served"], template["served_under_another"]) == (1, 1)
     assert template["different"] == [str(drifted.id)]
+
+
+NOW = datetime(2026, 11, 30, 9, 5, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"template": "another"}, "another chat template"),
+        ({"tokenizer": "another"}, "another tokenizer"),
+        ({"template": "another", "tokenizer": "another"}, "another tokenizer and chat template"),
+    ],
+)
+def test_a_trainer_whose_template_is_not_the_one_that_serves_refuses_the_run(
+    tokenizer: Tokenizer, other: dict[str, str], named: str
+) -> None:
+    """Every row was served under the other one, so no row can show it."""
+    serving = Rendering(**{"tokenizer": tokenizer.digest, "template": tokenizer.template_digest, "at": NOW} | other)
+    rows = fine(4)
+    hashes = {"tokenizer_hash": serving.tokenizer, "template_hash": serving.template}
+    bodies = {body.id: body for body in (body_for(tokenizer, one, **hashes) for one in rows)}
+
+    ready = check(tokenizer, rows, [], bodies, 64, served=serving)
+
+    assert ready.report["template"]["served_under_another"] == 4
+    assert ready.reasons == [
+        f"template drift: {named} than the trainer's rendered what was served last, at 2026-11-30 09:05 UTC"
+    ]
+
+
+def test_rows_of_an_older_template_are_fine_while_todays_is_the_one_that_serves(tokenizer: Tokenizer) -> None:
+    rows = fine(4)
+    bodies = {body.id: body for body in (body_for(tokenizer, one, template_hash="older") for one in rows)}
+    serving = Rendering(tokenizer.digest, tokenizer.template_digest, NOW)
+
+    assert check(tokenizer, rows, [], bodies, 64, served=serving).reasons == []
+    assert check(tokenizer, rows, [], bodies, 64, served=None).reasons == [], "upgraded, and nothing served since"
+
+
+def test_a_copied_template_counts_from_its_copying_not_from_its_date(tmp_path: Path) -> None:
+    """Copies keep the date of what they were made from; what was served before them was served by other files."""
+    before = datetime.now(UTC)
+    directory = make_model(tmp_path / "model")
+    os.utime(directory / "tokenizer.json", (0, 0))
+
+    assert before - timedelta(seconds=1) < rendering_since(directory) <= datetime.now(UTC) + timedelta(seconds=1)
 
 
 def test_a_template_that_prints_the_day_is_rendered_with_the_day_it_was_served(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from engine.sync_client import SyncEngineClient
 from engine.text.tokenizer import Tokenizer
 from services.settings import Settings
 from services.store import deployments, evaluation_answers, evaluations, failpoints, revisions, runs, verdicts
-from services.store.gate_words import shown
+from services.store.gate_words import evidence, shown
 from services.store.jobs import JobCancelled, JobFailed, JobWaits, Lease
-from services.store.models import EvaluationRow
+from services.store.models import EvaluationRow, Run
 from worker.gate.asking import Asking
 from worker.gate.decide import decide
 from worker.gate.judge import Agreement
@@ -78,10 +78,22 @@ def _begin(lease: Lease, settings: Settings, run_id: UUID) -> Order | None:
         if run.artifact_digest is None or run.revision_id is None:
             raise JobFailed("the run has no artefact to evaluate")
         runs.enter_phase(session, run, "evaluating")
+        _require_rendering(run, model)
         try:
             return read(session, run, model)
         except (TypeError, ValueError) as error:
             raise JobFailed(f"the project's gate is misconfigured: {error}") from error
+
+
+def _require_rendering(run: Run, model: Path) -> None:
+    """What was trained on prompts of another template or tokenizer loads like any other, and is asked otherwise than
+    it learned. A run may have been trained on another machine, from files that only differ there."""
+    trained = (run.preflight or {}).get("template")
+    if not trained:
+        return
+    ours = Tokenizer.load(model)
+    if (trained["tokenizer"], trained["template"]) != (ours.digest, ours.template_digest):
+        raise JobFailed("template drift: the trainer rendered prompts with other files than serve here; train again")
 
 
 def _model_directory(settings: Settings) -> Path:
@@ -175,12 +187,14 @@ def _conclude(lease: Lease, order: Order, result: Result) -> None:
         )
         runs.add_event(session, order.run_id, "gate", {"promote": decision.promote, "reasons": decision.reasons})
         if decision.promote:
-            deployments.advance(session, order.candidate, "verified", reason=shown(summary))
+            why, found = shown(summary), evidence(evaluation)
+            deployments.advance(session, order.candidate, "verified", reason=why, evidence=found)
             payload = {"project_id": str(order.project_id), "digest": order.candidate, "run_id": str(order.run_id)}
             runs.enter_phase(session, run, "deploying")
             runs.hand_over(session, run, "deploy", payload)
         else:
-            deployments.advance(session, order.candidate, "rejected")
+            why, found = "; ".join(decision.reasons), evidence(evaluation)
+            deployments.advance(session, order.candidate, "rejected", reason=why, evidence=found)
             runs.finish(session, run, "succeeded", "refused")
         lease.succeed(session)
     failpoints.reach("evaluate.committed")
@@ -192,6 +206,7 @@ def _quarantine(lease: Lease, run_id: UUID, reason: str) -> None:
     with lease.transaction() as session:
         run = runs.get(session, run_id)
         if run.artifact_digest is not None:
-            deployments.advance(session, run.artifact_digest, "quarantined")
+            found = {"run_id": str(run_id)}
+            deployments.advance(session, run.artifact_digest, "quarantined", reason=reason, evidence=found)
         runs.finish(session, run, "failed", "quarantined", reason)
     raise JobFailed(reason)

@@ -17,6 +17,8 @@ from services.store.jobs import JobCancelled, JobFailed, JobWaits, Lease
 from worker.gate.speculator import Cost, Drafter, Held, Verdict, judge
 
 CONNECT_SECONDS = 30.0
+# What the event of heads keeps of it.
+EVENT_FIGURES = ("reasons", "requests", "tau", "incumbent_tau")
 
 log = structlog.get_logger()
 
@@ -86,14 +88,17 @@ def _conclude(lease: Lease, run_id: UUID, measured: Mapping[str, Any], verdict: 
     with lease.transaction() as session:
         run = runs.get(session, run_id)
         assert run.artifact_digest is not None, "checked at the beginning"
-        runs.add_event(session, run_id, "gate", evidence(measured, verdict))
+        told = evidence(measured, verdict)
+        runs.add_event(session, run_id, "gate", told)
+        found = {"run_id": str(run_id), **{name: told[name] for name in EVENT_FIGURES}}
         if verdict.promote:
-            deployments.advance(session, run.artifact_digest, "verified")
+            deployments.advance(session, run.artifact_digest, "verified", evidence=found)
             payload = {"project_id": str(run.project_id), "digest": run.artifact_digest, "run_id": str(run.id)}
             runs.enter_phase(session, run, "deploying")
             runs.hand_over(session, run, "deploy.speculator", payload)
         else:
-            deployments.advance(session, run.artifact_digest, "rejected")
+            why = "; ".join(verdict.reasons)
+            deployments.advance(session, run.artifact_digest, "rejected", reason=why, evidence=found)
             runs.finish(session, run, "succeeded", "refused")
         lease.succeed(session)
 

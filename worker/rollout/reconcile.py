@@ -32,6 +32,8 @@ UNFINISHED = ("queued", "running")
 GRACE_SECONDS = 3.0
 # How often an engine says that it is still there, when nothing changes.
 SEEN_SECONDS = 5.0
+# What an engine refused is tried again after so long: time for the other engines to say that they serve it.
+AGAIN_SECONDS = 15.0
 ACTOR = "dispatcher"
 # A request that arrives after the look at the references holds its slot to its end; loading must not wait for that.
 UNLOAD_SECONDS = 5.0
@@ -91,6 +93,9 @@ class Reconciler:
         self._epoch: int | None = None
         self._crowded: frozenset[str] = frozenset()
         self._foreign: frozenset[str] = frozenset()
+        # When what this engine refused is tried again, and what of it another engine serves.
+        self._again: dict[str, float] = {}
+        self._left_out: set[str] = set()
         self._engine = engine
         self._reported: dict[UUID, Report] = {}
         self._said = float("-inf")
@@ -142,7 +147,7 @@ class Reconciler:
         ready = {slot.digest for slot in status.slots if slot.state == "ready"}
         # A candidate waits for what serves everybody else.
         order = sorted(wanted.serving, key=lambda digest: (all(c.on_trial for c in wanted.serving[digest]), digest))
-        missing = [digest for digest in order if digest not in present | foreign]
+        missing = [digest for digest in order if digest not in present | foreign and not self._waits(digest)]
         room = max(0, status.slots_total - 1 - len(present & (wanted.serving.keys() | wanted.in_use)))
         self._report_crowding(frozenset(missing[room:]))
         for digest in missing[:room]:
@@ -152,12 +157,36 @@ class Reconciler:
                 if error.transient:
                     log.warning("adapter cannot be loaded now", digest=digest, error=str(error))
                     continue
-                for claim in wanted.serving[digest]:
-                    self._retreat(claim, digest, f"the engine refused {digest[:12]}: {error}", "quarantined")
+                self._refused(digest, wanted.serving[digest], str(error))
             else:
                 ready.add(digest)
                 log.info("adapter loaded", digest=digest)
+        self._again = {digest: at for digest, at in self._again.items() if digest in wanted.serving.keys() - ready}
+        self._left_out &= self._again.keys()
         return ready
+
+    def _waits(self, digest: str) -> bool:
+        return self._clock() < self._again.get(digest, float("-inf"))
+
+    def _refused(self, digest: str, claims: list[Claim], error: str) -> None:
+        """Condemn it, unless another engine serves it: then this one is at fault (other limits, an unreadable disk) and
+        is left out. Others that are there may not have said so yet, so where there are any it takes two refusals."""
+        with self._sessions() as session:
+            projects = {claim.project_id for claim in claims}
+            others = [one for project in projects for one in engine_reports.others(session, project, self._engine)]
+        tried_before = digest in self._again
+        self._again[digest] = self._clock() + AGAIN_SECONDS
+        serving = sorted({other.engine for other in others if digest in other.digests})
+        if serving:
+            if digest not in self._left_out:
+                told = {"engine": self._engine, "digest": digest, "served_by": serving, "error": error}
+                log.error("an engine cannot load what another serves; it is left out", alarm=True, **told)
+            self._left_out.add(digest)
+        elif others and not tried_before:
+            log.warning("adapter refused; asking again once the other engines have had their turn", digest=digest)
+        else:
+            for claim in claims:
+                self._retreat(claim, digest, f"the engine refused {digest[:12]}: {error}", "quarantined")
 
     def _report(self, epoch: int, wanted: Wanted, ready: set[str]) -> None:
         """Tell the database what this engine has for whom: at once where it changed, else every few seconds."""
@@ -188,9 +217,13 @@ class Reconciler:
                 with self._sessions.begin() as session:
                     deployments.confirm(session, wish.project_id, wish.generation)
                 failpoints.reach("probe.confirmed")
-            elif datetime.now(UTC) > wish.probe_until and wish.active not in self._crowded | self._foreign:
+            elif datetime.now(UTC) > wish.probe_until and not self._excused(wish.active):
                 reason = f"no engine could load {wish.active[:12]} by the deadline: unconfirmed"
                 self._retreat(Claim(wish.project_id, wish.generation), wish.active, reason, "rolled_back")
+
+    def _excused(self, digest: str) -> bool:
+        """Whether it is for no fault of the artefact that this engine does not serve it."""
+        return digest in self._crowded | self._foreign | self._left_out
 
     def _report_crowding(self, left_out: frozenset[str]) -> None:
         """Too few slots is no fault of the artefact: those projects are loaded when a gateway asks, not rolled back."""
@@ -212,7 +245,7 @@ class Reconciler:
         try:
             with self._sessions.begin() as session:
                 if claim.on_trial:
-                    decision = Decision(ACTOR, reason, {}, claim.generation)
+                    decision = Decision(ACTOR, reason, {"engine": self._engine}, claim.generation)
                     after = rollouts.end(session, claim.project_id, state, decision, automatic=True)
                 else:
                     after = deployments.roll_back(
@@ -223,6 +256,7 @@ class Reconciler:
                         expected_generation=claim.generation,
                         condemned_state=state,
                         automatic=True,
+                        evidence={"engine": self._engine},
                     )
                 failpoints.reach("reconcile.retreating")
         except Conflict as conflict:

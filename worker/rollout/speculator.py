@@ -155,7 +155,7 @@ def condemn(session: Session, project_id: UUID, digest: str, actor: str, reason:
     elif digest == heads.live:
         speculators.roll_back(session, project_id, decision, state="quarantined")
     elif session.get_one(Artifact, digest).state not in CONDEMNED:
-        deployments.advance(session, digest, "quarantined")
+        deployments.advance(session, digest, "quarantined", actor=actor, reason=reason)
 
 
 def _end_run(lease: Lease, order: Order, state: Literal["failed", "cancelled"], phase: str, error: str | None) -> None:

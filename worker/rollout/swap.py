@@ -4,7 +4,7 @@ Until that commits nothing has changed for any app; after it the deployment row 
 is the dispatcher's from then on (`worker.rollout.trial`); freeing is reconciliation's.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import structlog
@@ -16,7 +16,7 @@ from engine.text.tokenizer import Tokenizer
 from services.errors import Conflict, NotFound
 from services.settings import Settings
 from services.store import deployments, evaluations, failpoints, rollouts, runs, trials
-from services.store.gate_words import passage
+from services.store.gate_words import evidence, passage
 from services.store.jobs import JobCancelled, JobFailed, Lease
 from services.store.models import Artifact, Job, Project, Run
 from services.store.rollout_config import read_rollout
@@ -110,7 +110,7 @@ def _stage(client: SyncEngineClient, lease: Lease, settings: Settings, order: Or
     _load(client, settings, order.digest)
     failpoints.reach("deploy.loaded")
     with lease.transaction() as session:
-        deployments.advance(session, order.digest, "staged", actor=ACTOR)
+        deployments.advance(session, order.digest, "staged", actor=ACTOR, evidence=_evidence(session, order))
     failpoints.reach("deploy.staged")
     with lease.sessions() as session:
         prompts = golden_prompts(session, order.digest, run_id=order.run_id)
@@ -139,15 +139,15 @@ def _load(client: SyncEngineClient, settings: Settings, digest: str) -> None:
 
 def _release(lease: Lease, order: Order, generation: int, comparison: Comparison) -> None:
     """On trial, or live at once where the project swaps directly; the run's part ends with either."""
-    evidence = {**comparison.evidence(), "run_id": str(order.run_id) if order.run_id else None}
     with lease.transaction() as session:
         reason = _why(session, order)
+        found = {**comparison.evidence(), **_evidence(session, order)}
         config = read_rollout(session.get_one(Project, order.project_id).config)
-        decision = Decision(order.by, order.why or reason, evidence, generation)
+        decision = Decision(order.by, order.why or reason, found, generation)
         if config.mode == "direct":
             deployments.flip(
                 session, order.project_id, expected_generation=generation, digest=order.digest, actor=decision.actor,
-                reason=decision.reason, evidence=evidence,
+                reason=decision.reason, evidence=found,
             )  # fmt: skip
             phase = "live"
         else:
@@ -164,13 +164,21 @@ def _why(session: Session, order: Order) -> str:
     return passage(evaluations.of_run(session, order.run_id), f"run {order.run_id}")
 
 
+def _evidence(session: Session, order: Order) -> dict[str, Any]:
+    """The comparison by which it came so far; of a deployment by hand, who ordered it and the last there was."""
+    if order.run_id is None:
+        return {"ordered_by": order.by, **evidence(evaluations.of_candidate(session, order.digest))}
+    return {"run_id": str(order.run_id), **evidence(evaluations.of_run(session, order.run_id))}
+
+
 def _give_up(lease: Lease, order: Order, phase: str, reason: str) -> None:
     """End the run with the reason; a broken artefact is quarantined, a superseded one keeps its state."""
     with lease.transaction() as session:
         deployments.locked(session, order.project_id)
         artifact = session.get(Artifact, order.digest)
         if phase == "quarantined" and artifact is not None:
-            deployments.advance(session, order.digest, "quarantined", actor=ACTOR, reason=reason)
+            found = _evidence(session, order)
+            deployments.advance(session, order.digest, "quarantined", actor=ACTOR, reason=reason, evidence=found)
         run = _run(session, order)
         if run is not None:
             runs.finish(session, run, "failed", phase, reason)

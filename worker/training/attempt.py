@@ -44,6 +44,7 @@ def run_trainer(lease: Lease, run_id: UUID, spec: Spec | HeadsSpec, work: Path) 
             work,
             on_report=lambda report: record(lease, run_id, report),
             stop=lambda: lease.lost.is_set() or lease.cancelled(),
+            on_line=lambda line: _add(lease, run_id, "log", {"line": f"trainer: {line}"}),
         )
     except child.TrainerRefused as error:
         raise JobFailed(f"the trainer refused: {error}") from error
@@ -59,9 +60,13 @@ def run_trainer(lease: Lease, run_id: UUID, spec: Spec | HeadsSpec, work: Path) 
 
 
 def record(lease: Lease, run_id: UUID, report: Report) -> None:
-    """Minutes of training are not thrown away for a progress row that Postgres could not take."""
+    """Append what the trainer reports to the run's events."""
     payload: dict[str, Any] = {name: getattr(report, name) for name in report.__struct_fields__}
-    kind, step = KINDS.get(type(report), "log"), getattr(report, "step", None)
+    _add(lease, run_id, KINDS.get(type(report), "log"), payload, getattr(report, "step", None))
+
+
+def _add(lease: Lease, run_id: UUID, kind: str, payload: dict[str, Any], step: int | None = None) -> None:
+    """Minutes of training are not thrown away for an event that Postgres could not take."""
     try:
         with lease.transaction() as session:
             runs.add_event(session, run_id, kind, payload, step=step)

@@ -1,4 +1,4 @@
-"""Runs the trainer process from the worker: reads its reports, stops it when asked, keeps the end of its stderr."""
+"""Runs the trainer process from the worker: reads its reports and its stderr, stops it when asked, keeps the end."""
 
 import contextlib
 import os
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from worker.training.spec import REFUSED, HeadsSpec, Report, Spec, decode_report, encode
+from worker.training.stderr import Follower, plain
 
 POLL_SECONDS = 0.5
 TERMINATE_SECONDS = 5.0
@@ -39,8 +40,15 @@ class TrainerDied(RuntimeError):
         self.killed = status < 0 or launched
 
 
-def run(spec: Spec | HeadsSpec, work: Path, on_report: Callable[[Report], None], stop: Callable[[], bool]) -> bool:
+def run(
+    spec: Spec | HeadsSpec,
+    work: Path,
+    on_report: Callable[[Report], None],
+    stop: Callable[[], bool],
+    on_line: Callable[[str], None] = lambda _: None,
+) -> bool:
     """Train in a child of this process, by the trainer whose spec it is. False when `stop()` said so and it was ended.
+    `on_line` hears the first lines of its stderr, as plain text.
 
     Raises TrainerRefused or TrainerDied. The child never outlives this call.
     """
@@ -48,16 +56,18 @@ def run(spec: Spec | HeadsSpec, work: Path, on_report: Callable[[Report], None],
     spec_file.write_bytes(encode(spec))
     module = LORA if isinstance(spec, Spec) else HEADS
     with errors_file.open("wb") as errors, _started(module, spec_file, errors) as process:
-        lines = _lines(process)
+        lines, said = _lines(process), Follower(errors_file)
         while True:
             with contextlib.suppress(queue.Empty):
                 line = lines.get(timeout=POLL_SECONDS)
                 if line is None:
                     break
                 on_report(decode_report.decode(line))
+            _pass_on(said, on_line)
             if stop():
                 return False
         status = process.wait()
+        _pass_on(said, on_line)
     if status == 0:
         return True
     tail = _tail(errors_file)
@@ -114,6 +124,11 @@ def _lines(process: subprocess.Popen[bytes]) -> "queue.Queue[bytes | None]":
     return lines
 
 
+def _pass_on(said: Follower, on_line: Callable[[str], None]) -> None:
+    for line in said.lines():
+        on_line(line)
+
+
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End the child's whole group, gently first."""
     for how in (signal.SIGTERM, signal.SIGKILL):
@@ -128,4 +143,4 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _tail(file: Path) -> str:
-    return file.read_bytes()[-TAIL_BYTES:].decode(errors="replace")
+    return plain(file.read_bytes()[-TAIL_BYTES:].decode(errors="replace"))

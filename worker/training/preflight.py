@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from engine.text.supervision import prompt_ids
 from engine.text.tokenizer import Tokenizer
 from services.store.examples import digest_of
 from services.store.models import Example
+from services.store.traffic import Rendering
 from worker.training.rows import AnyRow, Bodies, Marked, Pair, asked_of, make_rows, usable
 
 MOST_REFUSED_SHARE = 0.1
 LISTED = 100
+RENDERING_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -38,8 +41,11 @@ def check(
     bodies: Bodies,
     max_length: int,
     kind: str = "sft",
+    served: Rendering | None = None,
 ) -> Preflight:
-    """Look at everything. `bodies` holds the logged originals that still exist, by interaction id."""
+    """Look at everything. `bodies` holds the logged originals that still exist, by interaction id; `served` is what the
+    newest prompt was rendered by, where one was served since this tokenizer's files lie here.
+    """
     examples = [example for example in train if usable(kind, example)]
     try:
         rows = make_rows(tokenizer, examples, bodies, kind)
@@ -54,7 +60,7 @@ def check(
     masked = sum(_is_masked(row, limit) for row in rows)
     reasons = [
         *_row_reasons(len(rows), [cause for _, cause in refused], masked), *_kind_reasons(kind, kept),
-        *_template_reasons(template), *_leak_reasons(leaked),
+        *_template_reasons(template), *_serving_reasons(template, served), *_leak_reasons(leaked),
     ]  # fmt: skip
     report = {
         "verdict": "refused" if reasons else "ok",
@@ -157,6 +163,13 @@ def compare_with_log(tokenizer: Tokenizer, examples: Sequence[Example], bodies: 
     }
 
 
+def rendering_since(directory: Path) -> datetime:
+    """When the files that render prompts came to lie in the directory as they are. What was served before says nothing
+    about them: it may have been served by those they replaced. Not by mtime, which copies keep."""
+    files = [file for file in map(directory.joinpath, RENDERING_FILES) if file.exists()]
+    return datetime.fromtimestamp(max(file.stat().st_ctime for file in files), UTC)
+
+
 def leakage(train: Sequence[Example], held_out: Sequence[Example]) -> dict[str, Any]:
     """Prompts and groups on both sides of the split."""
     prompts = {digest_of(example.messages) for example in held_out}
@@ -182,6 +195,17 @@ def _template_reasons(template: Mapping[str, Any]) -> list[str]:
         said = f"{template['differing']} prompts no longer render to the token ids that were served"
         return [f"template drift: {said}"]
     return []
+
+
+def _serving_reasons(template: Mapping[str, Any], served: Rendering | None) -> list[str]:
+    if served is None:
+        return []
+    names = {"tokenizer": "tokenizer", "template": "chat template"}
+    other = [words for name, words in names.items() if getattr(served, name) != template[name]]
+    if not other:
+        return []
+    what, when = " and ".join(other), f"{served.at.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+    return [f"template drift: another {what} than the trainer's rendered what was served last, at {when}"]
 
 
 def _leak_reasons(leaked: Mapping[str, int]) -> list[str]:

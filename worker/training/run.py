@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from uuid import UUID
 
@@ -14,15 +15,16 @@ from sqlalchemy.orm import Session
 from engine.digest import base_digest
 from engine.text.tokenizer import Tokenizer
 from services.settings import Settings
-from services.store import failpoints, revisions, runs
+from services.store import engine_reports, failpoints, revisions, runs, traffic
 from services.store.copying import among
 from services.store.jobs import JobCancelled, JobFailed, Lease
 from services.store.models import Example, InteractionBody
 from services.store.run_params import TrainParams, adapter_params
+from services.store.traffic import Rendering
 from worker.training import artifact, attempt, checkpoints
 from worker.training.loading import require_quantizer
 from worker.training.parting import draw, parted, sum_usable, write_lines
-from worker.training.preflight import Preflight, check
+from worker.training.preflight import Preflight, check, rendering_since
 from worker.training.process import Refused
 from worker.training.rows import arranged, asked_of
 from worker.training.spec import ReferenceRow, Spec
@@ -74,12 +76,12 @@ def _train(lease: Lease, settings: Settings, run_id: UUID) -> None:
         return
     attempt.sweep_finished(lease, settings)
     model, tokenizer = _base_model(settings, order.params)
-    ready = _preflight(lease, order, tokenizer)
+    base = base_digest(model)
+    ready = _preflight(lease, order, tokenizer, base)
     _stop_if_cancelled(lease)
     failpoints.reach("train.checked")
     work = settings.home / "runs" / str(run_id) / str(lease.fence)
     work.mkdir(parents=True, exist_ok=True, mode=0o700)
-    base = base_digest(model)
     spec = _resumed(_spec(settings, order, model, base, work, ready), work)
     attempt.run_trainer(lease, run_id, spec, work)
     failpoints.reach("train.trained")
@@ -127,7 +129,7 @@ def _base_model(settings: Settings, params: TrainParams) -> tuple[Path, Tokenize
         raise JobFailed(str(error)) from error
 
 
-def _preflight(lease: Lease, order: Order, tokenizer: Tokenizer) -> Ready:
+def _preflight(lease: Lease, order: Order, tokenizer: Tokenizer, base: str) -> Ready:
     """The checks and the examples they were made on; the report is on the run before any compute.
 
     Raises JobFailed when they refuse.
@@ -137,7 +139,8 @@ def _preflight(lease: Lease, order: Order, tokenizer: Tokenizer) -> Ready:
         replayed, told = draw(session, runs.get(session, order.run_id), order.params, sum_usable(order.kind, ours))
         train = [*ours, *replayed]
         bodies = _bodies(session, [*train, *held_out])
-    ready = check(tokenizer, train, held_out, bodies, order.params.max_length, order.kind)
+        served = _served(session, order, tokenizer, base)
+    ready = check(tokenizer, train, held_out, bodies, order.params.max_length, order.kind, served)
     report = ready.report | {"replay": told}
     with lease.transaction() as session:
         runs.get(session, order.run_id).preflight = report
@@ -145,6 +148,13 @@ def _preflight(lease: Lease, order: Order, tokenizer: Tokenizer) -> Ready:
     if ready.reasons:
         raise JobFailed(f"preflight refused the run: {'; '.join(ready.reasons)}")
     return Ready(ready, train, bodies)
+
+
+def _served(session: Session, order: Order, tokenizer: Tokenizer, base: str) -> Rendering | None:
+    """What renders prompts now, by the newest one served since these files lie here and the engines run."""
+    engines = engine_reports.unchanged_since(session, order.project_id, datetime.now(UTC))
+    since = max(rendering_since(tokenizer.directory), engines)
+    return traffic.newest_rendering(session, order.project_id, base=base, since=since)
 
 
 def _examples(session: Session, order: Order, split: str) -> list[Example]:
