@@ -21,7 +21,7 @@ STEPS: Mapping[str, tuple[str, ...]] = {
     "Preflight": ("checking",),
     "Train": ("training",),
     "Evaluate": ("evaluating", "refused"),
-    "Deploy": ("deploying", "staging", "quarantined", "superseded"),
+    "Deploy": ("deploying", "staging", "quarantined", "superseded", runs.WAITING),
     "Try": (*TRYING, "stopped", *TAKEN_BACK),
     "Live": ("live",),
 }
@@ -141,7 +141,7 @@ def _steps(run: Run, events: Sequence[RunEvent]) -> list[Step]:
 
 def _state_of(run: Run) -> str:
     """How far the furthest step is."""
-    if run.state in runs.UNFINISHED or (run.state == "succeeded" and run.phase in TRYING):
+    if run.state in runs.UNFINISHED or (run.state == "succeeded" and run.phase in (*TRYING, runs.WAITING)):
         return "now"
     return "failed" if run.state == "failed" or run.phase in (*TAKEN_BACK, "quarantined") else "done"
 
