@@ -123,14 +123,18 @@ class Arena:
         self._order.unlink(missing_ok=True)
         self.reached.unlink(missing_ok=True)
 
-    def kill(self, victim: str) -> None:
+    def kill(self, victim: str) -> bool:
+        """Whether a process died of it."""
         parts = ("worker", "trainer") if victim == "worker" else (victim,)
         pids = self.trainers() if victim == "trainer" else [pid for part in parts for pid in self._part(part)]
+        killed = 0
         for pid in pids:
             try:
                 os.kill(pid, signal.SIGKILL)
+                killed += 1
             except ProcessLookupError:
                 continue
+        return killed > 0
 
     def _part(self, name: str) -> list[int]:
         """The part's own processes, without the guard that would tell the supervisor."""
@@ -259,7 +263,7 @@ def _strike(arena: Arena, case: Case, there: Callable[[], bool], over: Callable[
     """Wait for the place, kill there, let go, wait for the ending."""
     reached = _until(lambda: there() or over(), CASE_SECONDS) and _until(there, AFTERWARDS_SECONDS)
     if reached:
-        arena.kill(case.victim)
+        reached = arena.kill(case.victim)
         if case.victim == "worker":
             arena.end_leases()
     arena.disarm()

@@ -44,8 +44,8 @@ PROMPTS, TOKENS, STREAMS = 24, 64, 4
 TEMPERATURE = 0.7
 PROJECT = "entities"
 WARM_SWAPS = 50
-FLAT_MB = 20.0
-# What the suffix drafter remembers is bounded, but at its default of a million tokens (about 20 MB) it is still filling
+FLAT_MB = 5.0
+# What the suffix drafter remembers is bounded, but at its default of a million tokens it is still filling
 # when the last swap is over. It is full before the first one that counts, so that whatever else grows is seen.
 SUFFIX_TOKENS = 1 << 14
 FULL_SECONDS = 120.0

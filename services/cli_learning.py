@@ -45,7 +45,7 @@ def train(
 ) -> None:
     """Build a revision (or read the log), train, gate and swap. Exit code 1 unless the run succeeds."""
     client = AdminClient(Settings())
-    params = _parameters(param or []) | ({"sweep": sweep} if sweep else {})
+    params = parameters(param or []) | ({"sweep": sweep} if sweep else {})
     body = {"params": params, "dataset": dataset, "kind": kind}
     run = client.post(f"/api/p/{project}/runs", body)
     print(f"run {run['id']} started")
@@ -89,7 +89,7 @@ def triggers(
 ) -> None:
     """When runs begin by themselves: so many new examples, a schedule, drift."""
     client, path = AdminClient(Settings()), f"/api/p/{project}/triggers"
-    found = client.put(path, _parameters(change)) if change else client.get(path)
+    found = client.put(path, parameters(change)) if change else client.get(path)
     table = print_table("trigger", "value")
     for name, value in found.items():
         print_row(table, name, str(value) if value or name == "min_minutes" else "never")
@@ -247,7 +247,8 @@ def _show_event(progress: Progress, task: TaskID, event: dict[str, Any]) -> None
         progress.console.print(str(payload["line"]), markup=False, highlight=False)
 
 
-def _parameters(pairs: list[str]) -> dict[str, Any]:
+def parameters(pairs: list[str]) -> dict[str, Any]:
+    """name=value pairs; a value is JSON where it can be, else text."""
     found: dict[str, Any] = {}
     for pair in pairs:
         name, separator, value = pair.partition("=")

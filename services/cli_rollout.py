@@ -1,21 +1,26 @@
-"""Commands of rollout: what is on trial and what its figures say, a person's word on it, the way back."""
+"""Commands of rollout: what is on trial and what its figures say, a person's word on it, the way back; and the settings
+of how candidates reach traffic and of how the gate scores."""
 
+import json
 from typing import Annotated, Any
 
 import typer
 
 from services.cli_client import AdminClient
-from services.cli_learning import LEARNING, Project, print_row, print_table, print_text, short, when
+from services.cli_learning import LEARNING, Project, parameters, print_row, print_table, print_text, short, when
 from services.errors import InvalidRequest
 from services.settings import Settings
 
 ACTIONS = ("status", "begin", "stop", "share", "start", "looked")
+Change = Annotated[
+    list[str] | None, typer.Option("--set", help="name=value, such as share=0.2; repeatable; `null` sets it back.")
+]
 Reason = Annotated[str, typer.Option(help="Why; kept in the history.")]
 
 
 def add_commands(app: typer.Typer) -> None:
     """Put the commands on the `whet` application."""
-    for function in (rollback, promote, canary):
+    for function in (rollback, promote, canary, rollout, gate):
         app.command(rich_help_panel=LEARNING)(function)
 
 
@@ -58,6 +63,27 @@ def canary(
             _show_serving(project, client.post(f"{path}/looked", body))
         case _:
             raise InvalidRequest(f"no action {action!r}: {', '.join(ACTIONS)}")
+
+
+def rollout(project: Project, change: Change = None) -> None:
+    """How candidates reach traffic: canary or direct, share, signal, shadow, guardrails. Changes hold from the next
+    trial on."""
+    _settings(project, "rollout", change)
+
+
+def gate(project: Project, change: Change = None) -> None:
+    """How the gate scores: metrics, checks, judge, margins. Changes hold from the next evaluation on."""
+    _settings(project, "gate", change)
+
+
+def _settings(project: str, part: str, change: list[str] | None) -> None:
+    client, path = AdminClient(Settings()), f"/api/p/{project}/settings/{part}"
+    found = client.put(path, parameters(change)) if change else client.get(path)
+    table = print_table("setting", "value")
+    for name, value in found.items():
+        told = "none" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        print_row(table, name, told)
+    print_text(table)
 
 
 def _given(value: Any, option: str) -> Any:  # noqa: ANN401 - whatever the option holds

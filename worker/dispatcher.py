@@ -30,6 +30,7 @@ from worker.rollout.reconcile import Reconciler
 from worker.rollout.trial import Trials
 from worker.rollout.watch import Watch
 from worker.tasks import make_app, ring
+from worker.training import workspace
 
 LEADER_LOCK = 0x77686574_64697370  # Any fixed number; this one spells "whetdisp".
 TICK_SECONDS = 1.0
@@ -42,6 +43,7 @@ SCHEDULE_SECONDS = 5.0
 HEADS_SECONDS = 15.0
 TRAININGS_SECONDS = 15.0
 TRIALS_SECONDS = 3.0
+WORKSPACES_SECONDS = 60.0
 HOUSEKEEPING_SECONDS = 3600.0
 
 log = structlog.get_logger()
@@ -96,10 +98,11 @@ class Dispatcher:
         self._heads = Every(HEADS_SECONDS)
         self._trainings = Every(TRAININGS_SECONDS)
         self._trial = Every(TRIALS_SECONDS)
+        self._workspaces = Every(WORKSPACES_SECONDS)
         self._housekeeping = Every(HOUSEKEEPING_SECONDS)
         self._timers = (
             self._expiry, self._heartbeat, self._schedule, self._heads, self._trainings, self._trial,
-            self._housekeeping,
+            self._workspaces, self._housekeeping,
         )  # fmt: skip
 
     def stop(self) -> None:
@@ -177,6 +180,8 @@ class Dispatcher:
                 self._runs.step(session, datetime.now(UTC))
         if self._trial.due():
             self._trials.step(self._sessions, datetime.now(UTC))
+        if self._workspaces.due():
+            self._sweep_workspaces()
         if self._housekeeping.due():
             self._transact(partitions.ensure)
             self._transact(schedule.prune)
@@ -188,6 +193,17 @@ class Dispatcher:
     def _transact(self, step: Callable[..., object]) -> None:
         with self._sessions.begin() as session:
             step(session)
+
+    def _sweep_workspaces(self) -> None:
+        """What a run read goes with it, also where it ended without its worker: dead, or cancelled between attempts."""
+        try:
+            with self._sessions() as session:
+                gone = workspace.sweep_finished(session, self._settings.home)
+        except OSError as error:
+            log.warning("cannot sweep the work directories", error=str(error))
+            return
+        if gone:
+            log.info("work directories of runs that are over removed", runs=gone)
 
     def _publish(self) -> None:
         with self._sessions.begin() as session:

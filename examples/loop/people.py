@@ -86,6 +86,8 @@ class App:
                 user=user if user is not None else omit,
             )  # fmt: skip
             received = list(chunks)
+            if not received:
+                raise OpenAIError("an empty stream")
         except (OpenAIError, httpx.HTTPError) as error:
             with self._lock:
                 self.counts.sent += 1

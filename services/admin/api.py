@@ -14,6 +14,7 @@ from services.admin import (
     people_api,
     review_api,
     rollout_api,
+    settings_api,
     shapes,
     speculator_api,
     webhook_api,
@@ -41,7 +42,7 @@ router = APIRouter(prefix="/api")
 PARTS = (
     dataset_api.router, speculator_api.router, instant_api.router, people_api.router, review_api.router,
     erasure_api.router, erasure_api.spool_router, webhook_api.router, evaluation_api.router, rollout_api.router,
-    artifact_api.router,
+    artifact_api.router, settings_api.router,
 )  # fmt: skip
 Name = Annotated[str, Path(max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 

@@ -58,7 +58,7 @@ def _evaluation(here: str, one: Evaluation, digest: str) -> Node:
     if one.candidate_digest != digest:
         return Node("stood its ground" if one.decision == "refuse" else "was beaten", f"by {one.candidate_digest[:10]}",
                     f"{here}/evaluations/{one.id}")  # fmt: skip
-    said = {"promote": "promoted", "refuse": "refused"}.get(one.decision, one.decision)
+    said = {"promote": "passed the gate", "refuse": "refused"}.get(one.decision, one.decision)
     against = f"against {one.baseline_digest[:10]}" if one.baseline_digest else "against the base"
     return Node(said, against, f"{here}/evaluations/{one.id}", "bad" if one.decision == "refuse" else "")
 

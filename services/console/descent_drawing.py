@@ -93,7 +93,7 @@ def _weights(here: str, artifact: Artifact) -> Node:
 def _evaluations(here: str, found: Descent) -> list[Node]:
     return [
         Node(
-            {"promote": "promoted", "refuse": "refused"}.get(one.decision, one.decision),
+            {"promote": "passed the gate", "refuse": "refused"}.get(one.decision, one.decision),
             "tested with it" if one.id in found.tested else "its weights", f"{here}/evaluations/{one.id}",
         )
         for one in found.evaluations[:MOST]

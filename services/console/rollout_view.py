@@ -25,19 +25,13 @@ from services.store.models import (
     Rollout,
 )
 from services.store.pages import first_id
-from services.store.rollout_config import SHARES, RolloutConfig, read_rollout
+from services.store.rollout_config import SHARES, SIGNALS, RolloutConfig, read_rollout
 from services.store.rollouts import STARTABLE
 
 MOST_STARTABLE = 5
 GUARD_WORDS = {
     "few": "too few users yet", "fine": "fine", "worse": "beyond the tolerance, not certain yet", "tripped": "tripped",
 }  # fmt: skip
-SIGNALS = {
-    "feedback": "what apps and end users say of answers",
-    "implicit": "answers that nobody broke off, corrected or disliked",
-    "checks": "answers that keep to their form",
-    "logprob": "mean log-probability of the answers' tokens",
-}
 BACK_KINDS = ("roll_back", "canary_rolled_back", "canary_stopped")
 
 
@@ -72,7 +66,8 @@ def context(here: Here, deployment: Deployment, events: Sequence[DeploymentEvent
     """Everything `rollout.html` and the head of the page use."""
     session = here.session
     trial = trials.latest(session, here.project.id)
-    config = trials.config_of(trial) if trial else read_rollout(here.project.config)
+    standing = read_rollout(here.project.config)
+    config = trials.config_of(trial) if trial else standing
     under_way = trial is not None and trial.stage in trials.OPEN
     pairs = shadow_answers.pairs(session, trial.id) if trial else []
     ordered = session.scalars(
@@ -91,7 +86,8 @@ def context(here: Here, deployment: Deployment, events: Sequence[DeploymentEvent
         "engines": engines(session, deployment),
         "may_operate": here.may("operator"),
         "may_roll_back": here.may("operator") and (deployment.active_digest is not None or under_way),
-        "direct": read_rollout(here.project.config).mode == "direct",
+        "direct": standing.mode == "direct", "freeze_after": standing.freeze_after,
+        "changed_since": under_way and standing != config,
         "startable": _startable(here, deployment.active_digest) if here.may("operator") and not under_way else [],
         "moved": {event.id: moved(session, event) for event in events[:10] if event.kind in BACK_KINDS},
     }  # fmt: skip

@@ -80,6 +80,7 @@ def describe(session: Session, run: Run, show: str = "") -> dict[str, Any]:
     return {
         "run": run,
         "active": run.state in runs.UNFINISHED,
+        "on_trial": _on_trial(run),
         "steps": _steps(run, events),
         "curves": run_charts.curves(events),
         "timeline": run_charts.timeline(events, run.finished_at or datetime.now(UTC)),
@@ -119,9 +120,14 @@ def _steps(run: Run, events: Sequence[RunEvent]) -> list[Step]:
     path = HEAD_STEPS if run.kind == "speculator" else STEPS
     reached: dict[str, datetime] = {}
     for event in events:
-        name = step_of(str(event.payload.get("phase", "")), path) if event.kind == "phase" else None
-        # What becomes of weights that were live is no step of their way there.
-        if name is not None and "Live" not in reached:
+        phase = str(event.payload.get("phase", "")) if event.kind == "phase" else ""
+        name = step_of(phase, path)
+        if phase in TRYING and "Live" in reached:
+            # Weights that were live once and are tried again are on their way there anew.
+            del reached["Live"]
+            reached["Try"] = event.at
+        # What else becomes of weights that were live is no step of their way there.
+        elif name is not None and "Live" not in reached:
             reached.setdefault(name, event.at)
     # A project that swaps directly tries nothing.
     live = run.phase == "live" or "Live" in reached
@@ -139,9 +145,14 @@ def _steps(run: Run, events: Sequence[RunEvent]) -> list[Step]:
     return steps
 
 
+def _on_trial(run: Run) -> bool:
+    return run.state == "succeeded" and run.phase in TRYING
+
+
 def _state_of(run: Run) -> str:
     """How far the furthest step is."""
-    if run.state in runs.UNFINISHED or (run.state == "succeeded" and run.phase in (*TRYING, runs.WAITING)):
+    waits = run.state == "succeeded" and run.phase == runs.WAITING
+    if run.state in runs.UNFINISHED or _on_trial(run) or waits:
         return "now"
     return "failed" if run.state == "failed" or run.phase in (*TAKEN_BACK, "quarantined") else "done"
 

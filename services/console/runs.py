@@ -16,6 +16,7 @@ from services.errors import NotFound
 from services.store import audit, datasets, deployments, held_out, pages, projects, revisions, runs
 from services.store.evaluation_config import BASE_ABILITY
 from services.store.models import Run
+from services.store.rollout_config import read_rollout
 from services.store.run_params import KINDS, PARAMS, Kind, configured, errors_of
 from services.store.train_when import read_config
 
@@ -55,6 +56,7 @@ def _list(here: Here, kind: str, state: str) -> dict[str, Any]:
         "state": state,
         "kinds": run_form.kinds(),
         "when": read_config(here.project.config),
+        "rollout": read_rollout(here.project.config),
     }
 
 

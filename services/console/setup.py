@@ -36,6 +36,7 @@ from services.console import (
     review_guide,
     rollout,
     runs,
+    setting_pages,
     sign_in,
     speculator,
     webhooks,
@@ -61,9 +62,9 @@ DRIFT_SECONDS = 900.0
 log = structlog.get_logger()
 ROUTERS: tuple[APIRouter, ...] = (
     home.router, sign_in.router, review.router, queue.router, bulk.router, exporting.router, browsing.router,
-    dataset_imports.router, datasets.router, runs.router, evaluations.router, deployment.router, rollout.router,
-    speculator.router, pins.router, joining.router, account.router, people.router, keys.router, audit.router,
-    erasure.router, review_guide.router, webhooks.router, artifacts.router,
+    dataset_imports.router, datasets.router, runs.router, setting_pages.router, evaluations.router, deployment.router,
+    rollout.router, speculator.router, pins.router, joining.router, account.router, people.router, keys.router,
+    audit.router, erasure.router, review_guide.router, webhooks.router, artifacts.router,
 )  # fmt: skip
 
 

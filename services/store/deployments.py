@@ -206,7 +206,7 @@ def is_frozen(session: Session, project_id: UUID) -> bool:
 def _move(session: Session, digest: str, state: str) -> Move | None:
     """A step, and the word for it on the run that trained these weights."""
     step = move(session, digest, state)
-    runs.weights_went_on(session, digest, state.replace("_", " "))
+    runs.went_on(session, digest, state.replace("_", " "))
     return step
 
 

@@ -103,7 +103,7 @@ def of_interaction(session: Session, interaction_id: UUID, *, limit: int = 10) -
 
 
 def override(session: Session, evaluation: Evaluation, *, actor: str, reason: str) -> Run:
-    """Let a refused candidate through: its run goes on to deployment as if the gate had promoted it.
+    """Let a refused candidate through: its run goes on to deployment as if it had passed.
 
     The refusal stays on record beside who overrode it and why. Raises InvalidRequest without a reason, Conflict when
     there is nothing to override: promoted already, overridden already, another run unfinished, or data erased since.

@@ -18,7 +18,7 @@ def verdict(name: str, row: Mapping[str, Any]) -> str:
 
 
 def shown(summary: Mapping[str, Any]) -> str:
-    """What a promotion rests on: "better on what was corrected; within the margin on accepted; …"."""
+    """What a pass rests on: "better on what was corrected; within the margin on accepted; …"."""
     slices: Mapping[str, Mapping[str, Any]] = summary.get("slices") or {}
     found = {name: verdict(name, row) for name, row in sorted(slices.items())}
     kept = [name for name, said in found.items() if said == "kept"]
@@ -36,7 +36,7 @@ def shown(summary: Mapping[str, Any]) -> str:
 def headline(evaluation: Evaluation) -> str:
     """The decision in one line."""
     if evaluation.decision == "promote":
-        return f"Promoted: {shown(evaluation.summary)}"
+        return f"Passed the gate: {shown(evaluation.summary)}"
     return "Refused by the gate, let through by a person" if evaluation.overridden_by else "Refused: what served stays"
 
 

@@ -24,7 +24,7 @@ def follow(session: Session, deployment: Deployment, old: str | None, actor: str
     deployment.speculator_last_good_digest = None
     for digest in leaving:
         step = move(session, digest, "retired")
-        runs.weights_went_on(session, digest, "retired")
+        runs.went_on(session, digest, "retired")
         reason = f"trained on {short(old)}, and {short(new)} serves now"
         evidence = {"adapter": old, "serves": new, LEFT_WITH_ADAPTER: True}
         record_change(
@@ -33,7 +33,7 @@ def follow(session: Session, deployment: Deployment, old: str | None, actor: str
         )  # fmt: skip
     if returning is not None:
         step = move(session, returning, "live")
-        runs.weights_went_on(session, returning, "live")
+        runs.went_on(session, returning, "live")
         reason = f"{short(new)}, which they were trained on, serves again"
         record_change(
             session, deployment, "speculator_live", old=leaving[0] if leaving else None, to=returning,

@@ -142,10 +142,7 @@ def expire(session: Session) -> list[UUID]:
         .execution_options(populate_existing=True)
     ).all()
     for job in lapsed:
-        if job.cancel_requested:
-            end_job(session, job, "cancelled", error="cancelled; its worker had gone silent")
-        else:
-            retry_or_end(session, job, error=f"worker {job.worker} went silent in attempt {job.attempts}")
+        retry_or_end(session, job, error=f"worker {job.worker} went silent in attempt {job.attempts}")
     session.flush()
     return [job.id for job in lapsed]
 

@@ -133,7 +133,7 @@ class Lease:
         with self.transaction() as session:
             job = self._job(session)
             waits = int(job.payload.get("waits", 0)) + 1
-            if waits > MOST_WAITS:
+            if waits > MOST_WAITS and not job.cancel_requested:
                 end_job(session, job, "failed", error=f"waited for an hour in vain: {reason}", log_tail=log_tail)
                 return
             job.payload = {**job.payload, "waits": waits}
@@ -185,14 +185,17 @@ class Lease:
 
 def retry_or_end(session: Session, job: Job, *, error: str, log_tail: str = "") -> None:
     """After a failed attempt: queued again with a growing pause, or dead after the last."""
-    if job.attempts >= job.max_attempts:
+    if job.attempts >= job.max_attempts and not job.cancel_requested:
         end_job(session, job, "dead", error=error, log_tail=log_tail)
         return
     _queue_again(session, job, error, log_tail, pause=min(2.0**job.attempts, LONGEST_BACK_OFF_SECONDS))
 
 
 def _queue_again(session: Session, job: Job, error: str, log_tail: str, *, pause: float) -> None:
-    """Due in `pause` seconds."""
+    """Due in `pause` seconds; somebody who asked it to stop meanwhile is obeyed."""
+    if job.cancel_requested:
+        end_job(session, job, "cancelled", error=f"cancelled on request: {error}", log_tail=log_tail)
+        return
     job.state = "queued"
     job.error = error
     job.log_tail = log_tail[-LOG_TAIL_CHARACTERS:] or job.log_tail

@@ -1,5 +1,7 @@
 """What a project may be configured with: every key, its type and its range. Kept as JSON in `project.config`."""
 
+import json
+import re
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -58,6 +60,13 @@ class ProjectConfig(BaseModel):
     worked_examples: WorkedConfig | None = Field(None, description="Nearest corrections placed in the prompt.")
     rollout: RolloutConfig | None = Field(None, description="How a candidate that passed the gate reaches traffic.")
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _can_be_stored(cls, value: Any) -> Any:  # noqa: ANN401 - whatever JSON holds
+        if not _storable(value):
+            raise ValueError("this holds a character or a number that cannot be stored")
+        return value
+
     @field_validator("checks")
     @classmethod
     def _checks_are_told_apart(cls, checks: list[CheckConfig] | None) -> list[CheckConfig] | None:
@@ -88,10 +97,22 @@ NESTED: dict[str, type[BaseModel]] = {
 }  # fmt: skip
 
 
+def _storable(value: object) -> bool:
+    """Whether Postgres takes it as JSON: no NUL, no half of a surrogate pair, no number that is none."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
+        text.encode()
+    except ValueError:
+        return False
+    return re.search(r"(?<!\\)(?:\\\\)*\\u0000", text) is None
+
+
 def checked(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration as stored. Raises InvalidRequest naming the first bad key."""
     try:
-        return ProjectConfig.model_validate(config).model_dump(mode="json", exclude_unset=True, exclude_none=True)
+        # A null further in is somebody's word: it switches a guardrail off.
+        said = ProjectConfig.model_validate(config).model_dump(mode="json", exclude_unset=True)
+        return {key: value for key, value in said.items() if value is not None}
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])

@@ -13,6 +13,25 @@ from services.store.conforming import conforms
 Signal = Literal["feedback", "implicit", "checks", "logprob"]
 # Outcomes of these lie in [0, 1], and differences are told in points; log-probabilities are told in nats.
 SHARES: frozenset[str] = frozenset({"feedback", "implicit", "checks"})
+SIGNALS: Mapping[str, str] = {
+    "feedback": "what apps and end users say of answers",
+    "implicit": "answers that nobody broke off, corrected or disliked",
+    "checks": "answers that keep to their form",
+    "logprob": "mean log-probability of the answers' tokens",
+}
+# What has to happen for an outcome to come.
+NEEDS: Mapping[str, str] = {
+    "feedback": (
+        "apps have to send ratings, scores or corrections of its answers to POST /v1/feedback. A signal that needs "
+        "nothing from them, such as implicit, can be set for the next trial"
+    ),
+    "implicit": "each of its answers is one, whatever apps send",
+    "checks": (
+        "an answer is one where its request asks for a form, or where the project has a response schema or a pattern. "
+        "A signal that needs none of these, such as implicit, can be set for the next trial"
+    ),
+    "logprob": "each of its answers is one, whatever apps send",
+}
 
 
 class Shadowing(BaseModel):

@@ -60,7 +60,7 @@ def begin(
     deployment.generation += 1
     rollout.generation = deployment.generation
     step = move(session, digest, "shadow")
-    runs.went_on(session, rollout.run_id, "shadow")
+    runs.went_on(session, rollout.digest, "shadow")
     _record(session, deployment, "shadow", None, digest, decision, step, {"requests": config.shadow.requests})
     return rollout
 
@@ -168,7 +168,7 @@ def _serve(session: Session, deployment: Deployment, rollout: Rollout, decision:
     rollout.salt = _salt()
     rollout.generation = deployment.generation
     rollout.canary_at = datetime.now(UTC)
-    runs.went_on(session, rollout.run_id, "canary")
+    runs.went_on(session, rollout.digest, "canary")
     rollout.folded_until = rollout.looked_at = None
     rollout.verdict, rollout.track = {}, []
     rollout.reference = dict(rollout_counts.reference(session, deployment.project_id, deployment.active_digest))

@@ -13,7 +13,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from services.errors import Conflict, InvalidRequest, NotFound
-from services.store import datasets, jobs, run_params, webhooks
+from services.store import datasets, jobs, leases, run_params, webhooks
 from services.store.evaluation_config import BASE_ABILITY
 from services.store.models import Artifact, Dataset, Job, Project, Revision, Run, RunEvent
 
@@ -71,31 +71,35 @@ def retry(session: Session, run: Run, created_by: str) -> Run:
     at its evaluation. Raises Conflict unless it failed or was cancelled, or too often."""
     if run.state not in ("failed", "cancelled"):
         raise Conflict(f"only a run that failed or was cancelled can be tried again; this one is {run.state}")
-    if _unjudged(session, run):
-        return _evaluate_again(session, run, created_by)
     root = _root(session, run)
     number = _retries(session, run.project_id, root) + 1
     if number > MOST_RETRIES:
         raise Conflict(f"tried again {MOST_RETRIES} times already: change something and start a new run")
+    told = {"line": f"retry {number} of {MOST_RETRIES}", "root": root}
+    if _unjudged(session, run):
+        return _evaluate_again(session, run, created_by, told)
     project = session.get_one(Project, run.project_id)
     dataset = session.get(Dataset, run.dataset_id) if run.dataset_id else None
     return start(
         session, project, params=run.params, created_by=created_by, kind=run.kind,
         dataset=dataset.name if dataset else DEFAULT_DATASET,
         revision=session.get(Revision, run.revision_id) if run.revision_id else None,
-        trigger={"line": f"retry {number} of {MOST_RETRIES}", "retry_of": str(run.id), "root": root},
+        trigger={**told, "retry_of": str(run.id)},
     )  # fmt: skip
 
 
 def _unjudged(session: Session, run: Run) -> bool:
-    """Whether what the run trained only waits for the gate."""
+    """Whether what the run trained only waits for the gate, and its evaluation did not fail for good."""
     artifact = session.get(Artifact, run.artifact_digest, populate_existing=True) if run.artifact_digest else None
-    return artifact is not None and artifact.state == "built" and artifact.tainted_at is None
+    last = session.get(Job, run.job_id) if run.job_id else None
+    hopeless = last is not None and last.state == "failed" and last.payload.get("waits", 0) < leases.MOST_WAITS
+    return artifact is not None and artifact.state == "built" and artifact.tainted_at is None and not hopeless
 
 
-def _evaluate_again(session: Session, run: Run, actor: str) -> Run:
+def _evaluate_again(session: Session, run: Run, actor: str, told: dict[str, Any]) -> Run:
     settle(session, run.project_id)
     resume(session, run, "evaluating", f"{actor} tried again: what was trained is there, so it goes on from there")
+    add_event(session, run.id, "trigger", told)
     run.job_id = None  # the last job is over, and what was asked of it does not hold for the next
     kind = "evaluate.speculator" if run.kind == "speculator" else "evaluate"
     hand_over(session, run, kind, {"run_id": str(run.id)})
@@ -204,25 +208,20 @@ def finish(
     webhooks.run_finished(session, run)
 
 
-def went_on(session: Session, run_id: UUID | None, phase: str) -> None:
-    """What has become of the candidate since its run succeeded, which is over with the candidate on trial.
+def went_on(session: Session, digest: str, phase: str) -> None:
+    """What has become of weights since the run that made them was over: on trial, live, or taken back from there.
 
-    One that was overtaken while it was deployed has succeeded after all when somebody deploys its weights.
+    However it ended: weights that somebody deployed by hand serve, whether their own deployment failed, was cancelled
+    or was overtaken, so the run has succeeded after all.
     """
-    overtaken = (Run.state == "failed") & (Run.phase == "superseded")
     over = (
         update(Run)
-        .where(Run.id == run_id, (Run.state == "succeeded") | overtaken, Run.phase != phase)
+        .where(Run.artifact_digest == digest, Run.state.not_in(UNFINISHED), Run.phase != phase)
         .values(phase=phase, state="succeeded", error=None)
         .returning(Run.id)
     )
-    if run_id is not None and session.scalar(over) is not None:
+    for run_id in session.scalars(over).all():
         add_event(session, run_id, "phase", {"phase": phase})
-
-
-def weights_went_on(session: Session, digest: str, phase: str) -> None:
-    """The same for whichever run made these weights."""
-    went_on(session, session.scalar(select(Artifact.run_id).where(Artifact.digest == digest)), phase)
 
 
 def resume(session: Session, run: Run, phase: str, why: str) -> None:

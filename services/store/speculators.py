@@ -214,7 +214,7 @@ def _towards_traffic(session: Session, digest: str, state: str) -> None:
 def _move(session: Session, digest: str, state: str) -> None:
     """A step, and the word for it on the run that trained these heads."""
     move(session, digest, state)
-    runs.weights_went_on(session, digest, state.replace("_", " "))
+    runs.went_on(session, digest, state.replace("_", " "))
 
 
 def _end_canary(deployment: Deployment) -> None:

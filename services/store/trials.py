@@ -54,7 +54,7 @@ def close(session: Session, rollout: Rollout, stage: str, ending: str) -> None:
     rollout.stage = stage
     rollout.ending = ending
     rollout.ended_at = datetime.now(UTC)
-    runs.went_on(session, rollout.run_id, "live" if stage == "promoted" else stage.replace("_", " "))
+    runs.went_on(session, rollout.digest, "live" if stage == "promoted" else stage.replace("_", " "))
     forget_counts(session, rollout)
 
 

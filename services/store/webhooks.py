@@ -18,7 +18,7 @@ from services.store.models import Evaluation, Project, Run, Webhook, WebhookDeli
 
 EVENTS: Mapping[str, str] = {
     "run.finished": "A run has ended, well or not",
-    "gate.decided": "The gate has promoted or refused a candidate, or somebody overrode a refusal",
+    "gate.decided": "The gate has let a candidate pass or refused it, or somebody overrode a refusal",
     "deployment.rolled_back": "A project went back to earlier weights",
 }
 # Changes of a deployment that are told as rolled back. Heads change no answer and are not told.
@@ -165,14 +165,14 @@ def gate_decided(session: Session, evaluation: Evaluation) -> None:
     slug = session.get_one(Project, evaluation.project_id).slug
     decision = "override" if evaluation.overridden_at is not None else evaluation.decision
     said = {
-        "promote": "promoted: better than what serves",
-        "refuse": "refused: what serves stays",
-        "override": "refused, and somebody has overridden that: its run goes on",
+        "promote": "passed: better than what serves",
+        "refuse": "was refused: what serves stays",
+        "override": "was refused, and somebody has overridden that: its run goes on",
     }[decision]
     payload = {
         "evaluation_id": str(evaluation.id), "run_id": str(evaluation.run_id) if evaluation.run_id else None,
         "decision": decision, "candidate_digest": evaluation.candidate_digest,
-        "baseline_digest": evaluation.baseline_digest, "said": f"The candidate was {said}.",
+        "baseline_digest": evaluation.baseline_digest, "said": f"The candidate {said}.",
         "reasons": list(evaluation.reasons),
         "path": f"/p/{slug}/evaluations/{evaluation.id}",
     }  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 from playwright.sync_api import Page, expect
 from sqlalchemy import select
 
-from services.store import deployments, webhook_deliveries
+from services.store import deployments, project_settings, projects, webhook_deliveries
 from services.store.base import Sessions
 from services.store.models import Deployment, Interaction, Revision, Run
 from tests.browser.conftest import OpenAs
@@ -47,6 +47,7 @@ def paths(sessions: Sessions) -> list[str]:
             )  # fmt: skip
             seed_instant.pinned(session, project, output)
             seed_instant.erased(session, project, output)
+        project_settings.change(session, project, "gate", {"judge.rubric": LONG + "".join(HOSTILE)}, "user:nobody")
         run_ids = [str(one) for one in session.scalars(select(Run.id))]
         digest = session.scalars(select(Revision.digest).limit(1)).one()
         interaction = logged.id
@@ -62,6 +63,7 @@ def paths(sessions: Sessions) -> list[str]:
         f"{here}/interactions/{baseline}", "/p/young", "/p/young/deployment", f"{here}/pins", f"{here}/erasure",
         "/p/young/pins", f"{here}/interactions/{interaction}/lineage", f"{here}/artifacts/{live}", f"{here}/webhooks",
         f"{here}/webhooks/{hook.id}", f"/p/{learned.slug}", f"/p/{learned.slug}/deployment", "/p/young/webhooks",
+        f"{here}/deployment/settings", f"{here}/evaluations/settings",
     ]  # fmt: skip
 
 
@@ -125,6 +127,25 @@ def test_retiring_heads_asks_first_and_the_page_then_names_the_suffix_drafter(
     expect(page.get_by_role("button", name="Retire to suffix", exact=True)).to_have_count(0)
     with sessions() as session:
         assert deployments.get(session, project.id).speculator_digest is None
+
+
+def test_a_wrong_setting_is_told_put_right_and_stored(sessions: Sessions, open_as: OpenAs) -> None:
+    with sessions.begin() as session:
+        seed.project(session)
+    page = open_as("boss@example.org", "/p/entities/evaluations", "operator")
+    page.get_by_role("link", name="How the gate scores").click()
+    page.get_by_label("Margin in points").fill("2")
+    page.get_by_label("Checks").fill('[{"name": "a policy"')
+    page.get_by_role("button", name="Save").click()
+    expect(page.locator("#wrong-checks")).to_contain_text("This is no JSON")
+    expect(page.get_by_label("Checks")).to_have_value('[{"name": "a policy"')
+    page.get_by_label("Checks").fill('[{"name": "a policy", "must_match": "policy"}]')
+    page.get_by_role("button", name="Save").click()
+    expect(page.locator(".note.ok")).to_contain_text("Stored.")
+    expect(page.get_by_label("Margin in points")).to_have_value("2")
+    with sessions() as session:
+        config = projects.get(session, "entities").config
+    assert config["checks"] == [{"name": "a policy", "must_match": "policy"}]
 
 
 CONTRAST = """

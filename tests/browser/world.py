@@ -56,6 +56,8 @@ def build(session: Session) -> list[Scene]:
         *(Scene(f"run-{place}", f"{HERE}/runs/{run}") for place, run in enumerate(runs)),
         Scene("evaluations", "/p/gated/evaluations"),
         Scene("evaluations-none", "/p/young/evaluations"),
+        Scene("gate-settings", "/p/gated/evaluations/settings"),
+        Scene("gate-settings-wrong", "/p/gated/evaluations/settings", _wrong_checks),
         Scene("evaluation", f"/p/gated/evaluations/{promoted.id}"),
         Scene("evaluation-refused", f"/p/gated/evaluations/{refused.id}?outcome=loss"),
         Scene("evaluation-override", f"/p/gated/evaluations/{refused.id}", _overriding),
@@ -79,6 +81,14 @@ def _wrong_run(page: Page) -> None:
     page.locator("#wrong-rank").wait_for()
 
 
+def _wrong_checks(page: Page) -> None:
+    """The gate's form sent with mistakes."""
+    page.get_by_label("Checks").fill('[{"name": "cites a policy"}]')
+    page.get_by_label("Margin in points").fill("300")
+    page.get_by_role("button", name="Save").click()
+    page.locator("#wrong-checks").wait_for()
+
+
 def _rollout(session: Session) -> list[Scene]:
     """A canary under way, one in the shadow, promotion frozen, and the dialog that one key opens."""
     made = [seed_rollout.on_trial(session), seed_rollout.in_the_shadow(session), seed_rollout.frozen(session)]
@@ -86,6 +96,7 @@ def _rollout(session: Session) -> list[Scene]:
     return [
         *(Scene(f"deployment-{project.slug}", f"/p/{project.slug}/deployment") for project in made),
         Scene("runs-frozen", f"/p/{made[2].slug}/runs"),
+        Scene("rollout-settings", f"{path}/settings"),
         Scene("deployment-one-key", path, lambda page: page.keyboard.press("r")),
     ]
 

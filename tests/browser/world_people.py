@@ -130,6 +130,8 @@ def _scenes(ada: UserAccount, lea: UserAccount, shut: UserAccount, gone: UserAcc
         Scene("viewer-home", "/", email=VERA),
         Scene("viewer-overview", HERE, email=VERA),
         Scene("viewer-interactions", f"{HERE}/interactions", email=VERA),
+        Scene("viewer-rollout-settings", f"{HERE}/deployment/settings", email=VERA),
+        Scene("viewer-gate-settings", f"{HERE}/evaluations/settings", email=VERA),
         Scene("viewer-account", "/account", email=VERA),
         Scene("viewer-refused", f"{HERE}/people", email=VERA),
         Scene("nobody-home", "/", email=NORA),

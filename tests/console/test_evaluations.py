@@ -39,7 +39,7 @@ def test_the_list_and_the_page_say_what_was_decided_and_why(
     shown = text_of(reader, f"/p/entities/evaluations/{compared[-1].id}")
 
     assert listed.count("refused</span>") == 2
-    assert listed.count("promoted</span>") == 2
+    assert listed.count("passed</span>") == 2
     for expected in (
         "Refused: what served stays", "Not shown to be better on what was corrected", "what was right already",
         "number 4, at level 0.015", "at level 0.00167", "more would decide", "no semicolons".capitalize(), "κ 0.46",
@@ -56,7 +56,7 @@ def test_the_headline_claims_no_more_than_its_slices_show(
     sign_in: SignIn, project: Project, compared: list[Evaluation]
 ) -> None:
     reader, promoted = sign_in("ada@example.org", "viewer", project.id), compared[2]
-    words = "Promoted: better on what was corrected; no evident harm on accepted and base-ability, with too few rows"
+    words = "Passed the gate: better on what was corrected; no evident harm on accepted and base-ability, with too few"
 
     assert words in text_of(reader, f"/p/entities/evaluations/{promoted.id}")
     assert words in text_of(reader, f"/p/entities/runs/{promoted.run_id}")

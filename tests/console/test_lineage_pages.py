@@ -168,7 +168,7 @@ def test_an_artefact_says_what_taught_it_and_how_much_it_answered(
     assert re.search(r"Live traffic</dt><dd>2<", text)
     assert re.search(r"Failed</dt><dd>1<", text)
     assert f"/p/entities/interactions/{answer}/lineage" in text
-    assert "Promoted" in text
+    assert ">Passed</a>" in text
     for page in ("deployment", "", f"interactions/{answer}"):
         assert f"/p/entities/artifacts/{digest}" in client.get(f"/p/entities/{page}".rstrip("/")).text, page
 

@@ -213,7 +213,7 @@ def test_a_run_page_shows_curves_decision_and_rows(sessions: Sessions, reader: T
     for expected in (
         "Loss",
         "Learning rate",
-        "Promoted: ",
+        "Passed the gate: ",
         "+87.0",
         "better on what was corrected",
         "the answer would be",
@@ -224,6 +224,17 @@ def test_a_run_page_shows_curves_decision_and_rows(sessions: Sessions, reader: T
     losses = text_of(reader, f"/p/entities/runs/{promoted}/live?show=loss")
     assert "No row with this outcome" in losses
     assert "data-live-stop" in losses
+
+
+def test_a_run_on_trial_leads_to_its_trial_and_goes_on_moving(sessions: Sessions, reader: TestClient) -> None:
+    with sessions.begin() as session:
+        seed.lived_in(session, size=24)
+        run = session.scalars(select(Run).where(Run.phase == "live")).one()
+        run.phase = "canary"
+    page = reader.get(f"/p/entities/runs/{run.id}/live", headers=PAGE).text
+    assert "On trial with a share of the users" in page
+    assert 'href="/p/entities/deployment"' in page
+    assert "data-live-stop" not in page
 
 
 def test_building_a_dataset_twice_queues_one_job(sessions: Sessions, reader: TestClient, project: Project) -> None:

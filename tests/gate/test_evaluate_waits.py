@@ -5,7 +5,9 @@ from typing import NamedTuple, cast
 
 import pytest
 from sqlalchemy import func, select
+from sqlalchemy.orm import Session
 
+from engine.client import EngineGone
 from engine.messages import Slot, SlotState
 from engine.sync_client import SyncEngineClient
 from services.errors import Conflict
@@ -94,6 +96,41 @@ def test_an_engine_that_is_away_is_waited_for_and_costs_no_attempt(
     assert len(told) == 4
     assert told[0].startswith("waits for the engine: ")
     assert state_of(world, run.id).state == "running"
+
+
+def test_an_engine_that_is_lost_on_the_way_costs_attempts(
+    world: World, trained: Trained, engine_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(_client: SyncEngineClient, _digest: str, _path: str) -> None:
+        raise EngineGone("the engine went away")
+
+    monkeypatch.setattr(SyncEngineClient, "load_adapter", dies)
+    run = start(world, trained, corrected(31))
+
+    ends = [perform(world, run, engine_settings) for _ in range(3)]
+
+    assert [(job.state, job.attempts) for job in ends] == [("queued", 1), ("queued", 2), ("dead", 3)]
+    assert "waits" not in ends[-1].payload
+
+
+def test_what_failed_for_good_is_trained_again_and_trying_ends(world: World, trained: Trained) -> None:
+    run = start(world, trained, corrected(31))
+
+    def end(session: Session, state: str) -> Run:
+        mine = session.get_one(Run, run.id)
+        assert mine.job_id is not None
+        leases.end_job(session, session.get_one(Job, mine.job_id), state, error="no engine")
+        runs.settle(session)
+        return mine
+
+    with world.sessions() as session:
+        assert runs.retry(session, end(session, "failed"), "bela").id != run.id
+        session.rollback()
+    with world.sessions() as session:
+        for _ in range(runs.MOST_RETRIES):
+            assert runs.retry(session, end(session, "dead"), "bela").id == run.id
+        with pytest.raises(Conflict, match="tried again 3 times"):
+            runs.retry(session, end(session, "dead"), "bela")
 
 
 def test_after_an_hour_in_vain_trying_again_evaluates_what_was_trained(

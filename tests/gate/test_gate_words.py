@@ -32,7 +32,7 @@ WEAK = {"low": -0.08, "margin": 0.03, "weak": True, "harmed": False}
 )
 def test_a_promotion_claims_what_its_slices_show(slices: dict[str, Any], words: str) -> None:
     assert shown({"slices": slices}) == words
-    assert headline(Evaluation(decision="promote", summary={"slices": slices})) == f"Promoted: {words}"
+    assert headline(Evaluation(decision="promote", summary={"slices": slices})) == f"Passed the gate: {words}"
 
 
 def test_a_refusal_that_was_overridden_never_passed() -> None:

@@ -4,16 +4,20 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import UTC, datetime
 from uuid import UUID
 
 import pytest
+from sqlalchemy import select
 
+from services.errors import NO_SLOT
 from services.gateway.access import Target
 from services.gateway.bodies import parse_chat, parse_text
 from services.gateway.canary import draw, placed, unit_of
 from services.gateway.snapshot import Trial
 from services.platform.postgres import PostgresServer
-from services.store import deployments, rollouts
+from services.store import deployments, rollout_counts, rollouts
+from services.store.models import Artifact, Interaction, Rollout
 from services.store.rollout_config import RolloutConfig
 from services.store.rollouts import Decision
 from services.store.speculation import Heads
@@ -136,3 +140,44 @@ def test_both_arms_are_served_logged_and_over_when_the_canary_is(trying: World) 
         after = rollouts.back(session, project, "newest", Decision("ada", "enough", {})).generation
     settle(trying, after)
     assert {asked(trying, f"user-{number}")[:2] for number in range(8)} == {("active", LIVE)}
+
+
+def test_what_finds_no_slot_is_logged_as_the_counts_pass_it_over(trying: World) -> None:
+    """One sentence joins the two: the gateway writes it, and a canary is not judged by the requests that bear it."""
+    project, crowded = trying.projects["entities"], trying.add_adapter("entities", "e" * 64)
+    (trying.settings.artifacts / crowded / "slot.lost").touch()
+    served = trying.post("/v1/chat/completions", CHAT | {"user": "mia"}).headers["x-whet-interaction-id"]
+    base = trying.interaction(served).interaction.base_digest
+    with trying.sessions.begin() as session:
+        session.get_one(Artifact, crowded).base_digest = base
+        for state in ("verified", "staged"):
+            deployments.advance(session, crowded, state)
+        rollout = rollouts.begin(
+            session, project, crowded, RolloutConfig(share=0.5), Decision("ada", "try it", {}), None
+        )  # fmt: skip
+    settle(trying, rollout.generation)
+
+    broken = {"messages": [{"role": "user", "content": "\x04"}]}
+    refused = [trying.post("/v1/chat/completions", CHAT | broken | {"user": f"user-{n}"}) for n in range(12)]
+    crowded_out = sum(answer.json()["error"]["code"] == "overloaded" for answer in refused)
+    assert 0 < crowded_out < 12
+    eventually(lambda: len(logged(trying, rollout.generation)) == 12)
+    assert [row.error for row in logged(trying, rollout.generation) if row.arm == "canary"] == [NO_SLOT] * crowded_out
+
+    with trying.sessions.begin() as session:
+        span = rollout_counts.Span(rollout.canary_at or datetime.now(UTC), datetime.now(UTC), None)
+        rollout_counts.fold(session, session.get_one(Rollout, rollout.id), span)
+        found = rollout_counts.moments(session, rollout.id)
+        rollouts.end(session, project, "stopped", Decision("ada", "enough", {}))
+    assert found[rollout_counts.ROUTED].canary.n == crowded_out
+    assert found["errors"].canary.n == 0
+    assert found["errors"].control.n == 12 - crowded_out, "what fails in the engine counts"
+
+
+def logged(world: World, generation: int) -> list[Interaction]:
+    with world.sessions() as session:
+        rows = select(Interaction).where(
+            Interaction.project_id == world.projects["entities"], Interaction.generation == generation,
+            Interaction.finished_at.is_not(None),
+        )  # fmt: skip
+        return list(session.scalars(rows))

@@ -28,14 +28,20 @@ from services.settings import Settings
 from services.store.base import Sessions, make_sessions
 from services.store.models import (
     Artifact,
+    Deployment,
     DeploymentEvent,
     Interaction,
     Job,
     Revision,
+    Rollout,
     Run,
 )
+from whet_client.client import Whet
 
 PLAN = Plan(clients=2, judgements=300, window_seconds=5, calm_seconds=6, run_seconds=900, train={"epochs": 4})
+# Half of the users, and only what they say: how long answers are and take differs between the base and an adapter.
+ON_TRIAL = {"mode": "canary", "share": 0.5, "guardrails": {"length": None, "latency": None, "ttft": None}}
+BASE = {None, "", "base"}
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -124,6 +130,25 @@ def test_a_revision_and_one_artefact_stand_behind_the_live_weights(report: Repor
     assert revision.looks == 1
 
 
+def test_a_killed_engine_fails_what_it_was_running_and_comes_back_with_the_live_adapter(
+    report: Report, running: Platform
+) -> None:
+    live, pids = ask(running, 3)[1], part_pids(running, "engine")
+    with client(running) as openai:
+        chunks = openai.completions.create(
+            model="entities", prompt="Text:", max_tokens=1900, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(iter(chunks))
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        with pytest.raises(APIError):
+            list(chunks)
+
+    eventually(lambda: _answers(running), 40)
+
+    assert ask(running, 4)[1] == live
+
+
 def test_a_roll_back_by_command_serves_the_base_and_the_deployment_history_says_so(
     report: Report, running: Platform, sessions: Sessions
 ) -> None:
@@ -132,7 +157,7 @@ def test_a_roll_back_by_command_serves_the_base_and_the_deployment_history_says_
     done = whet(running, "rollback", "entities", "--reason", "test")
 
     assert done.returncode == 0, done.stderr
-    eventually(lambda: ask(running, 2)[1] in (None, "", "base"), 5)
+    eventually(lambda: ask(running, 2)[1] in BASE, 5)
     with sessions() as session:
         kinds = session.scalars(select(DeploymentEvent.kind).order_by(DeploymentEvent.id)).all()
     assert kinds[-1] == "roll_back"
@@ -141,6 +166,8 @@ def test_a_roll_back_by_command_serves_the_base_and_the_deployment_history_says_
 def test_a_killed_worker_and_an_emptied_redis_leave_one_more_artefact(
     report: Report, running: Platform, sessions: Sessions
 ) -> None:
+    with running.admin() as admin:
+        admin.patch("/api/projects/entities", json={"config": {"rollout": ON_TRIAL}}).raise_for_status()
     started = whet(running, "train", "entities", "--no-follow", "--param", "seed=7", "--param", "epochs=2")
     assert started.returncode == 0, started.stderr
     with sessions() as session:
@@ -161,23 +188,42 @@ def test_a_killed_worker_and_an_emptied_redis_leave_one_more_artefact(
     assert max(attempts) == 2
 
 
-def test_a_killed_engine_fails_what_it_was_running_and_comes_back_with_the_live_adapter(
-    report: Report, running: Platform
+def test_what_passed_the_gate_serves_a_share_and_is_taken_back_when_its_users_object(
+    report: Report, running: Platform, sessions: Sessions
 ) -> None:
-    live, pids = ask(running, 3)[1], part_pids(running, "engine")
-    with client(running) as openai:
-        chunks = openai.completions.create(
-            model="entities", prompt="Text:", max_tokens=1900, stream=True, extra_body={"ignore_eos": True}
-        )
-        next(iter(chunks))
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
-        with pytest.raises(APIError):
-            list(chunks)
+    with sessions() as session:
+        trial = session.scalars(select(Rollout)).one()
+    assert (trial.stage, trial.share) == ("canary", 0.5)
+    served: dict[str, set[str | None]] = {}
 
-    eventually(lambda: _answers(running), 40)
+    connected = Whet(running.app_key, project="entities", gateway_url=running.gateway_url)
+    with client(running) as openai, connected as said:
+        prompts = stream(APPLICATIONS["entities"], "held_out", 6)
+        for turn in range(40):
+            for user in (f"user {number}" for number in range(40)):
+                answer = openai.chat.completions.with_raw_response.create(
+                    model="entities", messages=next(prompts).messages, temperature=0, max_tokens=8, user=user
+                )
+                adapter = answer.headers.get("x-whet-adapter")
+                said.feedback(answer.parse().id, rating=-1 if adapter == trial.digest else 1)
+                if turn == 0:
+                    served.setdefault(user, set()).add(adapter)
+            if trial_of(sessions, trial.id).stage != "canary":
+                break
 
-    assert ask(running, 4)[1] == live
+    ended = trial_of(sessions, trial.id)
+    assert (ended.stage, ended.verdict["action"]) == ("rolled_back", "roll_back"), ended.verdict
+    assert ended.verdict["signal"]["high"] < 0
+    assert len({frozenset(digests) for digests in served.values()}) == 2
+    assert all(len(digests) == 1 for digests in served.values())
+    assert {ask(running, seed)[1] for seed in range(7, 12)} <= BASE
+    with sessions() as session:
+        event = session.scalars(select(DeploymentEvent).order_by(DeploymentEvent.id.desc())).first()
+        artifact = session.scalars(select(Artifact).where(Artifact.digest == trial.digest)).one()
+        row = session.get_one(Deployment, ended.project_id)
+    assert event is not None
+    assert event.evidence
+    assert (artifact.state, row.canary_digest, row.automatic_rollbacks) == ("rolled_back", None, 1)
 
 
 def part_pids(running: Platform, name: str) -> list[int]:
@@ -197,6 +243,11 @@ def _answers(running: Platform) -> bool:
     except APIError:
         return False
     return True
+
+
+def trial_of(sessions: Sessions, trial_id: UUID) -> Rollout:
+    with sessions() as session:
+        return session.get_one(Rollout, trial_id)
 
 
 def _phase(sessions: Sessions, run_id: UUID | None) -> str:

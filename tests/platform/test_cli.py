@@ -19,7 +19,7 @@ from worker.main import main as worker_main
 
 COMMANDS = [
     "up", "migrate", "engine", "gateway", "shipper", "console", "worker", "dispatcher", "doctor", "train", "runs",
-    "triggers",
+    "triggers", "rollout", "gate",
     "override", "deployments", "rollback", "promote", "canary", "speculator", "sample", "dataset", "artifact", "user",
     "key", "project",
 ]  # fmt: skip

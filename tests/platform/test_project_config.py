@@ -32,6 +32,8 @@ def test_only_the_keys_given_change(sessions: Sessions) -> None:
         ({"held_out_share": 1.5}, "held_out_share: Input should be less than or equal to 0.9"),
         ({"speculation": {"growth": 1}}, "speculation.growth: Input should be greater than 1"),
         ({"speculation": {"share": 1}}, r"speculation.share: Extra inputs .* \(known: enabled, automatic, "),
+        ({"guidelines": "a\x00b"}, "guidelines: this holds a character or a number that cannot be stored"),
+        ({"response_schema": {"const": "\ud800"}}, "response_schema: this holds a character"),
         ({"metrics": ["vibes"]}, "metrics.0: Input should be 'exact_match'"),
         ({"margins": {"accepted": 120}}, "margins.accepted: Input should be less than or equal to 100"),
         ({"checks": [{"name": "a"}]}, "checks.0: say exactly one of must_match, must_not_match and json_schema"),

@@ -39,7 +39,7 @@ def test_too_few_users_decide_nothing_and_the_words_say_how_many_are_lacking() -
 def test_no_outcome_at_all_is_told() -> None:
     verdict = judge(Evidence({}, (40, 360), (20, 180), 0.1), CONFIG)
     assert verdict.action == "wait"
-    assert "no outcome of the candidate yet (signal: feedback)" in verdict.reason
+    assert "no outcome of the candidate yet: apps have to send ratings" in verdict.reason
 
 
 def test_a_harm_is_rolled_back_and_its_figures_are_told() -> None:

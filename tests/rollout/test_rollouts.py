@@ -269,7 +269,8 @@ def test_a_run_says_what_became_of_its_live_weights(world: World, condemned: str
 
 
 @pytest.mark.parametrize(("phase", "state"), [("rejected", "succeeded"), ("stopped", "succeeded"),
-                                              ("superseded", "succeeded"), ("superseded", "failed")])  # fmt: skip
+                                              ("superseded", "succeeded"), ("superseded", "failed"),
+                                              ("failed", "failed"), ("cancelled", "cancelled")])  # fmt: skip
 def test_the_run_of_a_candidate_put_on_trial_by_hand_is_told_too(world: World, phase: str, state: str) -> None:
     serve(world)
     run_id = taught(world, NEW, phase, state=state)
@@ -285,6 +286,39 @@ def test_the_run_of_a_candidate_put_on_trial_by_hand_is_told_too(world: World, p
     with world.sessions() as session:
         told = [event.payload["phase"] for event in runs.events(session, run_id)]
     assert told == ["shadow", "canary", "live"], "each once"
+
+
+def test_weights_that_were_live_and_are_tried_again_are_not_live_now(world: World) -> None:
+    run_id = taught(world, NEW, "deploying")
+    flip(world, NEW)
+    serve(world)
+    config = RolloutConfig(shadow=Shadowing(requests=5))
+    with world.sessions.begin() as session:
+        run = runs.get(session, run_id)
+        assert path(session, run)[-1] == "done"
+        deployments.advance(session, NEW, "staged")
+        rollouts.begin(session, world.project_id, NEW, config, BY_ADA, None)
+        steps = run_view.describe(session, run)["steps"]
+        assert [(step.name, step.state) for step in steps[-2:]] == [("Try", "now"), ("Live", "ahead")]
+        rollouts.begin_canary(session, world.project_id, BY_ADA)
+        assert path(session, run)[-2:] == ["now", "ahead"]
+        rollouts.end(session, world.project_id, "rolled_back", BY_ADA)
+        assert path(session, run)[-2:] == ["failed", "ahead"]
+
+
+def test_the_run_of_weights_that_serve_after_all_is_not_failed(world: World) -> None:
+    run_id = taught(world, NEW, "failed", state="failed")
+    flip(world, NEW)
+    run = world.read_run(run_id)
+    assert (run.state, run.phase, run.error) == ("succeeded", "live", None)
+    with world.sessions() as session:
+        assert set(path(session, run)) == {"done"}
+
+
+def test_a_run_at_work_says_itself_what_becomes_of_its_weights(world: World) -> None:
+    run_id = world.run(world.artifact(NEW, "staged"), outputs=[])
+    flip(world, NEW)
+    assert (world.read_run(run_id).state, world.read_run(run_id).phase) == ("running", "deploying")
 
 
 def flip(world: World, digest: str) -> None:

@@ -1,6 +1,7 @@
 """The ledger alone: who may work on a job, and what a worker that lost it can still do (nothing)."""
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
@@ -11,7 +12,7 @@ from sqlalchemy import func, select, update
 from services.errors import Conflict, NotFound
 from services.store import audit, jobs
 from services.store.base import Sessions, make_sessions, uuid7
-from services.store.jobs import LostLease
+from services.store.jobs import Lease, LostLease
 from services.store.models import AuditEvent, Job
 from tests.worker_jobs.conftest import eventually
 
@@ -220,6 +221,23 @@ def test_a_cancelled_job_whose_worker_died_is_not_run_again(sessions: Sessions) 
 
     assert read(sessions, job_id).state == "cancelled"
     lease.close()
+
+
+@pytest.mark.parametrize("hand_back", [Lease.wait, Lease.fail])
+def test_a_cancelled_job_does_not_wait_for_another_attempt(
+    sessions: Sessions, hand_back: Callable[[Lease, str], None]
+) -> None:
+    job_id = add(sessions)
+    lease = jobs.claim(sessions, job_id, "w")
+    assert lease is not None
+    with sessions.begin() as session:
+        jobs.request_cancel(session, job_id)
+
+    with lease:
+        hand_back(lease, "the engine is away")
+
+    job = read(sessions, job_id)
+    assert (job.state, job.error) == ("cancelled", "cancelled on request: the engine is away")
 
 
 def test_a_released_lease_costs_no_attempt(sessions: Sessions) -> None:

@@ -31,6 +31,10 @@ class Broken(RuntimeError):
     """The engine refused the artefact itself."""
 
 
+class EngineAway(RuntimeError):
+    """No engine answers, and nothing was asked of one in this attempt."""
+
+
 class Result(NamedTuple):
     """Rows ready to be stored, and what the judge was worth."""
 
@@ -39,8 +43,8 @@ class Result(NamedTuple):
 
 
 def evaluate_job(lease: Lease, settings: Settings) -> None:
-    """Handler of "evaluate". Raises JobWaits while the engine is away or crowded, EvaluationInterrupted for another
-    attempt."""
+    """Handler of "evaluate". Raises JobWaits while the engine is away or crowded; EngineGone and EvaluationInterrupted,
+    which cost an attempt, when it is lost on the way: the candidate may be what it died of."""
     run_id = UUID(lease.payload["run_id"])
     try:
         order = _begin(lease, settings, run_id)
@@ -50,7 +54,7 @@ def evaluate_job(lease: Lease, settings: Settings) -> None:
             _conclude(lease, order, result)
     except Broken as error:
         _quarantine(lease, run_id, str(error))
-    except (EngineGone, EngineCrowded) as error:
+    except (EngineAway, EngineCrowded) as error:
         with lease.transaction() as session:
             runs.add_event(session, run_id, "log", {"line": f"waits for the engine: {error}"})
         raise JobWaits(str(error)) from error
@@ -96,6 +100,10 @@ def _compare(lease: Lease, settings: Settings, order: Order) -> Result:
         return Result([], None)
     tokenizer = Tokenizer.load(_model_directory(settings))
     with SyncEngineClient(settings.engine_socket, connect_seconds=CONNECT_SECONDS) as client:
+        try:
+            client.status()
+        except EngineGone as error:
+            raise EngineAway(str(error)) from error
         asking = Asking(lease, order, client, tokenizer)
         # Each when its turn comes: slots that others want are held no longer than they are used.
         _load(client, settings, order, order.candidate)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from services.store.rollout_config import SHARES, RolloutConfig
+from services.store.rollout_config import NEEDS, SHARES, RolloutConfig
 from services.store.rollout_counts import SIGNAL, Arms
 from worker.rollout import ratio
 from worker.rollout.ratio import Ratio
@@ -131,7 +131,7 @@ def _decide(
 def _lacking(arms: Arms | None, config: RolloutConfig) -> str | None:
     """What the first decision waits for, in words."""
     if arms is None or not arms.canary.n:
-        return f"no outcome of the candidate yet (signal: {config.signal})"
+        return f"no outcome of the candidate yet: {NEEDS[config.signal]}"
     for arm, who in zip(arms, ("the candidate", "what serves"), strict=True):
         if arm.users < config.least_users:
             return f"outcomes of {arm.users} of the {config.least_users} users it takes of {who}"

@@ -2,8 +2,7 @@
 
 import importlib.metadata
 import os
-import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,18 +126,3 @@ def record(session: Session, built: Built, *, project_id: UUID, run_id: UUID) ->
     made = session.scalar(statement.returning(Artifact))
     if made is not None:
         lifecycle.born(session, made)
-
-
-def sweep_work(work: Path, keep: Collection[str]) -> list[str]:
-    """Remove what dead attempts and finished runs left below `work`, except the entries named in `keep`."""
-    if not work.exists():
-        return []
-    return _remove(path for path in work.iterdir() if path.name not in keep)
-
-
-def _remove(paths: Iterable[Path]) -> list[str]:
-    removed = []
-    for path in paths:
-        shutil.rmtree(path, ignore_errors=True)
-        removed.append(path.name)
-    return removed

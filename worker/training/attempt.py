@@ -6,14 +6,12 @@ from typing import Any, Literal
 from uuid import UUID
 
 import structlog
-from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
 
 from services.settings import Settings
 from services.store import runs
 from services.store.jobs import JobCancelled, JobFailed, Lease
-from services.store.models import Run
-from worker.training import artifact, child
+from worker.training import child, workspace
 from worker.training.spec import HeadsProgress, HeadsSpec, Progress, Report, Spec, Trial, Validated
 
 log = structlog.get_logger()
@@ -23,14 +21,13 @@ KINDS = {Progress: "progress", HeadsProgress: "progress", Validated: "validation
 def sweep_finished(lease: Lease, settings: Settings) -> None:
     """Remove what runs that are over have left on disk."""
     with lease.sessions() as session:
-        unfinished = session.scalars(select(Run.id).where(Run.state.in_(runs.UNFINISHED)))
-        artifact.sweep_work(settings.home / "runs", keep={str(run_id) for run_id in unfinished})
+        workspace.sweep_finished(session, settings.home)
 
 
 def sweep(lease: Lease, settings: Settings, keep: str = "") -> None:
     """Remove that, and what earlier attempts of this run left; `keep` outlives attempts."""
     sweep_finished(lease, settings)
-    artifact.sweep_work(settings.home / "runs" / lease.payload["run_id"], keep={str(lease.fence), keep})
+    workspace.sweep_attempts(settings.home, lease.payload["run_id"], keep={str(lease.fence), keep})
 
 
 def remove_work(settings: Settings, run_id: UUID) -> None:
