@@ -22,7 +22,7 @@ CURVES = (
     ("Memory, MB", "progress", "memory_mb"),
 )
 # Endings are moments, not stretches.
-ENDINGS = ("cancelled", "failed", "refused", "shadow", "canary", "live", "quarantined", "superseded")
+ENDINGS = ("cancelled", "failed", "refused", "shadow", "canary", "live", "quarantined", "superseded", "verified")
 
 
 class Span(NamedTuple):

@@ -21,7 +21,7 @@ STEPS: Mapping[str, tuple[str, ...]] = {
     "Preflight": ("checking",),
     "Train": ("training",),
     "Evaluate": ("evaluating", "refused"),
-    "Deploy": ("deploying", "staging", "quarantined", "superseded"),
+    "Deploy": ("deploying", "staging", "quarantined", "superseded", runs.WAITING),
     "Try": (*TRYING, "stopped", *TAKEN_BACK),
     "Live": ("live",),
 }
@@ -151,7 +151,8 @@ def _on_trial(run: Run) -> bool:
 
 def _state_of(run: Run) -> str:
     """How far the furthest step is."""
-    if run.state in runs.UNFINISHED or _on_trial(run):
+    waits = run.state == "succeeded" and run.phase == runs.WAITING
+    if run.state in runs.UNFINISHED or _on_trial(run) or waits:
         return "now"
     return "failed" if run.state == "failed" or run.phase in (*TAKEN_BACK, "quarantined") else "done"
 

@@ -13,7 +13,7 @@ from services.console.access import Here, Lead, Viewer
 from services.console.run_view import before_and_after, describe
 from services.console.views import fragment, page, wants_page
 from services.errors import NotFound
-from services.store import audit, datasets, pages, projects, revisions, runs
+from services.store import audit, datasets, deployments, held_out, pages, projects, revisions, runs
 from services.store.evaluation_config import BASE_ABILITY
 from services.store.models import Run
 from services.store.rollout_config import read_rollout
@@ -33,7 +33,7 @@ StateFilter = Annotated[str, Query(pattern="^(working|succeeded|failed)?$")]
 @router.get("/p/{slug}/runs")
 def run_list(request: Request, here: Viewer, kind: KindFilter = "", state: StateFilter = "") -> Response:
     """Newest first, with what the gate said; of one kind or state when asked."""
-    return page(request, here, "runs.html", _list(here, kind, state))
+    return page(request, here, "runs.html", {**_list(here, kind, state), **_cautions(here)})
 
 
 @router.get("/p/{slug}/runs/live")
@@ -46,6 +46,8 @@ def _list(here: Here, kind: str, state: str) -> dict[str, Any]:
     lines = pages.run_lines(here.session, here.project.id, kind=kind or None, states=STATES.get(state))
     scores = {line.run.id: before_and_after(line.summary) for line in lines}
     return {
+        # Counted only where somebody may be about to start their first run: the list is asked for every few seconds.
+        "held_out": None if lines else held_out.of_queue(here.session, here.project),
         "lines": lines,
         "scores": scores,
         "unfinished": runs.unfinished(here.session, here.project.id),
@@ -55,6 +57,16 @@ def _list(here: Here, kind: str, state: str) -> dict[str, Any]:
         "kinds": run_form.kinds(),
         "when": read_config(here.project.config),
         "rollout": read_rollout(here.project.config),
+    }
+
+
+def _cautions(here: Here) -> dict[str, Any]:
+    """What would keep any candidate from traffic, however good: known before a run, so told before it."""
+    found = held_out.of_queue(here.session, here.project)
+    return {
+        "held_out": found,
+        "too_few": held_out.warning(found) if found.short else None,
+        "frozen": deployments.is_frozen(here.session, here.project.id),
     }
 
 
@@ -102,6 +114,7 @@ def _form(
         "datasets": [dataset.name for dataset in found] or [runs.DEFAULT_DATASET],
         "dataset": name,
         "unfinished": runs.unfinished(here.session, here.project.id, speculator=kind == "speculator"),
+        **({} if kind == "speculator" else _cautions(here)),
     }
     return page(request, here, "run_new.html", context, status=status)
 

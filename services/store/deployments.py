@@ -31,6 +31,10 @@ from services.store.rollout_config import read_rollout
 PROBE = timedelta(seconds=120)
 
 
+class Frozen(Conflict):
+    """Promotion is frozen: what was to go on waits as it is, until a person has looked."""
+
+
 def create(session: Session, project_id: UUID) -> Deployment:
     """The row every project has, serving the base; an existing one is left as it is."""
     session.execute(insert(Deployment).values(project_id=project_id, generation=1).on_conflict_do_nothing())
@@ -190,9 +194,14 @@ def require_generation(deployment: Deployment, expected: int | None) -> None:
 
 
 def require_open(deployment: Deployment) -> None:
-    """Raises Conflict while promotion is frozen."""
+    """Raises Frozen."""
     if deployment.frozen:
-        raise Conflict("promotion is frozen after automatic roll-backs: a person has to look first")
+        raise Frozen("promotion is frozen after automatic roll-backs: a person has to look first")
+
+
+def is_frozen(session: Session, project_id: UUID) -> bool:
+    """Whether what passes the gate now would have to wait for a person."""
+    return bool(session.scalar(select(Deployment.frozen).where(Deployment.project_id == project_id)))
 
 
 def _move(session: Session, digest: str, state: str) -> Move | None:

@@ -7,6 +7,7 @@ from sqlalchemy import case, func, select
 from sqlalchemy.orm import Session
 
 from services.store import browse, interactions, replay, served
+from services.store.evaluation_config import RECORD
 from services.store.models import (
     Artifact,
     Dataset,
@@ -141,7 +142,9 @@ def _evaluations(
 ) -> tuple[list[Evaluation], frozenset[UUID]]:
     """Those that tested with a copy, and those of weights that it taught."""
     ids, made = [one.id for one in examples], [one.digest for one in artifacts]
-    with_it = select(EvaluationRow.evaluation_id).where(EvaluationRow.example_id.in_(ids))
+    with_it = select(EvaluationRow.evaluation_id).where(
+        EvaluationRow.example_id.in_(ids), EvaluationRow.slice != RECORD
+    )
     tested = frozenset(session.scalars(with_it)) if ids else frozenset[UUID]()
     if not tested and not made:
         return [], tested

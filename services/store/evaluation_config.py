@@ -1,6 +1,7 @@
 """How a project wants its candidates judged: metrics by name, checks of its own, a judge, margins."""
 
 import json
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -11,6 +12,10 @@ from services.store import patterns, schemas
 ALPHA = 0.05
 # The slice that has to get better, and the one that no correction is about.
 TARGET, BASE_ABILITY = "target", "base-ability"
+# Rows that nothing is decided by: what a candidate said where nothing is held out, for its deployment to verify.
+RECORD = "record"
+# Groups of held-out corrections: fewer are no test.
+LEAST_GROUPS = 30
 # The names in `worker.gate.metrics`, which the store may not import; a test compares them.
 Metric = Literal[
     "exact_match", "json_valid", "schema_valid", "field_f1", "similarity", "likelihood", "checks", "judge"
@@ -68,6 +73,11 @@ def read_judge(config: dict[str, Any]) -> JudgeConfig | None:
     """The project's judge. Raises ValueError."""
     found = config.get("judge")
     return None if found is None else JudgeConfig.model_validate(found)
+
+
+def least_groups(config: Mapping[str, Any]) -> int:
+    """How many groups of held-out corrections the project's gate needs."""
+    return int(config.get("min_held_out", LEAST_GROUPS))
 
 
 def read_margins(config: dict[str, Any]) -> dict[str, float]:

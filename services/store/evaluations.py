@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from services.errors import Conflict, InvalidRequest, NotFound
 from services.store import deployments, revisions, runs, webhooks
+from services.store.evaluation_config import RECORD
 from services.store.gate_words import evidence
 from services.store.models import Evaluation, EvaluationRow, Example, Revision, Run
 
@@ -96,7 +97,7 @@ def of_interaction(session: Session, interaction_id: UUID, *, limit: int = 10) -
     tested = (
         select(EvaluationRow.evaluation_id)
         .join(Example, Example.id == EvaluationRow.example_id)
-        .where(Example.interaction_id == interaction_id)
+        .where(Example.interaction_id == interaction_id, EvaluationRow.slice != RECORD)
     )
     decided = select(Evaluation).where(Evaluation.id.in_(tested), Evaluation.decision != "undecided")
     return list(session.scalars(decided.order_by(Evaluation.id.desc()).limit(limit)))
@@ -165,7 +166,7 @@ def count_rows(session: Session, evaluation: Evaluation, *, outcome: str | None,
 
 
 def _chosen(evaluation: Evaluation, outcome: str | None, slice_: str | None) -> list[ColumnElement[bool]]:
-    chosen: list[ColumnElement[bool]] = [EvaluationRow.evaluation_id == evaluation.id]
+    chosen: list[ColumnElement[bool]] = [EvaluationRow.evaluation_id == evaluation.id, EvaluationRow.slice != RECORD]
     if slice_ is not None:
         chosen.append(EvaluationRow.slice == slice_)
     if outcome is not None:

@@ -20,6 +20,8 @@ from services.store.models import Artifact, Dataset, Job, Project, Revision, Run
 UNFINISHED = ("queued", "running")
 TRAININGS = ("train", "train.speculator")
 DEFAULT_DATASET = "golden"
+# How a run ends whose candidate may go on and must not yet: the state that its artefact stays in.
+WAITING = "verified"
 MOST_RETRIES = 3
 
 

@@ -95,6 +95,7 @@ def _rollout(session: Session) -> list[Scene]:
     path = f"/p/{made[0].slug}/deployment"
     return [
         *(Scene(f"deployment-{project.slug}", f"/p/{project.slug}/deployment") for project in made),
+        Scene("runs-frozen", f"/p/{made[2].slug}/runs"),
         Scene("rollout-settings", f"{path}/settings"),
         Scene("deployment-one-key", path, lambda page: page.keyboard.press("r")),
     ]

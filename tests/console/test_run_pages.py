@@ -3,17 +3,18 @@
 import html
 import re
 from datetime import UTC, datetime, timedelta
+from uuid import uuid4
 
 import pytest
 from sqlalchemy import select
 from starlette.testclient import TestClient
 
 from services.console import run_charts
-from services.store import runs
+from services.store import reviews, runs
 from services.store.base import Sessions
 from services.store.models import Project, Revision, Run, RunEvent
 from services.store.run_params import KINDS, PARAMS
-from tests.console import seed, seed_runs
+from tests.console import seed, seed_rollout, seed_runs
 from tests.console.conftest import SignIn
 
 PAGE = {"accept": "text/html"}
@@ -119,6 +120,84 @@ def test_a_viewer_sees_no_form(sign_in: SignIn, lived_in: Project) -> None:
     viewer = sign_in("viewer@example.org", "viewer")
     assert viewer.get(f"{RUNS}/new", headers=PAGE).status_code == 403
     assert viewer.post(RUNS, data={"kind": "sft"}).status_code == 403
+
+
+# --- what is known before a run ------------------------------------------------------------------------------
+
+
+def corrected(sessions: Sessions, project: Project, count: int, reviewers: int) -> None:
+    """Held-out answers that so many people have corrected alike, each a group of its own."""
+    with sessions.begin() as session:
+        people = [seed.person(session, f"{n}@example.org", "reviewer", project.id).user for n in range(reviewers)]
+        for item in seed.queue(session, project.id, [f"wrong {index}" for index in range(count)], overlap=2):
+            for user in people:
+                item.lease_user_id, item.lease_token = user.id, uuid4()
+                item.lease_expires_at = datetime.now(UTC) + timedelta(minutes=1)
+                session.flush()
+                said = reviews.Judgement("correct", uuid4().hex, correction="right")
+                reviews.submit(session, project.id, item.id, user.id, item.lease_token, said)
+
+
+@pytest.mark.parametrize("page", [RUNS, f"{RUNS}/new"])
+def test_who_corrects_alone_hears_before_the_run_that_nothing_is_held_out(
+    page: str, lead: TestClient, project: Project, sessions: Sessions
+) -> None:
+    corrected(sessions, project, 31, reviewers=1)
+
+    text = text_of(lead, page)
+
+    assert "The gate needs held-out corrections of 30 groups and has 0" in text
+    assert "31 held-out answers wait for a second reviewer" in text
+    assert f'href="/p/{project.slug}/queue"' in text
+    assert f'href="/p/{project.slug}/people"' in text
+    assert "watch" not in text, "nothing is promised that the gate would refuse"
+
+
+@pytest.mark.parametrize("page", [RUNS, f"{RUNS}/new"])
+def test_nothing_is_warned_of_where_two_people_agree_on_enough(
+    page: str, lead: TestClient, project: Project, sessions: Sessions
+) -> None:
+    corrected(sessions, project, 30, reviewers=2)
+
+    text = text_of(lead, page)
+
+    assert "Too little is held out" not in text
+    assert "Promotion is frozen" not in text
+    if page == RUNS:
+        assert "60 judgements are there to learn from. Press" in text
+        assert "60 judgements are there to learn from. Press" in text_of(lead, f"{RUNS}/live")
+
+
+def test_heads_are_not_judged_by_corrections(lead: TestClient, project: Project) -> None:
+    assert "Too little is held out" not in text_of(lead, f"{RUNS}/new?kind=speculator")
+
+
+def test_a_freeze_is_told_before_a_run_and_only_to_those_it_concerns(lead: TestClient, sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        seed_rollout.frozen(session)
+        seed.project(session, "open", "Open")
+
+    for page in ("runs", "runs/new"):
+        told = text_of(lead, f"/p/frozen/{page}")
+        assert "Promotion is frozen" in told
+        assert 'href="/p/frozen/deployment"' in told
+        assert "Promotion is frozen" not in text_of(lead, f"/p/open/{page}")
+
+
+def test_a_candidate_that_waits_for_a_person_is_shown_as_one(
+    lead: TestClient, shown: dict[str, Run], sessions: Sessions
+) -> None:
+    with sessions.begin() as session:
+        run = session.merge(shown["working"])
+        runs.enter_phase(session, run, "deploying")
+        runs.finish(session, run, "succeeded", runs.WAITING, "it waits: promotion is frozen")
+
+    text = text_of(lead, f"{RUNS}/{shown['working'].id}")
+
+    assert "it waits: promotion is frozen" in text
+    assert "an operator puts it on trial by hand" in text
+    assert re.search(r'<li class="step now"><i></i><span>Deploy</span>', text)
+    assert "Try again" not in text
 
 
 # --- list and page ----------------------------------------------------------------------------------------

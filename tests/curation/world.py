@@ -77,15 +77,17 @@ class World:
             session.flush()
             return item.id
 
-    def judge(self, item_id: UUID, verdict: str, correction: str | None = None, reviewer: int = 0) -> UUID:
-        """One reviewer's judgement, through the queue's own functions."""
+    def judge(
+        self, item_id: UUID, verdict: str, correction: str | None = None, reviewer: int = 0, comment: str | None = None
+    ) -> UUID:
+        """One reviewer's judgement, through the queue's own functions. A lead who decides a dispute comments on it."""
         user_id = self.reviewers[reviewer]
         with self.sessions.begin() as session:
             item = session.get_one(ReviewItem, item_id)
             item.lease_user_id, item.lease_token = user_id, uuid4()
             item.lease_expires_at = datetime.now(UTC) + timedelta(minutes=1)
             session.flush()
-            judgement = reviews.Judgement(verdict=verdict, correction=correction, idempotency_key=uuid4().hex)
+            judgement = reviews.Judgement(verdict, uuid4().hex, correction=correction, comment=comment)
             token = item.lease_token
             return reviews.submit(session, self.project_id, item_id, user_id, token, judgement).annotation.id
 

@@ -13,7 +13,7 @@ from sqlalchemy import func, select, update
 from services.settings import Settings
 from services.store import deployments, jobs, projects, rollouts
 from services.store.jobs import JobCancelled, JobFailed
-from services.store.models import Artifact, DeploymentEvent, Evaluation, Job, Project
+from services.store.models import Artifact, Deployment, DeploymentEvent, Evaluation, Job, Project
 from services.store.rollouts import Decision
 from tests.rollout.conftest import PROMPTS, ROOT, EngineUnderTest, World
 from worker.rollout.swap import deploy_job
@@ -207,6 +207,31 @@ def test_a_roll_back_between_two_attempts_is_respected(
     assert active(world) == (None, 3)
     assert (world.read_run(run_id).state, world.read_run(run_id).phase) == ("failed", "superseded")
     assert world.state(new) == "staged"
+
+
+def test_a_freeze_while_it_is_verified_lets_it_wait_and_a_person_goes_on(
+    world: World, settings: Settings, pair: tuple[str, str], spoken: dict[str, list[str]]
+) -> None:
+    old, new = pair
+    serve(world, old)
+    world.artifact(new, "verified")
+    run_id = world.run(new, baseline=old, outputs=spoken[new])
+    job_id = order(world, new, run_id)
+    kill_at(world, job_id, "verified")
+    with world.sessions.begin() as session:
+        session.execute(update(Deployment).values(frozen=True))
+    with pytest.raises(JobFailed, match="it waits: promotion is frozen"):
+        attempt(world, settings, job_id)
+    assert (world.read_run(run_id).state, world.read_run(run_id).phase) == ("succeeded", "verified")
+    assert (active(world), world.state(new)) == ((old, 2), "staged")
+
+    with world.sessions.begin() as session:
+        deployments.unfreeze(session, world.project_id, actor="ada", reason="the feedback form was broken")
+        by_ada = Decision("ada", "it had passed", {})
+        by_hand = rollouts.order(session, session.get_one(Project, world.project_id), new, by_ada).id
+    attempt(world, settings, by_hand)
+
+    assert active(world) == (new, 3)
 
 
 def test_a_verdict_against_a_baseline_that_no_longer_serves_is_worth_nothing(

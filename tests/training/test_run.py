@@ -247,6 +247,8 @@ def test_a_refused_preflight_fails_the_run_before_any_compute(world: World, tiny
     assert failed.state == "failed"
     assert failed.preflight is not None
     assert failed.preflight["refused"] == {"the answer would be truncated": 4}
+    [warned] = failed.preflight["warnings"]
+    assert warned.startswith("the gate needs held-out corrections of 30 groups and has 0, so it would refuse")
     assert events(world, run.id, "progress") == []
     assert not tiny_settings.artifacts.exists() or not list(tiny_settings.artifacts.iterdir())
 

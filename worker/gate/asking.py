@@ -38,6 +38,13 @@ class Asking:
             for one, ask in asks.items()
         }
 
+    def record(self) -> dict[UUID, Answer]:
+        """What the candidate says to the prompts of its record."""
+        asks = {one.id: self._answer_of(one) for one in self._order.record}
+        self._total = len(asks)
+        told = self._ask(self._order.candidate, list(asks.values()))
+        return {one: told[ask.key] for one, ask in asks.items()}
+
     def judge(self, compared: Sequence[Compared]) -> list[Compared]:
         """The judge's outcome for every row of the project's own; equal answers are a tie without being asked."""
         judging = self._order.judging
@@ -64,7 +71,7 @@ class Asking:
             self._tokenizer,
             one.id,
             one.messages,
-            one.completion or "",
+            (one.rejected if one.completion is None else one.completion) or "",
             self._context,
             asked_in(one.asked, served_at(one.interaction_id)),
         )

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from services.store.evaluation_config import ALPHA, TARGET
+from services.store.evaluation_config import ALPHA, LEAST_GROUPS, TARGET
 from worker.gate.looks import Budget, z_of
 from worker.gate.saddlepoint import bounds
 from worker.gate.statistics import Clusters, cluster, groups_needed
@@ -52,7 +52,7 @@ class Policy:
     margin: float = 0.03
     margins: Mapping[str, float] = field(default_factory=dict)
     alpha: float = ALPHA
-    min_groups: int = 30
+    min_groups: int = LEAST_GROUPS
     guard_rows: int = 1000
     guard_groups: int = 100
 

@@ -19,8 +19,8 @@ from worker.gate.asking import Asking
 from worker.gate.decide import decide
 from worker.gate.judge import Agreement
 from worker.gate.order import Order, read
-from worker.gate.report import about_general, judge_agreement, summarise
-from worker.gate.rows import Compared, asked_of, make_rows, scored
+from worker.gate.report import judge_agreement, summarise, told
+from worker.gate.rows import Compared, asked_of, make_rows, recorded, scored
 from worker.gate.score import EngineCrowded, weights_of
 
 CONNECT_SECONDS = 30.0
@@ -107,8 +107,8 @@ def _model_directory(settings: Settings) -> Path:
 
 
 def _compare(lease: Lease, settings: Settings, order: Order) -> Result:
-    """Both sides' answers with their scores."""
-    if not order.held_out:
+    """Both sides' answers with their scores; where nothing is held out, what the candidate says to a few prompts."""
+    if not order.held_out and not order.record:
         return Result([], None)
     tokenizer = Tokenizer.load(_model_directory(settings))
     with SyncEngineClient(settings.engine_socket, connect_seconds=CONNECT_SECONDS) as client:
@@ -119,6 +119,9 @@ def _compare(lease: Lease, settings: Settings, order: Order) -> Result:
         asking = Asking(lease, order, client, tokenizer)
         # Each when its turn comes: slots that others want are held no longer than they are used.
         _load(client, settings, order, order.candidate)
+        if not order.held_out:
+            said = asking.record()
+            return Result([recorded(one, said[one.id]) for one in order.record], None)
         ours = asking.sides(order.candidate)
         _load(client, settings, order, order.baseline)
         theirs = asking.sides(order.baseline)
@@ -180,7 +183,7 @@ def _conclude(lease: Lease, order: Order, result: Result) -> None:
             evaluation,
             result.rows,
             decision="promote" if decision.promote else "refuse",
-            reasons=[*decision.reasons, *about_general(order)] if decision.tested else decision.reasons,
+            reasons=told(order, decision),
             summary=summary,
             tested=decision.tested,
             carry=decision.carry,

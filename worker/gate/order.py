@@ -17,17 +17,21 @@ from services.store.evaluation_config import (
     BASE_ABILITY,
     CheckConfig,
     JudgeConfig,
+    least_groups,
     read_checks,
     read_judge,
     read_margins,
 )
+from services.store.examples import is_erased
 from services.store.forms import is_supervised
+from services.store.held_out import Waits, read_waits
 from services.store.models import Artifact, Example, Project, Run
 from worker.gate.decide import Policy
 from worker.gate.metrics import Metric, choose
 
 DEFAULT_METRICS = ("exact_match",)
 LEAST_DIGEST = 8
+RECORD_PROMPTS = 8
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,9 @@ class Judging:
 class Order:
     """Candidate and baseline, the rows they are compared on, what scores them and what the gate asks for.
 
-    `own_task` and `trained` count the general prompts that are left out, see `base_ability.General`.
+    `own_task` and `trained` count the general prompts that are left out, see `base_ability.General`. `record` has a few
+    prompts of training where nothing is held out: a person may let the candidate through all the same, and a deployment
+    goes by what it said when it was judged. `waits` is what no example was made of yet.
     """
 
     run_id: UUID
@@ -59,6 +65,8 @@ class Order:
     schema: str | None = None
     checks: Sequence[CheckConfig] = field(default_factory=list)
     judging: Judging | None = None
+    record: Sequence[Example] = ()
+    waits: Waits = field(default_factory=Waits)
 
     @property
     def deciding(self) -> str:
@@ -101,13 +109,15 @@ def read(session: Session, run: Run, model: Path) -> Order:
         schema=json.dumps(schema, sort_keys=True) if schema else None,
         checks=read_checks(config),
         judging=_judging(session, config),
+        record=() if held_out else _record(session, run.revision_id),
+        waits=read_waits(session, run.project_id),
     )
 
 
 def make_policy(config: dict[str, Any]) -> Policy:
     """The project's gate. Raises ValueError."""
     margin = float(config.get("margin_points", 3)) / 100
-    groups = int(config.get("min_held_out", Policy.min_groups))
+    groups = least_groups(config)
     if not 0 <= margin <= 1 or groups < 2:
         raise ValueError("margin_points must be between 0 and 100, min_held_out at least 2")
     return Policy(margin=margin, margins=read_margins(config), min_groups=groups)
@@ -127,6 +137,12 @@ def _held_out(session: Session, revision_id: UUID) -> list[Example]:
     """Rows with a golden answer; there is nothing to score the others by."""
     members = revisions.members(session, revision_id, "held_out")
     return [member.example for member in members if is_supervised(member.example)]
+
+
+def _record(session: Session, revision_id: UUID) -> list[Example]:
+    """Prompts that the candidate was trained on, as there are no others."""
+    members = revisions.members(session, revision_id, "train", limit=RECORD_PROMPTS)
+    return [member.example for member in members if not is_erased(member.example.content_hash)]
 
 
 def _judging(session: Session, config: dict[str, Any]) -> Judging | None:

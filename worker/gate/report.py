@@ -6,7 +6,8 @@ from statistics import fmean
 from typing import Any
 
 from services.store import verdicts
-from services.store.evaluation_config import BASE_ABILITY
+from services.store.evaluation_config import BASE_ABILITY, RECORD
+from services.store.held_out import cause
 from services.store.models import EvaluationRow
 from worker.gate.decide import Decision
 from worker.gate.judge import Agreement, Outcome, agreement
@@ -22,6 +23,7 @@ def summarise(
     order: Order, rows: Sequence[EvaluationRow], decision: Decision, judged: Agreement | None
 ) -> dict[str, Any]:
     """The decision's figures, and what is told beside them, over the project's own rows."""
+    rows = [row for row in rows if row.slice != RECORD]
     own = [row for row in rows if row.slice != BASE_ABILITY]
     return {
         "metric": order.deciding,
@@ -33,6 +35,14 @@ def summarise(
         "general_left_out": {"own_task": order.own_task, "trained": order.trained},
         **decision.summary(),
     }
+
+
+def told(order: Order, decision: Decision) -> list[str]:
+    """The decision's reasons, and beside them what the general prompts or, with too little to test, the queue say."""
+    if decision.tested:
+        return [*decision.reasons, *about_general(order)]
+    held_up = cause(order.waits)
+    return [*decision.reasons, held_up] if held_up else decision.reasons
 
 
 def about_general(order: Order) -> list[str]:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from services.store import verdicts
 from services.store.evaluation_answers import Answer
-from services.store.evaluation_config import BASE_ABILITY
+from services.store.evaluation_config import BASE_ABILITY, RECORD
 from services.store.models import EvaluationRow, Example
 from services.store.refusals import refuses
 from worker.gate import judge as judges
@@ -44,8 +44,19 @@ def make_rows(order: Order, compared: Sequence[Compared], human: Mapping[verdict
 def scored(rows: Sequence[EvaluationRow], metric: str) -> list[ScoredRow]:
     """The gate's table."""
     return [
-        ScoredRow(row.slice, row.group_key, row.baseline_scores[metric], row.candidate_scores[metric]) for row in rows
+        ScoredRow(row.slice, row.group_key, row.baseline_scores[metric], row.candidate_scores[metric])
+        for row in rows
+        if row.slice != RECORD
     ]
+
+
+def recorded(example: Example, answer: Answer) -> EvaluationRow:
+    """A row that is compared with nothing: only what the candidate said."""
+    return EvaluationRow(
+        example_id=example.id, slice=RECORD, group_key=example.group_key, baseline_output="",
+        candidate_output=answer.output, baseline_scores={}, candidate_scores={},
+        details={"candidate": _detail(answer, RECORD)},
+    )  # fmt: skip
 
 
 def asked_of(compared: Sequence[Compared]) -> list[verdicts.Asked]:

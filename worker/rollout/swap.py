@@ -16,6 +16,7 @@ from engine.text.tokenizer import Tokenizer
 from services.errors import Conflict, NotFound
 from services.settings import Settings
 from services.store import deployments, evaluations, failpoints, rollouts, runs, trials
+from services.store.deployments import Frozen
 from services.store.gate_words import evidence, passage
 from services.store.jobs import JobCancelled, JobFailed, Lease
 from services.store.models import Artifact, Job, Project, Run
@@ -46,7 +47,8 @@ class Broken(RuntimeError):
 
 
 def deploy_job(lease: Lease, settings: Settings) -> None:
-    """Handler of "deploy". Raises JobFailed when the artefact is broken or somebody changed the deployment since."""
+    """Handler of "deploy". Raises JobFailed when the artefact is broken, somebody changed the deployment since, or
+    promotion is frozen."""
     order = _read_order(lease)
     try:
         generation = _begin(lease, order)
@@ -62,6 +64,8 @@ def deploy_job(lease: Lease, settings: Settings) -> None:
         failpoints.reach("deploy.after_flip")
     except Broken as error:
         _give_up(lease, order, "quarantined", str(error))
+    except Frozen as error:
+        _wait(lease, order, error.message)
     except (Conflict, NotFound) as error:
         _give_up(lease, order, "superseded", error.message)
 
@@ -183,6 +187,17 @@ def _give_up(lease: Lease, order: Order, phase: str, reason: str) -> None:
         if run is not None:
             runs.finish(session, run, "failed", phase, reason)
     raise JobFailed(reason)
+
+
+def _wait(lease: Lease, order: Order, why: str) -> None:
+    """The artefact keeps its state and the run has succeeded: a person starts it from there once promotion is open."""
+    with lease.transaction() as session:
+        run = _run(session, order)
+        if run is not None:
+            passed = passage(evaluations.of_run(session, run.id), "the candidate").rstrip(".")
+            why = f"{passed}; it waits: {why}"
+            runs.finish(session, run, "succeeded", runs.WAITING, why)
+    raise JobFailed(why)
 
 
 def _finish_run(session: Session, order: Order, phase: str) -> None:

@@ -17,8 +17,9 @@ from engine.text.tokenizer import Tokenizer
 from services.settings import Settings
 from services.store import engine_reports, failpoints, revisions, runs, traffic
 from services.store.copying import among
+from services.store.held_out import of_examples, warning
 from services.store.jobs import JobCancelled, JobFailed, Lease
-from services.store.models import Example, InteractionBody
+from services.store.models import Example, InteractionBody, Project
 from services.store.run_params import TrainParams, adapter_params
 from services.store.traffic import Rendering
 from worker.training import artifact, attempt, checkpoints
@@ -140,8 +141,9 @@ def _preflight(lease: Lease, order: Order, tokenizer: Tokenizer, base: str) -> R
         train = [*ours, *replayed]
         bodies = _bodies(session, [*train, *held_out])
         served = _served(session, order, tokenizer, base)
+        judged_by = of_examples(session, session.get_one(Project, order.project_id), held_out)
     ready = check(tokenizer, train, held_out, bodies, order.params.max_length, order.kind, served)
-    report = ready.report | {"replay": told}
+    report = ready.report | {"replay": told, "warnings": [warning(judged_by)] if judged_by.short else []}
     with lease.transaction() as session:
         runs.get(session, order.run_id).preflight = report
         runs.add_event(session, order.run_id, "preflight", report)
