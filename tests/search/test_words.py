@@ -239,9 +239,11 @@ def test_every_way_to_find_finds_what_reading_everything_finds(
             for filters in NARROWED:
                 wanted = Search(words=words, **filters)
                 expected = plainly(session, project.id, wanted)
-                assert newest(session, project.id, wanted, limit=200).ids == expected, (words, filters)
+                assert newest(session, project.id, wanted, limit=200, seconds=60).ids == expected, (words, filters)
                 seen: list[uuid.UUID] = []
-                while page := newest(session, project.id, wanted, before=seen[-1] if seen else None, limit=9).ids:
+                while page := newest(
+                    session, project.id, wanted, before=seen[-1] if seen else None, limit=9, seconds=60
+                ).ids:
                     seen += page
                 assert seen == expected, (words, filters)
 
