@@ -106,6 +106,9 @@ def _environment() -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        # What the trainer says is on the run's page: no bars, and none of what libraries tell those who call them.
+        "TQDM_DISABLE": "1",
+        "PYTHONWARNINGS": "ignore::FutureWarning",
     }
 
 
