@@ -47,7 +47,7 @@ def _list(here: Here, kind: str, state: str) -> dict[str, Any]:
     scores = {line.run.id: before_and_after(line.summary) for line in lines}
     return {
         # Counted only where somebody may be about to start their first run: the list is asked for every few seconds.
-        "held_out": None if lines else held_out.of_queue(here.session, here.project),
+        "held_out": None if lines or kind or state else held_out.of_queue(here.session, here.project),
         "lines": lines,
         "scores": scores,
         "unfinished": runs.unfinished(here.session, here.project.id),

@@ -89,9 +89,10 @@ def loaded_since(session: Session, project_id: UUID, digests: Collection[str], n
     return _unchanged(there)
 
 
-def unchanged_since(session: Session, project_id: UUID, now: datetime) -> datetime:
-    """Since when no engine that is there was started or changed what it has loaded; long ago where none is heard of."""
-    return _unchanged(_there(session, project_id, now))
+def unchanged_since(session: Session, project_id: UUID, now: datetime) -> datetime | None:
+    """Since when no engine that is there was started or changed what it has loaded; None where none is heard of."""
+    there = _there(session, project_id, now)
+    return _unchanged(there) if there else None
 
 
 def _unchanged(reports: Sequence[EngineReport]) -> datetime:

@@ -13,7 +13,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from services.errors import Conflict, InvalidRequest, NotFound
-from services.store import datasets, jobs, leases, run_params, webhooks
+from services.store import datasets, jobs, run_params, webhooks
 from services.store.evaluation_config import BASE_ABILITY
 from services.store.models import Artifact, Dataset, Job, Project, Revision, Run, RunEvent
 
@@ -23,6 +23,8 @@ DEFAULT_DATASET = "golden"
 # How a run ends whose candidate may go on and must not yet: the state that its artefact stays in.
 WAITING = "verified"
 MOST_RETRIES = 3
+# How the errors begin of runs whose trainer rendered prompts otherwise than the engine does.
+TEMPLATE_DRIFT = "template drift: "
 
 
 def start(
@@ -89,11 +91,10 @@ def retry(session: Session, run: Run, created_by: str) -> Run:
 
 
 def _unjudged(session: Session, run: Run) -> bool:
-    """Whether what the run trained only waits for the gate, and its evaluation did not fail for good."""
+    """Whether what the run trained only waits for the gate, which can ask it: not what another template taught."""
     artifact = session.get(Artifact, run.artifact_digest, populate_existing=True) if run.artifact_digest else None
-    last = session.get(Job, run.job_id) if run.job_id else None
-    hopeless = last is not None and last.state == "failed" and last.payload.get("waits", 0) < leases.MOST_WAITS
-    return artifact is not None and artifact.state == "built" and artifact.tainted_at is None and not hopeless
+    drifted = (run.error or "").startswith(TEMPLATE_DRIFT)
+    return artifact is not None and artifact.state == "built" and artifact.tainted_at is None and not drifted
 
 
 def _evaluate_again(session: Session, run: Run, actor: str, told: dict[str, Any]) -> Run:

@@ -200,6 +200,7 @@ def test_a_training_that_ends_while_it_is_stopped_leaves_tainted_weights(world: 
                 for one in held
             )  # fmt: skip
             runs.add_event(session, run_id, "log", {"line": f"died of {mark}", "tail": mark})
+            runs.add_event(session, run_id, "log", {"line": f"trainer: {mark}", "tail": ""})
             runs.finish(session, ended, "failed", "failed", f"died of {mark}")
         made = erased.result(30)
     nowhere(world, mark)

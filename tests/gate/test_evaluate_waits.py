@@ -113,22 +113,23 @@ def test_an_engine_that_is_lost_on_the_way_costs_attempts(
     assert "waits" not in ends[-1].payload
 
 
-def test_what_failed_for_good_is_trained_again_and_trying_ends(world: World, trained: Trained) -> None:
+def test_only_what_another_template_taught_is_trained_again_and_trying_ends(world: World, trained: Trained) -> None:
     run = start(world, trained, corrected(31))
 
-    def end(session: Session, state: str) -> Run:
+    def end(session: Session, state: str, error: str = "the judge is misconfigured") -> Run:
         mine = session.get_one(Run, run.id)
         assert mine.job_id is not None
-        leases.end_job(session, session.get_one(Job, mine.job_id), state, error="no engine")
+        leases.end_job(session, session.get_one(Job, mine.job_id), state, error=error)
         runs.settle(session)
         return mine
 
     with world.sessions() as session:
-        assert runs.retry(session, end(session, "failed"), "bela").id != run.id
+        drifted = end(session, "failed", f"{runs.TEMPLATE_DRIFT}other files")
+        assert runs.retry(session, drifted, "bela").id != run.id
         session.rollback()
     with world.sessions() as session:
         for _ in range(runs.MOST_RETRIES):
-            assert runs.retry(session, end(session, "dead"), "bela").id == run.id
+            assert runs.retry(session, end(session, "failed"), "bela").id == run.id
         with pytest.raises(Conflict, match="tried again 3 times"):
             runs.retry(session, end(session, "dead"), "bela")
 

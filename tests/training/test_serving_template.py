@@ -33,7 +33,10 @@ class Trained(Exception):
 @pytest.fixture
 def serve(world: World, tiny_settings: Settings) -> Callable[..., None]:
     """Log one live answer of the serving side, by default as the trainer would have rendered it. The trainer's files
-    have come to lie here just now."""
+    have come to lie here just now, and one engine has run for an hour."""
+    with world.sessions.begin() as session:
+        engine_reports.put(session, "engine", 1, [Report(world.project_id, 1, ())])
+        session.execute(update(EngineReport).values(changed_at=func.now() - timedelta(hours=1)))
     (tiny_settings.model_path / "tokenizer.json").touch()
     tokenizer = Tokenizer.load(tiny_settings.model_path)
     base = base_digest(tiny_settings.model_path)
@@ -110,6 +113,17 @@ def test_what_was_served_before_the_engine_restarted_refuses_nothing(
     with world.sessions.begin() as session:
         engine_reports.put(session, "engine", 2, [Report(world.project_id, 1, ())])
         session.execute(update(EngineReport).values(changed_at=func.now() + timedelta(seconds=5)))
+    with pytest.raises(Trained):
+        train()
+
+
+def test_while_no_engine_is_there_nothing_is_refused(
+    world: World, serve: Callable[..., None], train: Callable[[], None]
+) -> None:
+    """It may be starting with the files that lie here now; the evaluation compares them with its own."""
+    serve(template_hash="another")
+    with world.sessions.begin() as session:
+        session.execute(update(EngineReport).values(seen_at=func.now() - timedelta(minutes=1)))
     with pytest.raises(Trained):
         train()
 

@@ -93,7 +93,9 @@ def _require_rendering(run: Run, model: Path) -> None:
         return
     ours = Tokenizer.load(model)
     if (trained["tokenizer"], trained["template"]) != (ours.digest, ours.template_digest):
-        raise JobFailed("template drift: the trainer rendered prompts with other files than serve here; train again")
+        raise JobFailed(
+            f"{runs.TEMPLATE_DRIFT}the trainer rendered prompts with other files than serve here; train again"
+        )
 
 
 def _model_directory(settings: Settings) -> Path:

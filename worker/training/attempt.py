@@ -44,7 +44,8 @@ def run_trainer(lease: Lease, run_id: UUID, spec: Spec | HeadsSpec, work: Path) 
             work,
             on_report=lambda report: record(lease, run_id, report),
             stop=lambda: lease.lost.is_set() or lease.cancelled(),
-            on_line=lambda line: _add(lease, run_id, "log", {"line": f"trainer: {line}"}),
+            # With a tail, which is what marks a line that may quote a row: an erasure empties both.
+            on_line=lambda line: _add(lease, run_id, "log", {"line": f"trainer: {line}", "tail": ""}),
         )
     except child.TrainerRefused as error:
         raise JobFailed(f"the trainer refused: {error}") from error

@@ -155,6 +155,8 @@ def _preflight(lease: Lease, order: Order, tokenizer: Tokenizer, base: str) -> R
 def _served(session: Session, order: Order, tokenizer: Tokenizer, base: str) -> Rendering | None:
     """What renders prompts now, by the newest one served since these files lie here and the engines run."""
     engines = engine_reports.unchanged_since(session, order.project_id, datetime.now(UTC))
+    if engines is None:  # Nobody says what runs now; the evaluation, which takes an engine, compares files.
+        return None
     since = max(rendering_since(tokenizer.directory), engines)
     return traffic.newest_rendering(session, order.project_id, base=base, since=since)
 
