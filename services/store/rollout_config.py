@@ -37,7 +37,7 @@ NEEDS: Mapping[str, str] = {
 class Shadowing(BaseModel):
     """Prompts that were answered already, answered again by the candidate before anybody is served by it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     requests: int = Field(0, ge=0, le=10_000, description="Prompts run again before the canary; 0 leaves shadow out.")
     most_worse: float = Field(0.05, ge=0, le=1, description="How many more of its answers may fail the checks.")
@@ -46,7 +46,7 @@ class Shadowing(BaseModel):
 class Guardrails(BaseModel):
     """By how much the candidate may differ from what serves beside it before it is rolled back; null switches off."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     errors: float | None = Field(0.01, ge=0, le=1, description="More of its requests end in an error.")
     latency: float | None = Field(0.05, ge=0, le=1, description="More of its answers take longer than p95 before.")
@@ -59,7 +59,7 @@ class Guardrails(BaseModel):
 class RolloutConfig(BaseModel):
     """A project's `config["rollout"]`; absent keys take these defaults."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     mode: Literal["canary", "direct"] = Field("canary", description="`direct` swaps at once, with nobody compared.")
     share: float = Field(0.10, ge=0.01, le=0.5, description="Users whom a canary serves.")

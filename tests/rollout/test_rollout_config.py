@@ -29,7 +29,7 @@ def test_the_guardrails_are_those_that_are_judged() -> None:
     [
         {"share": 0.9}, {"share": 0}, {"mode": "shadow"}, {"signal": "vibes"}, {"harm": 0}, {"score_range": [1, 0]},
         {"pattern": "(["}, {"pattern": r"(a)\1"}, {"guardrails": {"error": 0.1}}, {"shadow": {"requests": -1}},
-        {"surprise": 1},
+        {"surprise": 1}, {"score_range": ["-inf", 1]}, {"harm": "nan"},
     ],
 )  # fmt: skip
 def test_nonsense_is_refused_with_the_key_that_is_wrong(wrong: dict[str, object]) -> None:

@@ -109,7 +109,7 @@ def _told_lagging(verdict: Verdict, lagging: list[str]) -> str:
         return f"{verdict.reason}; promotion waits for {engines} to load the candidate"
     return (
         f"{verdict.reason}; not loaded in {engines}: if that lasts, another base model or too few adapter slots keep "
-        "it out, and such requests count against nobody"
+        "it out, which counts against nobody, or the engine refuses it, which counts as errors of it"
     )
 
 
