@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from services.store import partitions
 from services.store.base import Sessions, make_sessions, uuid7
 
 TEMPLATE = "whet_template"
+LOGGED_BEFORE = timedelta(days=2)  # How far back a test may log without making partitions: past midnight, too.
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
@@ -86,13 +88,13 @@ def _make_template(server: PostgresServer) -> None:
     upgrade(url)
     sessions = make_sessions(url)
     with sessions.begin() as session:
-        partitions.ensure(session)
+        partitions.ensure(session, since=datetime.now(UTC) - LOGGED_BEFORE)
     sessions.kw["bind"].dispose()
 
 
 @pytest.fixture
 def database_url(postgres: PostgresServer) -> Iterator[str]:
-    """SQLAlchemy URL of a fresh migrated database with today's partitions; dropped after the test."""
+    """SQLAlchemy URL of a fresh migrated database with partitions around today; dropped after the test."""
     name = f"test_{uuid7().hex}"
     yield postgres.create_database(name, template=TEMPLATE)
     postgres.drop_database(name)
