@@ -4,13 +4,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import select
 from starlette.testclient import TestClient
 
+from services.platform.postgres import PostgresServer
 from services.settings import Settings
 from services.store import keys
-from services.store.base import Sessions
+from services.store.base import Sessions, make_sessions, uuid7
 from services.store.models import Project
 from services.web import create_app
+from tests.conftest import TEMPLATE
 from tests.console import seed
 
 PEPPER = "a pepper for tests only, long enough"
@@ -39,6 +42,34 @@ def client(console_settings: Settings, sessions: Sessions) -> Iterator[TestClien
     """Somebody who is not signed in."""
     with TestClient(create_app(console_settings, sessions), base_url="http://console") as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def lived_in_template(postgres: PostgresServer) -> str:
+    """A database with a lived-in project, made once: filling it takes longer than most of the tests that read it."""
+    made = make_sessions(postgres.create_database(f"{TEMPLATE}_lived_in", template=TEMPLATE))
+    with made.begin() as session:
+        seed.lived_in(session, size=24)
+    made.kw["bind"].dispose()
+    return f"{TEMPLATE}_lived_in"
+
+
+@pytest.fixture
+def database_url(postgres: PostgresServer, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A fresh database of the test's own, lived in where it asks for that."""
+    name = f"test_{uuid7().hex}"
+    lived = "lived_in" in request.fixturenames
+    yield postgres.create_database(
+        name, template=request.getfixturevalue("lived_in_template") if lived else TEMPLATE
+    )  # fmt: skip
+    postgres.drop_database(name)
+
+
+@pytest.fixture
+def lived_in(sessions: Sessions) -> Project:
+    """The project of `seed.lived_in`."""
+    with sessions() as session:
+        return session.scalars(select(Project).where(Project.slug == "entities")).one()
 
 
 @pytest.fixture

@@ -100,9 +100,8 @@ def test_datasets_and_sampling_are_queued_once(api_of: MakeApi, sessions: Sessio
         assert sorted(session.scalars(select(Job.kind))) == ["dataset.build", "review.sample"]
 
 
+@pytest.mark.usefixtures("lived_in")
 def test_a_lived_in_project_is_told_in_full(api_of: MakeApi, sessions: Sessions) -> None:
-    with sessions.begin() as session:
-        seed.lived_in(session, size=24)
     trainer = api_of(["train"])
     dataset = trainer.get("/api/p/entities/datasets/golden").json()
     assert len(dataset["revisions"]) == 2

@@ -23,12 +23,6 @@ Typed = Callable[..., Result]
 
 
 @pytest.fixture
-def lived_in(sessions: Sessions) -> Project:
-    with sessions.begin() as session:
-        return seed.lived_in(session, size=24)
-
-
-@pytest.fixture
 def built(sessions: Sessions, lived_in: Project) -> list[Revision]:
     with sessions() as session:
         return revisions.list_(session, datasets.get(session, lived_in.id, "golden").id)

@@ -16,16 +16,9 @@ from services.app import Streamed
 from services.store import datasets, imports, revisions
 from services.store.base import Sessions
 from services.store.models import AuditEvent, DatasetImport, Example, Project, Revision
-from tests.console import seed
 from tests.console.conftest import SignIn
 
 GOOD = '{"question": "two plus two", "answer": "four"}\n{"question": "three plus three", "answer": "six"}\n'
-
-
-@pytest.fixture
-def lived_in(sessions: Sessions) -> Project:
-    with sessions.begin() as session:
-        return seed.lived_in(session, size=24)
 
 
 def newest(sessions: Sessions, project: Project) -> Revision:

@@ -192,14 +192,15 @@ def test_the_api_lists_evaluations_and_overrides_by_run(
     assert trainer.post(f"/api/runs/{run.id}/override", json={"reason": REASON}).status_code == 404
 
 
-def test_the_interaction_page_leads_to_the_evaluations_that_tested_with_it(sign_in: SignIn, sessions: Sessions) -> None:
-    with sessions.begin() as session:
-        made = seed.lived_in(session, size=24)
+def test_the_interaction_page_leads_to_the_evaluations_that_tested_with_it(
+    sign_in: SignIn, lived_in: Project, sessions: Sessions
+) -> None:
+    with sessions() as session:
         found = session.scalars(select(Evaluation)).all()
         ids = [pair.example.interaction_id for pair in evaluations.rows(session, found[0].id)]
     reader = sign_in("boss@example.org", "admin")
 
-    shown = text_of(reader, f"/p/{made.slug}/interactions/{ids[0]}")
+    shown = text_of(reader, f"/p/{lived_in.slug}/interactions/{ids[0]}")
 
     assert all(f"/evaluations/{one.id}" in shown for one in found)
 

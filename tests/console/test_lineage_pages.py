@@ -32,12 +32,6 @@ from tests.console.conftest import SignIn
 HOSTILE = "<script>alert(1)</script>"
 
 
-@pytest.fixture
-def lived_in(sessions: Sessions) -> Project:
-    with sessions.begin() as session:
-        return seed.lived_in(session, size=24)
-
-
 def learned(session: Session, split: str) -> uuid.UUID:
     """An interaction whose copy is on this side of the newest revision."""
     found = session.scalar(

@@ -155,9 +155,8 @@ def test_paging_by_the_last_id_shows_every_interaction_once(
     assert sorted(seen) == sorted(ids)
 
 
+@pytest.mark.usefixtures("lived_in")
 def test_an_interaction_shows_what_was_done_with_it(sessions: Sessions, reader: TestClient) -> None:
-    with sessions.begin() as session:
-        seed.lived_in(session, size=24)
     with sessions() as session:
         taught = session.scalars(select(Run).where(Run.phase == "live")).one()
         row = session.execute(
@@ -203,9 +202,8 @@ def test_train_now_starts_one_run_and_a_second_press_is_told_why_not(
     assert reader.post(f"/p/entities/runs/{run.id}/cancel").status_code == 409
 
 
+@pytest.mark.usefixtures("lived_in")
 def test_a_run_page_shows_curves_decision_and_rows(sessions: Sessions, reader: TestClient) -> None:
-    with sessions.begin() as session:
-        seed.lived_in(session, size=24)
     with sessions() as session:
         promoted = session.scalars(select(Run.id).where(Run.phase == "live")).one()
         refused = session.scalars(select(Run.id).where(Run.phase == "refused")).one()
@@ -226,9 +224,9 @@ def test_a_run_page_shows_curves_decision_and_rows(sessions: Sessions, reader: T
     assert "data-live-stop" in losses
 
 
+@pytest.mark.usefixtures("lived_in")
 def test_a_run_on_trial_leads_to_its_trial_and_goes_on_moving(sessions: Sessions, reader: TestClient) -> None:
     with sessions.begin() as session:
-        seed.lived_in(session, size=24)
         run = session.scalars(select(Run).where(Run.phase == "live")).one()
         run.phase = "canary"
     page = reader.get(f"/p/entities/runs/{run.id}/live", headers=PAGE).text
@@ -246,9 +244,8 @@ def test_building_a_dataset_twice_queues_one_job(sessions: Sessions, reader: Tes
     assert reader.post("/p/entities/datasets/-x/build").status_code == 422
 
 
+@pytest.mark.usefixtures("lived_in")
 def test_a_revision_page_shows_its_rows_and_an_unknown_one_is_404(sessions: Sessions, reader: TestClient) -> None:
-    with sessions.begin() as session:
-        seed.lived_in(session, size=24)
     with sessions() as session:
         digest = session.scalars(select(Revision.digest).order_by(Revision.id.desc()).limit(1)).one()
     text = text_of(reader, f"/p/entities/datasets/golden/{digest}?split=held_out")
@@ -258,9 +255,9 @@ def test_a_revision_page_shows_its_rows_and_an_unknown_one_is_404(sessions: Sess
     assert reader.get(f"/p/entities/datasets/golden/{digest}?split=all", headers=PAGE).status_code == 422
 
 
-def test_roll_back_goes_back_once_and_a_stale_page_cannot_do_it_again(sessions: Sessions, reader: TestClient) -> None:
-    with sessions.begin() as session:
-        project = seed.lived_in(session, size=24)
+def test_roll_back_goes_back_once_and_a_stale_page_cannot_do_it_again(
+    sessions: Sessions, lived_in: Project, reader: TestClient
+) -> None:
     form = {"generation": "2", "reason": "answers got worse"}
     done = reader.post("/p/entities/deployment/rollback", data=form, headers={"accept": "application/json"})
     assert (done.status_code, done.json()) == (200, {"generation": 3, "active_digest": None})
@@ -269,7 +266,7 @@ def test_roll_back_goes_back_once_and_a_stale_page_cannot_do_it_again(sessions: 
     assert "Rolled back" in text
     assert "answers got worse" in text
     with sessions() as session:
-        assert deployments.get(session, project.id).active_digest is None
+        assert deployments.get(session, lived_in.id).active_digest is None
         actors = session.scalars(select(AuditEvent.actor).where(AuditEvent.action == "deployment.roll_back")).all()
     assert actors == [f"user:{people.find_user(session, 'boss@example.org').id}"]
 

@@ -26,12 +26,6 @@ def lead(sign_in: SignIn) -> TestClient:
     return sign_in("lead@example.org", "lead")
 
 
-@pytest.fixture
-def lived_in(sessions: Sessions) -> Project:
-    with sessions.begin() as session:
-        return seed.lived_in(session, size=24)
-
-
 def text_of(client: TestClient, path: str) -> str:
     answer = client.get(path, headers=PAGE)
     assert answer.status_code == 200, (path, answer.text[:300])
