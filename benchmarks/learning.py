@@ -10,6 +10,7 @@ README.
 import importlib
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -106,4 +107,6 @@ def main(
 
 
 if __name__ == "__main__":
+    # A run that is ended must end the platform it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     typer.run(main)

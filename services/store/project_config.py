@@ -2,9 +2,10 @@
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from services.errors import InvalidRequest
 from services.store.evaluation_config import CheckConfig, JudgeConfig, Metric
@@ -15,6 +16,9 @@ from services.store.run_params import check_config
 from services.store.sampling import check_mix
 from services.store.speculation import SpeculationConfig
 from services.store.train_when import TrainWhen
+
+# What a metric measures by, as keys of the configuration: without it every answer is equal.
+MEASURED_BY: Mapping[str, str] = {"judge": "judge", "checks": "checks", "schema_valid": "response_schema"}
 
 
 class ProjectConfig(BaseModel):
@@ -41,7 +45,6 @@ class ProjectConfig(BaseModel):
     pii_names: bool | None = Field(None, description="Names and places too, by Presidio (the extra `pii`).")
     margin_points: float | None = Field(None, ge=0, le=100, description="How much worse a guarded slice may get.")
     min_held_out: int | None = Field(None, ge=2, description="Fewer held-out groups than this decide nothing.")
-    metrics: list[Metric] | None = Field(None, min_length=1, description="What the gate scores by; the first decides.")
     margins: dict[str, Annotated[float, Field(ge=0, le=100)]] | None = Field(
         None, description="Margins, in points, of slices that have their own."
     )
@@ -49,6 +52,7 @@ class ProjectConfig(BaseModel):
         None, max_length=20, description="What every answer has to keep to: patterns and JSON schemas, by name."
     )
     judge: JudgeConfig | None = Field(None, description="A served model that compares candidate and incumbent.")
+    metrics: list[Metric] | None = Field(None, min_length=1, description="What the gate scores by; the first decides.")
     train: dict[str, Any] | None = Field(None, description="Training parameters that differ from the defaults.")
     train_when: TrainWhen | None = Field(None, description="Runs that begin by themselves.")
     max_tokens_default: int | None = Field(None, ge=1, description="Completion length when a request names none.")
@@ -74,6 +78,15 @@ class ProjectConfig(BaseModel):
         if len(set(names)) < len(names):
             raise ValueError("two checks have the same name")
         return checks
+
+    @field_validator("metrics")  # after the fields it looks at
+    @classmethod
+    def _the_first_can_decide(cls, metrics: list[Metric] | None, info: ValidationInfo) -> list[Metric] | None:
+        first = metrics[0] if metrics else ""
+        needed = MEASURED_BY.get(first)
+        if needed in info.data and not info.data[needed]:
+            raise ValueError(f"{first} comes first and has nothing to decide by: set {needed}, or another metric first")
+        return metrics
 
     @field_validator("strategy_mix")
     @classmethod

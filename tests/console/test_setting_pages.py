@@ -156,6 +156,17 @@ def test_how_the_gate_scores_is_stored(operator: TestClient, stored: Stored, ses
     ("field", "typed", "words"),
     [
         ("metrics", "vibes", "Number 1: Input should be &#39;exact_match&#39;"),
+        (
+            "metrics",
+            "judge, exact_match",
+            "Judge comes first and has nothing to decide by: set judge, or another metric first.",
+        ),
+        ("metrics", "checks", "Checks comes first and has nothing to decide by: set checks, or another metric first."),
+        (
+            "metrics",
+            "schema_valid",
+            "Schema_valid comes first and has nothing to decide by: set response_schema, or another metric first.",
+        ),
         ("checks", "[{", "This is no JSON: Expecting property name enclosed in double quotes in line 1, column 3."),
         ("checks", "[" * 30_000, "This is nested too deep."),
         ("checks", '[{"name": "a", "must_match": "(?=x)"}]', "Number 1: must_match: "),
