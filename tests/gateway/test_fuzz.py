@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.gateway.routes import ROUTES
+from tests.gateway.fake_engine import DRAFT, FAIL, HANG, OVERLOAD, SAID, SAY
 from tests.gateway.parts import World
 from tests.gateway.test_access import PATHS
 
@@ -40,14 +41,18 @@ RICH: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 POSTS = sorted(route.path for route in ROUTES if "POST" in (route.methods or ()))
 
+# The stand-in fails, hangs or is full where a prompt holds one of these, as it is told to: not what is looked for here.
+ORDERS = {SAY, SAID, OVERLOAD, FAIL, HANG, DRAFT}
+characters = st.characters(exclude_categories=("Cs",), exclude_characters="\1\2\3\4\5\6")
 scalars = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.sampled_from([2**63, -(2**63), 2**64, 10**400, 0, -1, 1e308, -0.5]),
-    st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=20),
-    st.sampled_from(["", "\0", "a" * 3000, "🙂"]),
+    st.none(), st.booleans(), st.integers().filter(lambda number: number not in ORDERS),
+    st.sampled_from([2**63, -(2**63), 2**64, 10**400, 0, -1, 1e308, -0.5]),
+    st.floats(allow_nan=False, allow_infinity=False).filter(lambda number: number not in ORDERS),
+    st.text(characters, max_size=20), st.sampled_from(["", "\0", "a" * 3000, "🙂"]),
 )  # fmt: skip
 values = st.recursive(
     scalars,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(characters, max_size=8), inner, max_size=4),
     max_leaves=12,
 )
 
@@ -82,7 +87,7 @@ def mutated(draw: st.DrawFn, path: str) -> object:
         if not isinstance(body, dict):
             break
         if draw(st.integers(0, 9)) == 0:
-            body[draw(st.text(max_size=8))] = draw(values)
+            body[draw(st.text(characters, max_size=8))] = draw(values)
     return body
 
 
