@@ -21,6 +21,9 @@ Metric = Literal[
     "exact_match", "json_valid", "schema_valid", "field_f1", "similarity", "likelihood", "checks", "judge"
 ]  # fmt: skip
 
+# What a metric measures by, as keys of the configuration: without it every answer is equal.
+MEASURED_BY: Mapping[str, str] = {"checks": "checks", "judge": "judge", "schema_valid": "response_schema"}
+
 
 class CheckConfig(BaseModel):
     """One thing every answer has to keep to: a pattern found in it, a pattern not found in it, or a JSON schema."""
@@ -73,6 +76,14 @@ def read_judge(config: dict[str, Any]) -> JudgeConfig | None:
     """The project's judge. Raises ValueError."""
     found = config.get("judge")
     return None if found is None else JudgeConfig.model_validate(found)
+
+
+def undecided(first: str, config: Mapping[str, Any]) -> str | None:
+    """Why the metric that comes first would decide nothing, in words; None where it has what it measures by."""
+    needed = MEASURED_BY.get(first)
+    if needed is None or config.get(needed):
+        return None
+    return f"{first} comes first and has nothing to decide by: set {needed}, or another metric first"
 
 
 def least_groups(config: Mapping[str, Any]) -> int:

@@ -2,13 +2,12 @@
 
 import json
 import re
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from services.errors import InvalidRequest
-from services.store.evaluation_config import CheckConfig, JudgeConfig, Metric
+from services.store.evaluation_config import MEASURED_BY, CheckConfig, JudgeConfig, Metric, undecided
 from services.store.instant_config import PinConfig, WorkedConfig
 from services.store.pii import Mode
 from services.store.rollout_config import RolloutConfig
@@ -16,9 +15,6 @@ from services.store.run_params import check_config
 from services.store.sampling import check_mix
 from services.store.speculation import SpeculationConfig
 from services.store.train_when import TrainWhen
-
-# What a metric measures by, as keys of the configuration: without it every answer is equal.
-MEASURED_BY: Mapping[str, str] = {"judge": "judge", "checks": "checks", "schema_valid": "response_schema"}
 
 
 class ProjectConfig(BaseModel):
@@ -82,10 +78,10 @@ class ProjectConfig(BaseModel):
     @field_validator("metrics")  # after the fields it looks at
     @classmethod
     def _the_first_can_decide(cls, metrics: list[Metric] | None, info: ValidationInfo) -> list[Metric] | None:
-        first = metrics[0] if metrics else ""
-        needed = MEASURED_BY.get(first)
-        if needed in info.data and not info.data[needed]:
-            raise ValueError(f"{first} comes first and has nothing to decide by: set {needed}, or another metric first")
+        # What is wrong in itself is absent here, and told of already.
+        held = {key: info.data.get(key, True) for key in MEASURED_BY.values()}
+        if metrics and (problem := undecided(metrics[0], held)):
+            raise ValueError(problem)
         return metrics
 
     @field_validator("strategy_mix")

@@ -13,6 +13,7 @@ from engine.sync_client import SyncEngineClient
 from services.errors import Conflict
 from services.settings import Settings
 from services.store import evaluations, leases, runs
+from services.store.evaluation_config import MEASURED_BY
 from services.store.models import Artifact, Job, Run
 from tests.curation.world import World
 from tests.gate.conftest import Trained
@@ -111,6 +112,20 @@ def test_an_engine_that_is_lost_on_the_way_costs_attempts(
 
     assert [(job.state, job.attempts) for job in ends] == [("queued", 1), ("queued", 2), ("dead", 3)]
     assert "waits" not in ends[-1].payload
+
+
+@pytest.mark.parametrize("first", MEASURED_BY)
+def test_a_deciding_metric_that_an_older_release_stored_without_what_it_measures_by_is_told(
+    world: World, trained: Trained, settings: Settings, first: str
+) -> None:
+    run = start(world, trained, corrected(31))
+    with world.sessions.begin() as session:
+        world.project(session).config = {"metrics": [first]}
+
+    ended = perform(world, run, settings)
+
+    assert (ended.state, ended.attempts) == ("failed", 1)
+    assert f"set {MEASURED_BY[first]}, or another metric first" in (ended.error or "")
 
 
 def test_only_what_another_template_taught_is_trained_again_and_trying_ends(world: World, trained: Trained) -> None:

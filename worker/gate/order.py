@@ -15,12 +15,14 @@ from services.errors import NotFound
 from services.store import base_ability, deployments, revisions
 from services.store.evaluation_config import (
     BASE_ABILITY,
+    MEASURED_BY,
     CheckConfig,
     JudgeConfig,
     least_groups,
     read_checks,
     read_judge,
     read_margins,
+    undecided,
 )
 from services.store.examples import is_erased
 from services.store.forms import is_supervised
@@ -126,10 +128,9 @@ def make_policy(config: dict[str, Any]) -> Policy:
 def _metrics(config: dict[str, Any]) -> dict[str, Metric]:
     """What the project chose, the deciding one first; what it has configured besides is measured too, and told."""
     names = [str(name) for name in config.get("metrics") or DEFAULT_METRICS]
-    configured = {"checks": "checks", "judge": "judge", "response_schema": "schema_valid"}
-    names += [name for key, name in configured.items() if config.get(key) and name not in names]
-    if names[0] == "judge" and not config.get("judge"):
-        raise ValueError("the metric judge takes a judge: set `judge` to a model and a rubric")
+    names += [name for name, key in MEASURED_BY.items() if config.get(key) and name not in names]
+    if problem := undecided(names[0], config):  # an older release stored that
+        raise ValueError(problem)
     return choose(names)
 
 
