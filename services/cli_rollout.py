@@ -13,7 +13,10 @@ from services.settings import Settings
 
 ACTIONS = ("status", "begin", "stop", "share", "start", "looked")
 Change = Annotated[
-    list[str] | None, typer.Option("--set", help="name=value, such as share=0.2; repeatable; `null` sets it back.")
+    list[str] | None,
+    typer.Option(
+        "--set", help="name=value, such as share=0.2 or 'metrics=[\"field_f1\"]'; repeatable; `null` sets it back."
+    ),
 ]
 Reason = Annotated[str, typer.Option(help="Why; kept in the history.")]
 

@@ -162,6 +162,11 @@ def test_nothing_is_warned_of_where_two_people_agree_on_enough(
         assert "60 judgements are there to learn from. Press" in text_of(lead, f"{RUNS}/live")
 
 
+def test_one_judgement_is_one(lead: TestClient, project: Project, sessions: Sessions) -> None:
+    corrected(sessions, project, 1, reviewers=1)
+    assert "One judgement is there to learn from, but too few" in text_of(lead, RUNS)
+
+
 def test_heads_are_not_judged_by_corrections(lead: TestClient, project: Project) -> None:
     assert "Too little is held out" not in text_of(lead, f"{RUNS}/new?kind=speculator")
 
